@@ -1,0 +1,2 @@
+"""vlprune."""
+from .architectures import discover

@@ -1,0 +1,159 @@
+"""Attention forwards that read their shapes from their weights.
+
+Each is a subclass of the stock module with the same state dict; cutting swaps the
+``__class__`` of the module. They exist because the stock forward fixes its shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.models.blip_2.modeling_blip_2 import Blip2Attention
+from transformers.models.instructblip.modeling_instructblip import InstructBlipAttention
+
+from ..registry import register_native_forward
+
+__all__ = ["CutMultiheadAttention"]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention: (batch, heads, tokens, size) -> (batch, tokens, heads, size), weights."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class _FusedForward(nn.Module):
+    """Self-attention with one projection for q, k and v, of any sizes.
+
+    ``head_dim`` is the size of a query or key head, ``value_dim`` of a value head.
+    """
+
+    num_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    qkv: nn.Linear
+    projection: nn.Linear
+
+    def adopt(self) -> None:
+        self.value_dim = self.head_dim
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(batch, tokens, width) -> the same, and the attention weights."""
+        batch, tokens, _ = hidden_states.shape
+        narrow, wide = self.num_heads * self.head_dim, self.num_heads * self.value_dim
+        q, k, v = self.qkv(hidden_states).split([narrow, narrow, wide], dim=-1)
+        q, k, v = (x.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))
+        drop = getattr(self, "attention_dropout", None)
+        if drop is None:
+            drop = self.dropout.p
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _attend)
+        out, weights = attend(
+            self, q, k, v, None, scaling=self.scale, dropout=drop if self.training else 0.0, **kwargs
+        )
+        return self.projection(out.reshape(batch, tokens, -1)), weights
+
+
+@register_native_forward("fused:BlipAttention")
+class CutBlipAttention(_FusedForward, BlipAttention):
+    """BlipAttention that takes any head size."""
+
+
+@register_native_forward("fused:Blip2Attention")
+class CutBlip2Attention(_FusedForward, Blip2Attention):
+    """Blip2Attention that takes any head size."""
+
+
+@register_native_forward("fused:InstructBlipAttention")
+class CutInstructBlipAttention(_FusedForward, InstructBlipAttention):
+    """InstructBlipAttention that takes any head size."""
+
+
+@register_native_forward("multihead:MultiheadAttention")
+class CutMultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention with fewer or smaller heads than its width says.
+
+    ``head_dim`` is the size of a query or key head, ``value_dim`` of a value head; the
+    softmax temperature stays that of the uncut module (``scale``).
+    """
+
+    value_dim: int
+    scale: float
+
+    def adopt(self) -> None:
+        self.scale = self.head_dim**-0.5
+        self.value_dim = self.head_dim
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward, for batched inputs of shape (batch, tokens, width)
+        or, without ``batch_first``, (tokens, batch, width)."""
+        unbatched = query.dim() == 2
+        if unbatched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        heads, narrow = self.num_heads, self.num_heads * self.head_dim
+        sizes = [narrow, narrow, heads * self.value_dim]
+        weights = self.in_proj_weight.split(sizes)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+        q, k, v = (
+            nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        mask = _merge_masks(attn_mask, key_padding_mask, q, k)
+        out, attention = _attend(self, q, k, v, mask, self.scale, self.dropout)
+        out = self.out_proj(out.flatten(2))
+        if unbatched:
+            out, attention = out.squeeze(0), attention.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        return out, attention.mean(-3) if average_attn_weights else attention
+
+
+def _merge_masks(
+    attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
+) -> Tensor | None:
+    """Both masks as one float mask that broadcasts to (batch, heads, queries, keys)."""
+
+    def as_float(mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask.to(q.dtype)
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
+
+    merged = None
+    if attn_mask is not None:
+        merged = as_float(attn_mask)
+        if merged.dim() == 3:  # (batch * heads, queries, keys), heads of the uncut module
+            raise ValueError("a cut attention takes a mask of shape (queries, keys), not per head")
+    if padding is not None:
+        extra = as_float(padding).reshape(q.shape[0], 1, 1, k.shape[-2])
+        merged = extra if merged is None else merged + extra
+    return merged

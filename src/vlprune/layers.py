@@ -1,0 +1,68 @@
+"""The one layer a cut may add: a projection that keeps its old width on the outside."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["PaddedLinear", "is_linear", "linear_axes"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is ``y = x W + b`` with a plain dense weight."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_axes(module: nn.Module) -> tuple[int, int]:
+    """``(output axis, input axis)`` of the module's weight; Conv1D stores it transposed."""
+    return (1, 0) if type(module).__name__ == "Conv1D" else (0, 1)
+
+
+class PaddedLinear(nn.Linear):
+    """A small projection with the full width outside.
+
+    ``rows`` are the output positions that exist: the small result is scattered into zeros
+    of ``full_out``. ``columns`` are the input positions that are read. The forward around
+    it sees the shapes it always saw, so rotary embeddings, q/k norms and hard-coded
+    reshapes stay exact; parameters and projection MACs fall, the attention core does not.
+    Both index buffers are saved with the weights.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        full_out: int,
+        full_in: int,
+        transposed: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = full_in, full_out
+        self.transposed = transposed  # stored (in, out), as Conv1D does
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", columns)
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights come from the dense layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., full_in) -> (..., full_out)."""
+        if self.columns is not None:
+            x = x.index_select(-1, self.columns)
+        weight = self.weight.T if self.transposed else self.weight
+        small = nn.functional.linear(x, weight, self.bias)
+        if self.rows is None:
+            return small
+        full = small.new_zeros(*small.shape[:-1], self.out_features)
+        return full.index_copy(-1, self.rows, small)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        inside = tuple(self.weight.shape)
+        return f"in={self.in_features}, out={self.out_features}, stored={inside}"

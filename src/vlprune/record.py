@@ -1,0 +1,169 @@
+"""What a cut model remembers of its cut: one section in its own config.
+
+The section is named ``quantization_config`` because that is the one hook transformers
+offers for "rebuild the module shapes before the weights are loaded". It holds the whole
+plan in a compact form (a bit mask a structure), so every folder that ``save_pretrained``
+writes can be loaded, and cut again, without any other file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .errors import CheckpointError, UnsupportedError
+from .plan import Plan
+from .structure import Description, Structure
+
+__all__ = ["METHOD", "Record", "read_record", "record_of", "write_record"]
+
+METHOD = "vlprune"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """The cut of a model: its plan in terms of the dense model's units, and how it was made.
+
+    ``sizes`` are the dense sizes of the structures in the plan; ``layouts`` says which were
+    cut natively and which padded, so that loading repeats exactly what cutting did.
+    """
+
+    plan: Plan
+    sizes: Mapping[str, int]
+    layouts: Mapping[str, str] = field(default_factory=dict)
+
+    def section(self, prefix: str = "") -> dict[str, Any]:
+        """The record as a config section, for the sub-model at ``prefix``."""
+        keep = {
+            name.removeprefix(prefix): {
+                "kept": len(units),
+                "of": self.sizes[name],
+                "mask": _pack(units, self.sizes[name]),
+                "layout": self.layouts.get(name, "native"),
+            }
+            for name, units in self.plan.keep.items()
+            if name.startswith(prefix)
+        }
+        return {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "attention": self.plan.attention,
+            "fingerprint": self.plan.fingerprint,
+            "keep": keep,
+        }
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any]) -> Record:
+        """The record in a config section. Raises CheckpointError if it is damaged."""
+        if section.get("version") != VERSION:
+            raise CheckpointError(
+                f"this folder was written by another version of vlprune (format "
+                f"{section.get('version')!r}, this one reads {VERSION}): update vlprune"
+            )
+        try:
+            entries = dict(section["keep"])
+            keep = {n: _unpack(e["mask"], e["of"]) for n, e in entries.items()}
+            for name, entry in entries.items():
+                if len(keep[name]) != entry["kept"]:
+                    raise ValueError(f"{name} keeps {len(keep[name])}, not {entry['kept']}")
+            plan = Plan(
+                keep=keep,
+                attention=section["attention"],
+                fingerprint=section["fingerprint"],
+            )
+        except (KeyError, TypeError, ValueError, binascii.Error) as error:
+            raise CheckpointError(
+                f"the vlprune section of config.json is damaged ({error}): copy the folder again, "
+                "or write it again with vlprune.save"
+            ) from None
+        return cls(
+            plan,
+            {n: e["of"] for n, e in entries.items()},
+            {n: e["layout"] for n, e in entries.items()},
+        )
+
+
+def record_of(
+    description: Description, plan: Plan, before: Record | None, cut: Sequence[Structure]
+) -> Record:
+    """The record after cutting ``plan``; ``before`` is the record of an earlier cut, if any.
+
+    A second cut is expressed in units of the original dense model, so that loading needs
+    one step however often a model was cut.
+    """
+    keep = dict(before.plan.keep) if before else {}
+    sizes = dict(before.sizes) if before else {}
+    layouts = dict(before.layouts) if before else {}
+    if before and before.plan.attention != plan.attention:
+        raise UnsupportedError(
+            f"this model was cut with attention={before.plan.attention!r} before: "
+            f"cut it again with the same choice, not {plan.attention!r}"
+        )
+    for structure in cut:
+        units = plan.kept(structure)
+        if structure.name in keep:
+            dense = keep[structure.name]
+            units = tuple(dense[unit] for unit in units)
+        else:
+            sizes[structure.name] = structure.size
+        keep[structure.name] = units
+        layouts[structure.name] = structure.layout
+    first = before.plan.fingerprint if before else description.fingerprint
+    return Record(Plan(keep=keep, attention=plan.attention, fingerprint=first), sizes, layouts)
+
+
+def read_record(model: nn.Module) -> Record | None:
+    """The record of a cut model, None for a dense one.
+
+    Raises UnsupportedError if the model carries another quantizer.
+    """
+    section = getattr(getattr(model, "config", None), "quantization_config", None)
+    if section is None:
+        return getattr(model, "_vlprune_record", None)
+    if not isinstance(section, Mapping):
+        section = section.to_dict()
+    method = section.get("quant_method")
+    if method != METHOD:
+        raise UnsupportedError(
+            f"this model is already quantized with {str(getattr(method, 'value', method))!r}: cut "
+            "the unquantized model first, then quantize the small one"
+        )
+    return Record.from_section(section)
+
+
+def write_record(model: nn.Module, record: Record) -> None:
+    """Make the model remember its cut, in its config and in those of its sub-models."""
+    config = getattr(model, "config", None)
+    if config is None:
+        model._vlprune_record = record  # type: ignore[assignment]
+        return
+    config.quantization_config = record.section()
+    # CLIPVisionModel.from_pretrained(folder of a CLIPModel) reads only the sub-config.
+    own = {id(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
+    for path, module in model.named_modules():
+        sub = getattr(module, "config", None)
+        if path and id(sub) in own and hasattr(module, "base_model_prefix"):
+            own.discard(id(sub))
+            sub.quantization_config = record.section(prefix=path + ".")
+
+
+def _pack(units: Sequence[int], size: int) -> str:
+    """A bit a unit, base64."""
+    mask = np.zeros(size, dtype=bool)
+    mask[list(units)] = True
+    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
+
+
+def _unpack(text: str, size: int) -> tuple[int, ...]:
+    """The units whose bit is set."""
+    raw = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    if raw.size != (size + 7) // 8:
+        raise ValueError(f"a mask of {raw.size} bytes for {size} units")
+    return tuple(int(unit) for unit in np.flatnonzero(np.unpackbits(raw)[:size]))

@@ -1,0 +1,118 @@
+"""The description of a model as plain values; everything else is derived from it.
+
+Nothing here imports torch. A *structure* is a set of *units* (FFN neurons, head
+dimensions, whole heads, KV groups) that live and die together; its *slots* say which
+slices of which parameters belong to each unit. From slots alone follow the cut, the
+exact and the differentiable parameter count, and the shapes needed to reload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["Attr", "Description", "Gate", "Slot", "Structure", "fingerprint"]
+
+AttentionUnit = Literal["head_dim", "qk_vo", "head"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One axis of one parameter, laid out as ``(repeat, size, inner)`` from ``start``.
+
+    Unit ``u`` of a structure with ``size`` units owns ``[:, u, :]`` of that layout.
+    An FFN neuron has ``repeat=1, inner=1``; a head dimension ``repeat=heads``; a whole
+    head ``inner=head_dim``; the query part of a KV group ``inner=queries * head_dim``.
+    """
+
+    param: str
+    axis: int
+    start: int = 0
+    repeat: int = 1
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where a structure's gate multiplies, laid out as a :class:`Slot`.
+
+    ``at`` is ``"output"`` or ``"input"`` (last axis of what a module returns or
+    receives), or ``"weight"``: rows of the parameters ``params``, for modules such as
+    ``nn.MultiheadAttention`` that never call their projections as modules.
+    """
+
+    module: str
+    at: Literal["output", "input", "weight"] = "output"
+    start: int = 0
+    repeat: int = 1
+    inner: int = 1
+    params: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attr:
+    """A module attribute that must follow the cut: ``per_unit`` times the units kept."""
+
+    module: str
+    name: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Units that live and die together.
+
+    ``layout`` is ``"native"`` when the module's own forward (or our subclass named by
+    ``swap``) accepts the narrower weights, ``"padded"`` when the narrow result is
+    scattered back to the full width so that the forward stays untouched. ``folds`` are
+    query parameters to be multiplied by ``sqrt(kept / size)``, for a forward that derives
+    its softmax temperature from the head size. ``core`` is the module that computes
+    attention scores, ``core_share`` the fraction of its MACs that follow this structure.
+    """
+
+    name: str
+    kind: str
+    size: int
+    tower: str
+    slots: tuple[Slot, ...]
+    gates: tuple[Gate, ...]
+    attrs: tuple[Attr, ...] = ()
+    folds: tuple[str, ...] = ()
+    layout: Literal["native", "padded"] = "native"
+    swap: tuple[str, str] | None = None
+    core: str | None = None
+    core_share: float = 0.0
+
+
+def fingerprint(attention: str, structures: Iterable[Structure]) -> str:
+    """Twelve hex digits that two models share only if a plan for one fits the other."""
+    facts = [attention, *sorted((s.name, s.kind, s.size) for s in structures)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Description:
+    """All structures of a model, and what stays dense and why.
+
+    ``structures`` follow the order in which a forward pass reaches them inside each
+    tower. ``dense`` maps the path of every other module that holds parameters to one
+    sentence. Iterating over a description iterates over its structures.
+    """
+
+    structures: tuple[Structure, ...]
+    dense: Mapping[str, str] = field(default_factory=dict)
+    attention: AttentionUnit = "head_dim"
+
+    @property
+    def fingerprint(self) -> str:
+        """See :func:`fingerprint`."""
+        return fingerprint(self.attention, self.structures)
+
+    def __iter__(self) -> Iterator[Structure]:
+        return iter(self.structures)
+
+    def __len__(self) -> int:
+        return len(self.structures)

@@ -1,0 +1,68 @@
+"""The arithmetic of slots: which positions of an axis belong to which unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .structure import Gate, Slot, Structure
+
+__all__ = ["owner_of", "positions", "spread", "unit_squares"]
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """``("a.b", "weight")`` for ``"a.b.weight"``."""
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
+def span(slot: Slot | Gate, size: int) -> int:
+    """How many positions the slot covers."""
+    return slot.repeat * size * slot.inner
+
+
+def positions(slot: Slot | Gate, size: int, units: Sequence[int]) -> Tensor:
+    """Positions on the slot's axis that belong to ``units``, ascending. Shape (n,), int64."""
+    layout = torch.arange(span(slot, size)).reshape(slot.repeat, size, slot.inner)
+    return layout[:, torch.as_tensor(units, dtype=torch.long), :].reshape(-1) + slot.start
+
+
+def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
+    """``values`` (size,) laid out over an axis of ``width`` positions, 1 where no unit lives.
+
+    Differentiable; shape (width,).
+    """
+    block = values[None, :, None].expand(slot.repeat, -1, slot.inner).reshape(-1)
+    before, after = slot.start, width - slot.start - block.numel()
+    if before == 0 and after == 0:
+        return block
+    return torch.cat([block.new_ones(before), block, block.new_ones(after)])
+
+
+@torch.no_grad()
+def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[str, Tensor]:
+    """Sum of squared weights of every unit, float32: {structure: (size,)}.
+
+    Summed over all slots of the unit, biases included; computed one parameter at a time,
+    so no copy of the model is made.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sums: dict[tuple[str, int], Tensor] = {}
+    totals = {}
+    for structure in structures:
+        total = torch.zeros(structure.size)
+        for slot in structure.slots:
+            axis_sums = sums.get((slot.param, slot.axis))
+            if axis_sums is None:
+                weight = parameters[slot.param].detach()
+                others = [axis for axis in range(weight.dim()) if axis != slot.axis]
+                squares = torch.linalg.vector_norm(
+                    weight, dim=others, dtype=torch.float32
+                ).square() if others else weight.float().square()
+                axis_sums = sums[slot.param, slot.axis] = squares.cpu()
+            block = axis_sums[slot.start : slot.start + span(slot, structure.size)]
+            total += block.reshape(slot.repeat, structure.size, slot.inner).sum((0, 2))
+        totals[structure.name] = total
+    return totals
