@@ -18,36 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from .budget import Prices
 from .gate import Gates
 from .layers import is_linear
 from .plan import Plan
 from .structure import Structure
 
-__all__ = ["MacsProfile", "Prices", "macs", "measure_macs", "param_prices", "params"]
-
-
-@dataclass(frozen=True)
-class Prices:
-    """The price list of a model: ``fixed`` for what always stays, ``unit`` for each unit.
-
-    ``what`` is ``"params"`` or ``"macs"``. The whole model costs ``total``.
-    """
-
-    what: str
-    unit: Mapping[str, float]
-    sizes: Mapping[str, int]
-    fixed: float
-
-    @property
-    def total(self) -> float:
-        """What the uncut model costs."""
-        return self.fixed + sum(self.unit[name] * self.sizes[name] for name in self.unit)
-
-    def cost(self, kept: Mapping[str, int]) -> float:
-        """What the model costs with ``kept`` units of each structure (absent: all)."""
-        return self.fixed + sum(
-            price * kept.get(name, self.sizes[name]) for name, price in self.unit.items()
-        )
+__all__ = ["MacsProfile", "macs", "macs_of", "measure_macs", "param_prices", "params"]
 
 
 def _kept(structure: Structure, choice: Plan | Gates | None) -> int | Tensor:

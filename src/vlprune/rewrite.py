@@ -183,7 +183,7 @@ def _axis_index(
     for structure in cut:
         for slot in structure.slots:
             length = model.get_parameter(slot.param).shape[slot.axis]
-            mask = masks[slot.param].setdefault(slot.axis, torch.ones(length, dtype=torch.bool))
+            mask = masks[slot.param].setdefault(slot.axis, torch.ones(length, dtype=torch.bool, device="cpu"))
             mask[slot.start : slot.start + span(slot, structure.size)] = False
             mask[positions(slot, structure.size, plan.kept(structure))] = True
     return {

@@ -25,8 +25,8 @@ def span(slot: Slot | Gate, size: int) -> int:
 
 def positions(slot: Slot | Gate, size: int, units: Sequence[int]) -> Tensor:
     """Positions on the slot's axis that belong to ``units``, ascending. Shape (n,), int64."""
-    layout = torch.arange(span(slot, size)).reshape(slot.repeat, size, slot.inner)
-    return layout[:, torch.as_tensor(units, dtype=torch.long), :].reshape(-1) + slot.start
+    layout = torch.arange(span(slot, size), device="cpu").reshape(slot.repeat, size, slot.inner)
+    return layout[:, torch.as_tensor(units, dtype=torch.long, device="cpu"), :].reshape(-1) + slot.start
 
 
 def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:

@@ -1,0 +1,286 @@
+"""Folders: saved all or not at all, loaded by plain ``from_pretrained``.
+
+Importing this module teaches transformers to rebuild the shapes of a cut model from its
+``config.json`` before the weights are loaded. The hook transformers offers for that is its
+registry of quantizers; nothing is quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .architectures import discover
+from .errors import CheckpointError, UnsupportedError
+from .record import METHOD, Record, read_record
+from .rewrite import apply_plan
+from .structure import Structure
+
+__all__ = ["load", "model_class", "save"]
+
+PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
+
+
+@register_quantization_config(METHOD)
+class VlpruneConfig(QuantizationConfigMixin):
+    """The vlprune section of a config, as transformers wants to hold it."""
+
+    def __init__(self, **section: Any) -> None:
+        self.quant_method = METHOD
+        self.section = {**section, "quant_method": METHOD}
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The config for a section; extra keywords are handed back when asked for."""
+        config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section, as it stands in ``config.json``."""
+        return dict(self.section)
+
+
+@register_quantizer(METHOD)
+class ShapeRebuilder(HfQuantizer):
+    """Cuts the freshly built, still empty model to the shapes of the saved one."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        record = Record.from_section(self.quantization_config.to_dict())
+        apply_plan(model, *_matched(model, record))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        # From here on it is an ordinary model: no flag may keep Trainer, .half() or a real
+        # quantizer away. The section stays in the config, so saving keeps it.
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                module.config._is_quantized = False
+        model.is_quantized = False
+        for flag in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, flag):
+                delattr(model, flag)
+        return model
+
+    def is_serializable(self) -> bool:
+        """True: the small model saves like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: the small model trains like any other."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True, for the same reason."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: torch.compile sees plain layers."""
+        return True
+
+
+def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
+    """The model's structures that the record cut, and the plan in the model's own names.
+
+    A folder may be opened by a class one level up or down (AutoModel on a folder written by
+    a head class), whose module names lack or gain the base model's prefix.
+    """
+    description = discover(model, attention=record.plan.attention)  # type: ignore[arg-type]
+    own = {structure.name: structure for structure in description}
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    cut, keep, unknown = [], {}, []
+    for name, units in record.plan.keep.items():
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        found = next((own[c] for c in candidates if c in own), None)
+        if found is None:
+            unknown.append(name)
+            continue
+        if found.size != record.sizes[name]:
+            raise CheckpointError(
+                f"config.json describes {name} with {found.size} units, its vlprune section with "
+                f"{record.sizes[name]}: the folder mixes files of two models, copy it again"
+            )
+        cut.append(replace(found, layout=record.layouts[name]))  # type: ignore[arg-type]
+        keep[found.name] = units
+    if unknown and type(model).__name__ in (getattr(model.config, "architectures", None) or []):
+        raise CheckpointError(
+            f"this {type(model).__name__} has no {unknown[0]!r}, which its vlprune section cuts: "
+            "it was written by another version of transformers or vlprune; use that one"
+        )
+    return cut, replace(record.plan, keep=keep)
+
+
+def save(model: Any, folder: str | Path, *, extras: Mapping[str, str] | None = None,
+         processor: Any = None) -> Path:
+    """The folder, which plain ``from_pretrained`` loads after ``import vlprune``.
+
+    Holds the stock ``config.json`` and ``model.safetensors``, ``plan.json``, the files of
+    ``processor`` (anything with ``save_pretrained``) and ``extras`` {file name: text}. All
+    is written beside the folder and renamed into place at the end: a kill or a full disk
+    leaves what was there before. Files that vlprune did not write survive.
+
+    Raises CheckpointError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    partial, old = _neighbours(folder)
+    _recover(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file: choose a folder to save into")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        model.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
+        record = read_record(model)
+        if record is not None:
+            (partial / PLAN_FILE).write_text(record.plan.to_json() + "\n", encoding="utf-8")
+        for name, text in (extras or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        _keep_foreign_files(folder, partial)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        _recover(folder)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"cannot save to {folder}: {reason}; what was there before is unchanged"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _neighbours(folder: Path) -> tuple[Path, Path]:
+    """Where a save is prepared, and where the previous folder waits during the swap."""
+    name = folder.resolve().name
+    return folder.resolve().parent / f".{name}.partial", folder.resolve().parent / f".{name}.old"
+
+
+def _recover(folder: Path) -> None:
+    """Finish a swap that was killed between its two renames."""
+    _, old = _neighbours(folder)
+    if old.exists():
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, folder)
+
+
+def _keep_foreign_files(folder: Path, partial: Path) -> None:
+    """Carry over what the old folder holds and the new one does not, except old weights."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        target = partial / entry.name
+        stale = entry.name.startswith("model") and ".safetensors" in entry.name
+        if target.exists() or stale:
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, target, symlinks=True)
+        else:
+            shutil.copy2(entry, target, follow_symlinks=False)
+
+
+def load(folder: str | Path, **kwargs: Any) -> Any:
+    """The model in a folder that :func:`save` (or ``save_pretrained`` of a cut model) wrote.
+
+    Its class is the one named in ``config.json``; ``kwargs`` go to ``from_pretrained``.
+    Says what is wrong where ``from_pretrained`` would raise from deep inside. Raises
+    CheckpointError for a folder that is missing, incomplete or damaged.
+    """
+    folder = Path(folder)
+    _recover(folder)
+    config = _config(folder)
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{folder}/config.json has no vlprune section, so the plan of this model is not known: "
+            "restore config.json from where the folder was saved, or load an uncut model with "
+            "from_pretrained"
+        )
+    Record.from_section(section)
+    check_weights(folder)
+    cls = model_class(config, folder)
+    model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{folder} lacks the weights of {sorted(info['missing_keys'])[0]} and "
+            f"{len(info['missing_keys']) - 1} more: copy the folder again"
+        )
+    return model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no config.json: it is not a model") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {folder}/config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}/config.json is not a JSON object")
+    return config
+
+
+def model_class(config: Mapping[str, Any], where: object) -> Any:
+    """The transformers class a ``config.json`` names. Never runs code from the folder."""
+    names = config.get("architectures") or []
+    cls: Any = getattr(transformers, names[0], None) if names else None
+    if cls is None or not issubclass(cls, transformers.PreTrainedModel):
+        raise UnsupportedError(
+            f"{where} names the model class {names[0] if names else 'nothing'!r}, which this "
+            "transformers does not have: update transformers, or load it with its own class"
+        )
+    return cls
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError unless every safetensors file of the folder is there and whole."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(mapping.values()))
+        except (OSError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"cannot read {index}: {error}") from None
+    else:
+        files = ["model.safetensors"]
+    for name in files:
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(
+                f"{folder} lacks {name}: copy the folder again (pickled weights are never read)"
+            )
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is damaged or cut short ({error}): copy the file again"
+            ) from None

@@ -1,0 +1,245 @@
+"""One compression as an object: describe, watch the training, plan, cut, report."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from . import cost
+from .architectures import discover
+from .budget import parse_budget
+from .errors import BudgetError, UnsupportedError, VlpruneError
+from .gate import gated
+from .methods import Method, Problem
+from .plan import Plan
+from .record import read_record
+from .rewrite import rewrite
+from .structure import AttentionUnit, Structure
+from .units import unit_squares
+
+__all__ = ["Compressor"]
+
+
+class Compressor:
+    """A compression of ``model`` by ``method`` to ``budget``.
+
+    ``budget`` is the fraction of the whole model that stays: ``{"params": 0.5}`` or
+    ``{"macs": 0.5}``; the latter needs ``example_inputs`` (keywords of one forward pass),
+    because MACs depend on the input. In a Trainer, pass :meth:`callback`; in a loop of your
+    own, call :meth:`step` after every backward. Then :meth:`finish` cuts.
+
+    Raises BudgetError, UnsupportedError (nothing to prune, another quantizer).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        budget: Mapping[str, float],
+        *,
+        attention: AttentionUnit = "head_dim",
+        example_inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(method, Method):
+            raise UnsupportedError(
+                f"method must be one such as vlprune.Magnitude(), not {method!r}"
+            )
+        self.budget = parse_budget(budget)
+        read_record(model)  # a sentence now rather than after hours of training
+        self.model, self.method = model, method
+        self.description = discover(model, attention)
+        if not self.description.structures:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no attention or FFN that the layout table knows: "
+                "see vlprune.discover(model).dense for the reasons"
+            )
+        self.example_inputs = dict(example_inputs) if example_inputs else None
+        structures = self.description.structures
+        self._params_before = int(cost.params(model, structures))
+        self._param_prices = cost.param_prices(model, structures)
+        self._macs = (
+            cost.measure_macs(model, structures, self.example_inputs)
+            if self.example_inputs
+            else None
+        )
+        if self.budget.what == "macs":
+            if self._macs is None:
+                raise BudgetError(
+                    "a budget in macs needs example_inputs: MACs depend on the size of the input"
+                )
+            prices = self._macs.prices
+        else:
+            prices = self._param_prices
+        self.search = method.start(
+            Problem(
+                structures, prices, self.budget.fraction, lambda: unit_squares(model, structures)
+            )
+        )
+        self.prices = prices
+        self._plan: Plan | None = None
+        self._finished = False
+        self._verification: Any = None
+        self._gates: dict[str, Tensor] = {}
+        self._hooks = ExitStack()
+        self._seen: dict[str, Any] | None = None
+        self._attached = False
+        self.attach()
+
+    # -- while training ------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the gates in place; done on construction, and again by the callback."""
+        if self._attached or self._finished:
+            return
+        self._attached = True
+        watcher = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._hooks.callback(watcher.remove)
+        if self.search.uses_gates:
+            device = next(self.model.parameters()).device
+            for structure in self.description:
+                gate = torch.ones(structure.size, device=device, requires_grad=True)
+                self._gates.setdefault(structure.name, gate)
+            self._hooks.enter_context(
+                gated(self.model, self.description.structures, self._gates)
+            )
+            self._set_gates(0.0)
+
+    def detach(self) -> None:
+        """Take every hook away again; what the search has learnt stays."""
+        self._hooks.close()
+        self._attached = False
+
+    def step(self, progress: float) -> None:
+        """Tell the search that one backward pass is done; call before ``optimizer.step()``.
+
+        ``progress`` runs from 0 to 1 over the search.
+        """
+        if not 0 <= progress <= 1:
+            raise VlpruneError(f"progress runs from 0 to 1, not {progress!r}")
+        if self.search.uses_gates:
+            gradients = {
+                name: gate.grad.detach()
+                for name, gate in self._gates.items()
+                if gate.grad is not None
+            }
+            if not gradients:
+                raise VlpruneError(
+                    "no gate has a gradient: call compressor.step after loss.backward(), with the "
+                    "model that the compressor was made for"
+                )
+            self.search.after_backward(progress, gradients)
+            for gate in self._gates.values():
+                gate.grad = None
+        self._set_gates(progress)
+
+    @torch.no_grad()
+    def _set_gates(self, progress: float) -> None:
+        for name, values in self.search.gates(progress).items():
+            self._gates[name].copy_(values)
+
+    def _remember(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the first batch as the probe for the proof at the end."""
+        if self._seen is None and not args:
+            self._seen = {
+                name: value.detach().clone() if isinstance(value, Tensor) else value
+                for name, value in kwargs.items()
+            }
+
+    def callback(self) -> TrainerCallback:
+        """The same as :meth:`step`, for the Hugging Face Trainer."""
+        return _Callback(self)
+
+    # -- the end -------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The plan as the search sees it now."""
+        if self._plan is not None:
+            return self._plan
+        return Plan(
+            keep=self.search.keep(),
+            attention=self.description.attention,
+            fingerprint=self.description.fingerprint,
+        )
+
+    def finish(self, verify: bool = True) -> Any:
+        """The same model object, really smaller.
+
+        With ``verify`` the masked and the cut model are compared on ``example_inputs``, or on
+        the first batch seen in training; :meth:`report` says how far apart they were, or that
+        there was nothing to compare on. Raises VerificationError if they differ.
+        """
+        if self._finished:
+            return self.model
+        plan = self.plan()
+        self.detach()
+        probe = self.example_inputs or self._seen
+        rewrite(self.model, self.description, plan, verify=probe if verify else None)
+        self._verification = self.model.__dict__.pop("_vlprune_verification", None)
+        self._plan, self._finished = plan, True
+        self._gates, self._seen = {}, None
+        return self.model
+
+    def report(self) -> dict[str, Any]:
+        """What was asked and reached, by tower and kind: plain values, ready for JSON."""
+        plan = self.plan()
+        structures = self.description.structures
+        kept = {s.name: len(plan.kept(s)) for s in structures}
+        groups: dict[tuple[str, str], list[Structure]] = defaultdict(list)
+        for structure in structures:
+            groups[structure.tower, structure.kind].append(structure)
+        unit = self._param_prices.unit
+        total = self._params_before
+        after = total - round(sum(unit[s.name] * (s.size - kept[s.name]) for s in structures))
+        report: dict[str, Any] = {
+            "method": type(self.method).__name__,
+            "options": asdict(self.method) if is_dataclass(self.method) else {},
+            "attention": self.description.attention,
+            "budget": {
+                "what": self.budget.what,
+                "asked": self.budget.fraction,
+                "reached": self.prices.cost(kept) / self.prices.total,
+            },
+            "params": {"before": total, "after": after},
+            "groups": [
+                {
+                    "tower": tower,
+                    "kind": kind,
+                    "structures": len(members),
+                    "units": sum(s.size for s in members),
+                    "kept": sum(kept[s.name] for s in members),
+                    "padded": sum(s.layout == "padded" for s in members),
+                }
+                for (tower, kind), members in groups.items()
+            ],
+            "verified": asdict(self._verification) if self._verification else None,
+        }
+        if self._macs is not None:
+            report["macs"] = {
+                "before": self._macs.total,
+                "after": cost.macs_of(self._macs, structures, plan),
+                "not_counted": list(self._macs.not_counted),
+            }
+        return report
+
+
+class _Callback(TrainerCallback):
+    """Feeds a Compressor from a Trainer."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.compressor.attach()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.compressor.step(min(1.0, (state.global_step + 1) / max(1, state.max_steps)))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.compressor.detach()

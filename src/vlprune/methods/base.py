@@ -1,0 +1,120 @@
+"""What a method is: a frozen config that starts a search, and the search it starts.
+
+A method knows structures, prices, gates and progress; never a module path, never a model.
+To add one: a file with a frozen dataclass (its fields are its options, so an unknown option
+is refused) and a :class:`Search`; then a line in ``methods/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Prices, select
+from ..errors import RecipeError
+from ..structure import Structure
+
+__all__ = ["Method", "OneShot", "Problem", "Search", "standardised"]
+
+SCOPES = ("global", "uniform")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search is given.
+
+    ``budget`` is the fraction of ``prices.total`` that stays. ``squares()`` gives the sum of
+    squared weights of every unit, {structure: (size,)}, computed when called.
+    """
+
+    structures: tuple[Structure, ...]
+    prices: Prices
+    budget: float
+    squares: Callable[[], Mapping[str, Tensor]]
+
+
+class Search(ABC):
+    """The state of one search."""
+
+    uses_gates: ClassVar[bool] = False
+    """Whether training must run with gates; if not, a plan can be made at any time."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def gates(self, progress: float) -> Mapping[str, Tensor]:
+        """Gate values for the next step, {structure: (size,)}; absent ones stay as they are."""
+        return {}
+
+    def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
+        """Take note of the gate gradients of one step, {structure: (size,)}."""
+
+    @abstractmethod
+    def keep(self) -> dict[str, tuple[int, ...]]:
+        """The units that stay, within the budget."""
+
+
+class Method(ABC):
+    """A config that can start a search."""
+
+    @abstractmethod
+    def start(self, problem: Problem) -> Search:
+        """A fresh search for this problem."""
+
+
+@dataclass(frozen=True)
+class OneShot(Method):
+    """A method that scores every unit once and keeps the best. The baselines share it.
+
+    ``scope="global"`` ranks all units of the model together, after bringing the scores of
+    each kind of structure to zero mean and unit variance (ours, after UPop's section 3.2);
+    ``scope="uniform"`` removes the same share of every structure. ``round_to=8`` keeps
+    multiples of 8 units.
+    """
+
+    scope: str = "global"
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise RecipeError(f"scope must be one of {', '.join(SCOPES)}, not {self.scope!r}")
+
+    def best(self, problem: Problem, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """The units with the highest scores that fit the budget."""
+        comparable = (
+            {name: _ranks(values) for name, values in scores.items()}
+            if self.scope == "uniform"
+            else standardised(problem.structures, scores)
+        )
+        plain = {name: values.tolist() for name, values in comparable.items()}
+        return select(plain, problem.prices, problem.budget, self.round_to)
+
+
+def standardised(
+    structures: tuple[Structure, ...], scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scores with zero mean and unit variance over all units of a kind, all towers together."""
+    kinds: dict[str, list[str]] = {}
+    for structure in structures:
+        kinds.setdefault(structure.kind, []).append(structure.name)
+    result = {}
+    for names in kinds.values():
+        together = torch.cat([scores[name].double() for name in names])
+        mean, spread = together.mean(), together.std(correction=0)
+        for name in names:
+            centred = scores[name].double() - mean
+            result[name] = centred / spread if spread > 0 else centred
+    return {structure.name: result[structure.name] for structure in structures}
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Each unit's rank in its structure, from 0 (lowest) towards 1."""
+    order = torch.argsort(values, stable=True)
+    ranks = torch.empty(len(values), dtype=torch.float64)
+    ranks[order] = torch.arange(len(values), dtype=torch.float64) / len(values)
+    return ranks

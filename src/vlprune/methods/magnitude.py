@@ -1,0 +1,32 @@
+"""Keep the units with the largest weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import OneShot, Problem, Search
+
+__all__ = ["Magnitude"]
+
+
+@dataclass(frozen=True)
+class Magnitude(OneShot):
+    """One-shot baseline: the root of a unit's summed squared weights is its score.
+
+    Source: the group magnitude criterion of Li et al. (ICLR 2017), over all slices of the
+    unit. Needs no data and no training.
+    """
+
+    def start(self, problem: Problem) -> Search:
+        """A search that looks at the weights when it is asked for the plan."""
+        return _MagnitudeSearch(self, problem)
+
+
+class _MagnitudeSearch(Search):
+    def __init__(self, method: Magnitude, problem: Problem) -> None:
+        super().__init__(problem)
+        self.method = method
+
+    def keep(self) -> dict[str, tuple[int, ...]]:
+        scores = {name: squares.sqrt() for name, squares in self.problem.squares().items()}
+        return self.method.best(self.problem, scores)

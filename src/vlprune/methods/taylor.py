@@ -1,0 +1,55 @@
+"""Keep the units whose removal would change the loss most, to first order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import VlpruneError
+from .base import OneShot, Problem, Search
+
+__all__ = ["Taylor"]
+
+
+@dataclass(frozen=True)
+class Taylor(OneShot):
+    """One-shot baseline: |d loss / d gate| at gate 1, averaged over the steps it has seen.
+
+    With gates at 1 the gradient of a gate is the sum of weight times gradient over the unit,
+    the first-order change of the loss when the unit is removed. Source: Molchanov et al.
+    (ICLR 2017), criterion of equation 8, on gates. Non-finite steps are left out.
+    """
+
+    def start(self, problem: Problem) -> Search:
+        """A search that watches gate gradients while training runs."""
+        return _TaylorSearch(self, problem)
+
+
+class _TaylorSearch(Search):
+    uses_gates: ClassVar[bool] = True
+
+    def __init__(self, method: Taylor, problem: Problem) -> None:
+        super().__init__(problem)
+        self.method = method
+        self.steps = 0
+        self.sums = {s.name: torch.zeros(s.size) for s in problem.structures}
+
+    def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            return
+        self.steps += 1
+        for name, gradient in gradients.items():
+            self.sums[name] += gradient.abs().float().cpu()
+
+    def keep(self) -> dict[str, tuple[int, ...]]:
+        if self.steps == 0:
+            raise VlpruneError(
+                "Taylor has seen no finite gradient yet: train at least one step with "
+                "compressor.callback(), or call compressor.step(progress) after each backward"
+            )
+        scores = {name: total / self.steps for name, total in self.sums.items()}
+        return self.method.best(self.problem, scores)
