@@ -1,9 +1,4 @@
-"""Folders: saved all or not at all, loaded by plain ``from_pretrained``.
-
-Importing this module teaches transformers to rebuild the shapes of a cut model from its
-``config.json`` before the weights are loaded. The hook transformers offers for that is its
-registry of quantizers; nothing is quantized.
-"""
+"""Folders: saved all or not at all, loaded by plain ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -17,83 +12,23 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architectures import discover
 from .errors import CheckpointError, UnsupportedError
 from .record import METHOD, Record, read_record
-from .rewrite import apply_plan
+from .cutting import apply_plan
 from .structure import Structure
 
-__all__ = ["load", "model_class", "save"]
+__all__ = ["check_weights", "load", "model_class", "rebuild_shapes", "save"]
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
 
 
-@register_quantization_config(METHOD)
-class VlpruneConfig(QuantizationConfigMixin):
-    """The vlprune section of a config, as transformers wants to hold it."""
-
-    def __init__(self, **section: Any) -> None:
-        self.quant_method = METHOD
-        self.section = {**section, "quant_method": METHOD}
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """The config for a section; extra keywords are handed back when asked for."""
-        config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """The section, as it stands in ``config.json``."""
-        return dict(self.section)
-
-
-@register_quantizer(METHOD)
-class ShapeRebuilder(HfQuantizer):
-    """Cuts the freshly built, still empty model to the shapes of the saved one."""
-
-    requires_calibration = False
-
-    def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-        record = Record.from_section(self.quantization_config.to_dict())
-        apply_plan(model, *_matched(model, record))
-        return model
-
-    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-        # From here on it is an ordinary model: no flag may keep Trainer, .half() or a real
-        # quantizer away. The section stays in the config, so saving keeps it.
-        for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_is_quantized"):
-                module.config._is_quantized = False
-        model.is_quantized = False
-        for flag in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, flag):
-                delattr(model, flag)
-        return model
-
-    def is_serializable(self) -> bool:
-        """True: the small model saves like any other."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: the small model trains like any other."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """True, for the same reason."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """True: torch.compile sees plain layers."""
-        return True
+def rebuild_shapes(model: Any, section: Mapping[str, Any]) -> Any:
+    """Cut a freshly built, still empty model to the shapes that ``section`` describes."""
+    record = Record.from_section(section)
+    apply_plan(model, *_matched(model, record))
+    return model
 
 
 def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:

@@ -20,7 +20,7 @@ from .gate import gated
 from .methods import Method, Problem
 from .plan import Plan
 from .record import read_record
-from .rewrite import rewrite
+from .cutting import rewrite
 from .structure import AttentionUnit, Structure
 from .units import unit_squares
 
