@@ -1,0 +1,215 @@
+"""The command: parse, call, print. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .errors import VlpruneError
+from .recipe import load_recipe
+from .report import human, percent, stage_header, stage_rows, summary
+
+app = typer.Typer(
+    help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
+    "out, that from_pretrained loads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name or, with --config-only, a model type such as clip.")],
+    attention: Annotated[str, typer.Option(help="Attention unit: head_dim, qk_vo or head.")] = "head_dim",
+    config_only: Annotated[bool, typer.Option("--config-only", help="Describe the architecture without weights.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show structures, units, parameters and MACs by tower and kind, and what stays dense.
+
+    Example: vlprune inspect openai/clip-vit-base-patch32
+    """
+    from .probe import made_up_inputs
+    from .run import describe, open_model
+
+    loaded = open_model(model, config_only)
+    try:
+        inputs, problem = made_up_inputs(loaded), ""
+    except VlpruneError as error:
+        inputs, problem = None, str(error)
+    description = describe(loaded, inputs, attention)
+    description["macs_problem"] = description["macs_problem"] or problem
+    if as_json:
+        print(json.dumps(description))
+        return
+    _print_description(description)
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the result.")] = Path("vlprune-output"),
+    as_json: Json = False,
+) -> None:
+    """Train or load a model, cut it, retrain it, evaluate it, and save it.
+
+    Example: vlprune compress recipes/easy-vqa.yaml budget.params=0.3 -o small
+    """
+    chosen = load_recipe(recipe, overrides or [])
+    _run(chosen, output, as_json)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A folder with a model.")],
+    recipe: Annotated[Path | None, typer.Option(help="A recipe with the data; default: the one in the folder.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a saved model on the test data of its recipe.
+
+    Example: vlprune evaluate small
+    """
+    chosen = load_recipe(recipe or folder / "recipe.yaml", overrides or [])
+    from .run import evaluate_folder
+
+    metrics = evaluate_folder(folder, chosen, _Shown())
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    table = Table("metric", "value")
+    for name, value in metrics.items():
+        table.add_row(name.replace("_", " "), percent(value))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the result.")] = Path("demo-output"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that replace the demo's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole thing on generated scenes: nothing to download, minutes on two cores.
+
+    Example: vlprune demo -o demo-output
+    """
+    recipe = load_recipe(str(files("vlprune") / "demo.yaml"), overrides or [])
+    _run(recipe, output, as_json)
+
+
+def _run(recipe: Any, output: Path, as_json: bool) -> None:
+    err.print("[dim]loading torch and transformers[/dim]")
+    from .run import compress as run_recipe
+
+    report = run_recipe(recipe, output, _Shown())
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table(*stage_header(report))
+    for row in stage_rows(report):
+        table.add_row(*row)
+    out.print(table)
+    out.print(summary(report))
+    out.print(f"Took {report['seconds']:.0f} s on {report['threads']} CPU threads.")
+    out.print(f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original.")
+
+
+def _print_description(body: dict[str, Any]) -> None:
+    table = Table("tower", "kind", "structures", "units", "params", "MACs", "layout")
+    for row in body["groups"]:
+        native = row["structures"] - row["padded"]
+        layout = "native" if not row["padded"] else f"{native} native, {row['padded']} padded"
+        table.add_row(
+            row["tower"], row["kind"], str(row["structures"]), str(row["units"]),
+            human(row["params"]), human(row["macs"]) if row["macs"] is not None else "-", layout,
+        )
+    macs = f", {human(body['macs'])} MACs" if body["macs"] else ""
+    out.print(f"{body['model']}: {human(body['params'])} params{macs}")
+    out.print(table)
+    if body["macs_problem"]:
+        out.print(f"MACs are not known: {body['macs_problem']}.")
+    if body["not_counted"]:
+        out.print(f"Not counted in MACs: {', '.join(body['not_counted'])}.")
+    out.print(f"The smallest budget that can be reached is {percent(body['least_params'])} of the params.")
+    reasons: dict[str, list[str]] = {}
+    for path, reason in body["dense"].items():
+        reasons.setdefault(reason, []).append(path)
+    stays = Table("stays dense because it is", "modules", "for example")
+    for reason, paths in reasons.items():
+        stays.add_row(reason, str(len(paths)), paths[0])
+    out.print(stays)
+
+
+class _Shown:
+    """Phases and bars on stderr; plain lines, a few a phase, where stderr is no terminal."""
+
+    def phase(self, title: str) -> None:
+        """A line for the phase that begins."""
+        err.print(f"[bold]{title}[/bold]" if err.is_terminal else title)
+
+    @contextmanager
+    def count(self, title: str, total: int) -> Iterator[Any]:
+        """A bar that disappears when it is done."""
+        if not err.is_terminal:
+            yield _plain_lines(title, total)
+            return
+        columns = (
+            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )
+        with Bars(*columns, console=err, transient=True) as bars:
+            task = bars.add_task(title, total=total, note="")
+
+            def advance(done: int, note: str = "") -> None:
+                bars.update(task, advance=done, **({"note": note} if note else {}))
+
+            yield advance
+
+
+def _plain_lines(title: str, total: int) -> Any:
+    """An advance function that prints a line at every quarter."""
+    state = {"done": 0, "note": "", "next": 1}
+
+    def advance(done: int, note: str = "") -> None:
+        state["done"] += done
+        state["note"] = note or state["note"]
+        if done and state["done"] * 4 >= total * state["next"]:
+            state["next"] = state["done"] * 4 // total + 1
+            err.print(f"  {title} {state['done']}/{total} {state['note']}".rstrip())
+
+    return advance
+
+
+def main() -> None:
+    """The console script: user errors become one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except VlpruneError as error:
+        err.print(f"vlprune: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("vlprune: stopped; run the same command again to go on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Recipes: YAML files as frozen typed dataclasses. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .budget import parse_budget
+from .errors import RecipeError, did_you_mean
+
+__all__ = ["DataSpec", "ModelSpec", "Recipe", "Training", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model: ``path`` (a folder or a hub name), or a small new one of these sizes."""
+
+    path: str = ""
+    width: int = 96
+    heads: int = 4
+    vision_layers: int = 3
+    text_layers: int = 2
+    image_size: int = 64
+    patch_size: int = 16
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data.
+
+    ``format`` is ``shapes`` (generated into ``folder``; ``train_items`` and ``test_items``
+    count scenes), ``easy-vqa`` (``folder`` is its split folder; every tenth image tests),
+    ``vqav2`` (``train`` and ``test`` name ``questions``, ``annotations``, ``images``),
+    ``coco-captions`` (they name ``captions``, ``images``) or ``karpathy`` (they name
+    ``split_file``, ``images``, ``split``). 0 items means all. ``$NAME`` is replaced from the
+    environment.
+    """
+
+    format: str = "shapes"
+    folder: str = ""
+    train: Mapping[str, str] = field(default_factory=dict)
+    test: Mapping[str, str] = field(default_factory=dict)
+    train_items: int = 0
+    test_items: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """One phase of training: AdamW with warm-up and cosine decay, by the Trainer.
+
+    ``warmup`` is a fraction of ``steps``; ``batch_size`` is per process.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One compression from data to folder.
+
+    ``method`` is ``{"name": ..., option: value}``. ``train`` makes the dense model (0 steps:
+    take it as it is), ``search`` is the training a method with gates watches, ``retrain``
+    follows the cut. ``threads`` 0 leaves the number of CPU threads alone.
+    """
+
+    task: str
+    budget: Mapping[str, float]
+    method: Mapping[str, Any] = field(default_factory=lambda: {"name": "magnitude"})
+    attention: str = "head_dim"
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    train: Training = field(default_factory=Training)
+    search: Training = field(default_factory=Training)
+    retrain: Training = field(default_factory=Training)
+    seed: int = 0
+    threads: int = 0
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        parse_budget(self.budget)
+
+    def to_yaml(self) -> str:
+        """The recipe with every default spelled out, ready to be run again."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``key.key=value`` overrides applied.
+
+    Raises RecipeError for a file that cannot be read, an unknown key (with the closest known
+    one) or a value of the wrong type; BudgetError for a budget that is none.
+    """
+    try:
+        body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(body, dict):
+        raise RecipeError(f"{path} must be a mapping of keys to values")
+    for override in overrides:
+        _override(body, override)
+    return typing.cast(Recipe, _build(Recipe, body, ""))
+
+
+def _override(body: dict[str, Any], text: str) -> None:
+    """Set ``a.b=value`` in a nested mapping; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{text!r} is not of the form key=value, as in budget.params=0.3")
+    *parents, leaf = key.split(".")
+    for name in parents:
+        body = body.setdefault(name, {})
+        if not isinstance(body, dict):
+            raise RecipeError(f"{key}: {name} has a value and no keys below it")
+    try:
+        body[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"{text!r}: the value is not valid YAML") from None
+
+
+def _build(cls: type[Any], body: Any, where: str) -> Any:
+    """A dataclass from a mapping, strictly."""
+    if not isinstance(body, Mapping):
+        raise RecipeError(f"{where or 'the recipe'} must hold keys, not {body!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in body.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            raise RecipeError(f"unknown key {place!r} in the recipe.{did_you_mean(str(key), hints)}")
+        values[key] = _value(hints[key], value, place)
+    for spec in dataclasses.fields(cls):
+        needed = (
+            spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        )
+        if needed and spec.name not in values:
+            raise RecipeError(f"the recipe needs {spec.name!r}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, place: str) -> Any:
+    """``value`` as the type that a field asks for."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, place)
+    if typing.get_origin(hint) in (Mapping, types.MappingProxyType):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{place} must hold keys, as in {place}.name=value, not {value!r}")
+        return {
+            str(k): _expand(v, f"{place}.{k}") if isinstance(v, str) else v
+            for k, v in value.items()
+        }
+    if hint is str and isinstance(value, str):
+        return _expand(value, place)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise RecipeError(f"{place} must be a number, not {value!r}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
+        kind = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
+        raise RecipeError(f"{place} must be {kind}, not {value!r}")
+    if hint in (int, float) and value < 0:
+        raise RecipeError(f"{place} must not be negative, not {value!r}")
+    return value
+
+
+def _expand(text: str, place: str) -> str:
+    """``$NAME`` replaced from the environment. Raises RecipeError if a name is not set."""
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if "$" in expanded:
+        name = expanded[expanded.index("$") :].split("/")[0]
+        raise RecipeError(f"{place} uses {name}, which is not set in the environment")
+    return expanded

@@ -1,0 +1,267 @@
+"""A recipe from data to folder: train, search, cut, retrain, evaluate, save."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__, cost
+from .bench import latencies
+from .checkpoint import RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
+from .compressor import Compressor
+from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
+from .methods import METHODS, Method
+from .recipe import Recipe, Training
+from .report import model_card
+from .tasks import TASKS, Task
+from .train import fit, prepare
+
+__all__ = ["Progress", "compress", "evaluate_folder", "make_task"]
+
+
+class Progress:
+    """Where a run says what it is doing. This one says nothing."""
+
+    def phase(self, title: str) -> None:
+        """A new phase begins."""
+
+    @contextmanager
+    def count(self, title: str, total: int) -> Iterator[Any]:
+        """A bar for ``total`` items; yields ``advance(done, note="")``."""
+        yield lambda done, note="": None
+
+
+def make_task(recipe: Recipe, folder: Path) -> Task:
+    """The task of a recipe, with its data loaded. Raises RecipeError for an unknown task."""
+    if recipe.task not in TASKS:
+        raise RecipeError(
+            f"task must be one of {', '.join(TASKS)}, not {recipe.task!r}."
+            f"{did_you_mean(recipe.task, TASKS)}"
+        )
+    return TASKS[recipe.task](recipe.model, recipe.data, folder)
+
+
+def make_method(options: Mapping[str, Any]) -> Method:
+    """The method of a recipe. Raises RecipeError for an unknown name or option."""
+    chosen = dict(options)
+    name = chosen.pop("name", None)
+    if name not in METHODS:
+        raise RecipeError(
+            f"method.name must be one of {', '.join(METHODS)}, not {name!r}."
+            f"{did_you_mean(str(name), METHODS)}"
+        )
+    cls: Any = METHODS[name]
+    known = cls.__dataclass_fields__
+    for option in chosen:
+        if option not in known:
+            raise RecipeError(
+                f"the method {name} has no option {option!r}.{did_you_mean(option, known)}"
+            )
+    return cls(**chosen)
+
+
+def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the recipe and fill ``out``; returns the report that is saved there.
+
+    ``out`` ends as a folder that plain ``from_pretrained`` loads, with the dense model in
+    ``out/dense``. If a run of the same recipe was stopped after the dense model was trained,
+    it goes on from there.
+    """
+    progress = progress or Progress()
+    transformers.utils.logging.disable_progress_bar()
+    started = time.monotonic()
+    if out.is_file():
+        raise CheckpointError(f"{out} is a file: choose a folder for the result")
+    prepare(recipe.seed, recipe.threads)
+    method = make_method(recipe.method)
+    progress.phase("reading data")
+    task = make_task(recipe, out / "data")
+    dense, dense_metrics, history = _dense(recipe, task, out, progress)
+    example = task.example_inputs()
+
+    progress.phase("searching" if recipe.search.steps else "planning")
+    model = copy.deepcopy(dense)
+    compressor = Compressor(
+        model, method, recipe.budget, attention=recipe.attention,  # type: ignore[arg-type]
+        example_inputs=example,
+    )
+    history["search"] = _fit(
+        recipe, recipe.search, model, task, progress, [compressor.callback()]
+    )
+    small = compressor.finish()
+    report = compressor.report()
+    metrics = {"dense": dense_metrics, "cut": _evaluate(task, small, "evaluating cut", progress)}
+
+    if recipe.retrain.steps:
+        progress.phase("retraining")
+        history["retrain"] = _fit(recipe, recipe.retrain, small, task, progress)
+        metrics["retrained"] = _evaluate(task, small, "evaluating retrained", progress)
+
+    progress.phase("measuring speed")
+    seconds = latencies({"dense": dense, "small": small}, task.example_inputs)
+    report |= {
+        "task": recipe.task,
+        "metric": task.metric,
+        "metrics": metrics,
+        "latency_seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "history": history,
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": _versions(),
+    }
+    progress.phase("saving")
+    extras = {
+        REPORT_FILE: json.dumps(report, indent=1) + "\n",
+        RECIPE_FILE: recipe.to_yaml(),
+        "README.md": model_card(report, type(small).__name__),
+    }
+    save(small, out, extras=extras, processor=task.processor)
+    return report
+
+
+def _fit(
+    recipe: Recipe, spec: Training, model: Any, task: Task, progress: Progress,
+    callbacks: Any = (),
+) -> list[dict[str, float]]:
+    with progress.count("training", spec.steps) as advance:
+        return fit(
+            model, task.train, task.collate, spec, seed=recipe.seed,
+            report_to=recipe.report_to, callbacks=callbacks, advance=advance,
+        )
+
+
+def _evaluate(task: Task, model: Any, title: str, progress: Progress) -> dict[str, float]:
+    with progress.count(title, len(task.test)) as advance:
+        return task.evaluate(model, advance)
+
+
+def _dense(
+    recipe: Recipe, task: Task, out: Path, progress: Progress
+) -> tuple[Any, dict[str, float], dict[str, Any]]:
+    """The trained dense model, from an earlier run of the same recipe where there is one."""
+    folder, note = out / "dense", out / "dense" / "vlprune-dense.json"
+    relevant = [asdict(part) for part in (recipe.model, recipe.data, recipe.train)]
+    key = hashlib.sha256(
+        json.dumps([recipe.task, recipe.seed, relevant], sort_keys=True).encode()
+    ).hexdigest()
+    if note.exists():
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            progress.phase("dense model: taken from an earlier run of this recipe")
+            check_weights(folder)
+            model = task.model_type().from_pretrained(folder)
+            return model, known["metrics"], {"train": known["history"]}
+    model = task.dense_model()
+    history: list[dict[str, float]] = []
+    if recipe.train.steps:
+        progress.phase("training the dense model")
+        history = _fit(recipe, recipe.train, model, task, progress)
+    metrics = _evaluate(task, model, "evaluating dense", progress)
+    body = json.dumps({"key": key, "metrics": metrics, "history": history})
+    save(model, folder, extras={note.name: body}, processor=task.processor)
+    return model, metrics, {"train": history}
+
+
+def evaluate_folder(
+    folder: Path, recipe: Recipe, progress: Progress | None = None
+) -> dict[str, float]:
+    """The metrics of the model in ``folder`` on the test data of ``recipe``."""
+    progress = progress or Progress()
+    prepare(recipe.seed, recipe.threads)
+    task = make_task(recipe, folder / "data")
+    check_weights(folder)
+    model = task.model_type().from_pretrained(folder)
+    return _evaluate(task, model, "evaluating", progress)
+
+
+def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
+    """What ``vlprune inspect`` shows: structures, units, params and MACs by tower and kind."""
+    from .architectures import discover
+
+    description = discover(model, attention)  # type: ignore[arg-type]
+    prices = cost.param_prices(model, description.structures)
+    macs, problem = None, ""
+    if example_inputs is not None:
+        try:
+            macs = cost.measure_macs(model, description.structures, example_inputs)
+        except Exception as error:
+            problem = f"the example inputs do not fit this model ({str(error).splitlines()[0]})"
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for structure in description:
+        row = groups.setdefault(
+            (structure.tower, structure.kind),
+            {
+                "tower": structure.tower, "kind": structure.kind, "structures": 0, "units": 0,
+                "params": 0, "macs": 0 if macs else None, "padded": 0,
+            },
+        )
+        row["structures"] += 1
+        row["units"] += structure.size
+        row["params"] += round(prices.unit[structure.name] * structure.size)
+        row["padded"] += structure.layout == "padded"
+        if macs:
+            row["macs"] += round(macs.unit[structure.name] * structure.size)
+    return {
+        "model": type(model).__name__,
+        "attention": description.attention,
+        "fingerprint": description.fingerprint,
+        "params": round(prices.total),
+        "macs": macs.total if macs else None,
+        "macs_problem": problem,
+        "not_counted": list(macs.not_counted) if macs else [],
+        "groups": list(groups.values()),
+        "least_params": _least(prices),
+        "dense": dict(description.dense),
+    }
+
+
+def _least(prices: Any) -> float:
+    from .budget import least
+
+    return least(prices)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "vlprune": __version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }
+
+
+def open_model(name: str, config_only: bool = False) -> Any:
+    """The model in a folder or on the hub, by the class its config names.
+
+    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
+    then also be a model type, which stands for that type's default sizes.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
+            config = AutoConfig.for_model(name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+        if not config_only:
+            if Path(name).is_dir():
+                check_weights(Path(name))
+            return model_class(config.to_dict(), name).from_pretrained(name)
+        with torch.device("meta"):
+            if getattr(config, "architectures", None):
+                return model_class(config.to_dict(), name)(config).eval()
+            return AutoModel.from_config(config).eval()
+    except (OSError, ValueError) as error:
+        if isinstance(error, VlpruneError):
+            raise
+        raise CheckpointError(f"cannot open {name}: {str(error).strip().splitlines()[0]}") from None
