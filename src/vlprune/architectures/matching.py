@@ -60,7 +60,7 @@ class _Discovery:
             order[path] = len(order)
             for match in (self._attention, self._ffn):
                 structures += match(path, module)
-        structures.sort(key=lambda s: order[s.gates[0].module])
+        structures.sort(key=lambda s: order[s.core or s.gates[0].module])
         self._explain_rest()
         return Description(tuple(structures), self.dense, self.attention)
 
@@ -430,6 +430,10 @@ _ORDER = {
 }
 
 
+# Lists of layers that run in turn: one of each, then the next of each.
+_IN_TURN = {"BridgeTowerModel": ("cross_modal_text_layers", "cross_modal_image_layers")}
+
+
 def _in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules once, parents first, children in the order in which they run."""
     seen: set[int] = set()
@@ -441,8 +445,14 @@ def _in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         first = _ORDER.get(type(module).__name__, ())
         children = dict(module.named_children())
+        lists = [n for n in _IN_TURN.get(type(module).__name__, ()) if n in children]
         for name in [*(n for n in first if n in children), *(n for n in children if n not in first)]:
-            yield from walk(_join(path, name), children[name])
+            if name not in lists:
+                yield from walk(_join(path, name), children[name])
+            elif name == lists[0]:
+                for layers in zip(*(children[n].named_children() for n in lists), strict=False):
+                    for list_name, (number, layer) in zip(lists, layers, strict=True):
+                        yield from walk(_join(path, f"{list_name}.{number}"), layer)
 
     yield from walk("", model)
 

@@ -41,8 +41,8 @@ COLOURS = {
     "purple": (136, 66, 178),
     "white": (250, 250, 250),
 }
-SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": 0.13, "big": 0.2}  # radius, as a fraction of the image side
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": 0.14, "big": 0.21}  # radius, as a fraction of the image side
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 
@@ -64,10 +64,8 @@ class Thing:
             turns = [(i / 24, 1.0) for i in range(24)]
         elif self.shape == "square":
             turns = [((i + 0.5) / 4, 1.15) for i in range(4)]
-        elif self.shape == "triangle":
-            turns = [((i + 0.25) / 3 - 1 / 3, 1.2) for i in range(3)]
         else:
-            turns = [((i - 2.5) / 10, 1.25 if i % 2 == 0 else 0.5) for i in range(10)]
+            turns = [((i + 0.25) / 3 - 1 / 3, 1.2) for i in range(3)]
         return [
             (
                 self.x + self.radius * r * math.cos(2 * math.pi * t + self.angle),

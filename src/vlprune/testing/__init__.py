@@ -1,0 +1,6 @@
+"""The conformance suite, for our families and for architectures of your own."""
+
+from .conformance import CHECKS
+from .families import FAMILIES, Sample, build
+
+__all__ = ["CHECKS", "FAMILIES", "Sample", "build"]

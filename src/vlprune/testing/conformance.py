@@ -1,0 +1,380 @@
+"""What must hold for every family and every attention unit.
+
+Each check takes a function that builds a fresh :class:`~vlprune.testing.families.Sample`
+and an attention unit, and raises AssertionError if the promise is broken. Run them over an
+architecture of your own::
+
+    from vlprune.testing import CHECKS
+    for check in CHECKS.values():
+        check(make_my_sample, "head_dim")
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .. import cost
+from ..architectures import discover
+from ..checkpoint import load, save
+from ..cutting import rewrite, tensors_of
+from ..gate import gated, ones, plan_gates
+from ..plan import Plan
+from ..structure import AttentionUnit, Description, Structure
+from ..units import positions
+from .families import Sample
+
+__all__ = ["CHECKS"]
+
+Make = Callable[[], Sample]
+Check = Callable[[Make, AttentionUnit], None]
+TOLERANCE = 1e-10
+
+CHECKS: dict[str, Check] = {}
+
+
+def _check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+# -- helpers ---------------------------------------------------------------------------
+
+
+def _double(sample: Sample) -> Sample:
+    """The sample in float64, so that rounding cannot hide a mistake."""
+    sample.model.double().eval()
+
+    def cast(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+
+    sample.inputs = cast(sample.inputs)
+    sample.generate = cast(sample.generate) if sample.generate is not None else None
+    return sample
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """Every floating output, with the same random numbers each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return tensors_of(model(**inputs))
+
+
+def _difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest absolute difference where either is finite, relative to outputs of order 1."""
+    assert len(a) == len(b), f"{len(a)} outputs became {len(b)}"
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape, f"an output of shape {tuple(x.shape)} became {tuple(y.shape)}"
+        finite = x.isfinite() | y.isfinite()
+        if finite.any():
+            scale = max(1.0, float(x[finite].abs().max()))
+            worst = max(worst, float((x - y)[finite].abs().max()) / scale)
+    return worst
+
+
+def _same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(_bits(x), _bits(y)) for x, y in zip(a, b, strict=True))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def make_plan(description: Description, keep: Callable[[int], int], seed: int = 0) -> Plan:
+    """A plan that keeps ``keep(size)`` random units of every structure."""
+    rng = random.Random(seed)
+    return Plan(
+        keep={
+            s.name: tuple(sorted(rng.sample(range(s.size), keep(s.size)))) for s in description
+        },
+        attention=description.attention,
+        fingerprint=description.fingerprint,
+    )
+
+
+def _busy(sample: Sample, description: Description) -> list[Structure]:
+    """The structures that the sample's inputs can reach."""
+    return [s for s in description if not (sample.idle and re.search(sample.idle, s.name))]
+
+
+def _half(size: int) -> int:
+    return max(1, size // 2)
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
+
+
+def _attentions(model: Any) -> Iterator[str]:
+    """The attention implementations the model can switch to."""
+    for name in ("eager", "sdpa"):
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, AttributeError, ImportError):
+            continue
+        yield name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+# -- the promises ----------------------------------------------------------------------
+
+
+@_check
+def discovery_is_stable(make: Make, attention: AttentionUnit) -> None:
+    """Discovering twice gives the same; every weight belongs to at most one unit."""
+    model = make().model
+    description = discover(model, attention)
+    assert description == discover(model, attention)
+    assert description.structures, "nothing was recognised"
+    assert len({s.name for s in description}) == len(description), "two structures share a name"
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    taken: Counter[tuple[str, int, int]] = Counter()
+    for structure in description:
+        for slot in structure.slots:
+            at = positions(slot, structure.size, range(structure.size))
+            assert int(at.max()) < shapes[slot.param][slot.axis], f"{slot} leaves its parameter"
+            taken.update((slot.param, slot.axis, i) for i in at.tolist())
+    assert max(taken.values()) == 1, f"{taken.most_common(1)[0]} belongs to two units"
+    explained = {s.param.rpartition(".")[0] for x in description for s in x.slots}
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) and name not in explained:
+            assert (name or "(model)") in description.dense, f"{name} is neither cut nor explained"
+
+
+@_check
+def order_is_execution_order(make: Make, attention: AttentionUnit) -> None:
+    """Inside a tower, structures come in the order in which a forward pass reaches them."""
+    sample = make()
+    description = discover(sample.model, attention)
+    busy = _busy(sample, description)
+    reached: list[str] = []
+    handles = []
+    for structure in busy:
+        module = sample.model.get_submodule(structure.gates[0].module)
+        note = lambda _m, _a, name=structure.name: reached.append(name)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(note))
+    _forward(sample.model, sample.inputs)
+    for handle in handles:
+        handle.remove()
+    first = {name: i for i, name in reversed(list(enumerate(reached)))}
+    never = {s.name for s in busy} - first.keys()
+    assert not never, f"never reached: {sorted(never)[0]}"
+    for tower in {s.tower for s in busy}:
+        seen = [first[s.name] for s in busy if s.tower == tower]
+        assert seen == sorted(seen), f"the structures of {tower} are out of order"
+
+
+@_check
+def ones_change_nothing(make: Make, attention: AttentionUnit) -> None:
+    """Gates of one give the untouched model, bit for bit, and no hook stays behind."""
+    sample = make()
+    model = sample.model
+    structures = discover(model, attention).structures
+    before, keys, hooks = _forward(model, sample.inputs), list(model.state_dict()), _hooks(model)
+    with gated(model, structures, ones(structures, requires_grad=True)):
+        assert _same_bits(before, _forward(model, sample.inputs)), "gates of one changed a bit"
+    assert _hooks(model) == hooks, "a hook stayed behind"
+    with suppress(ZeroDivisionError), gated(model, structures, ones(structures)):
+        raise ZeroDivisionError
+    assert _hooks(model) == hooks, "a hook stayed behind after an error"
+    assert list(model.state_dict()) == keys
+    assert _same_bits(before, _forward(model, sample.inputs)), "the model was changed"
+
+
+@_check
+def masked_equals_cut(make: Make, attention: AttentionUnit) -> None:
+    """In float64: half of the units at random, one unit, and all; eager and SDPA."""
+    sample = _double(make())
+    description = discover(sample.model, attention)
+    dense = _forward(sample.model, sample.inputs)
+    for keep in (_half, lambda size: 1, lambda size: size):
+        plan = make_plan(description, keep)
+        small = rewrite(copy.deepcopy(sample.model), description, plan)
+        for implementation in [*_attentions(sample.model)] or [None]:
+            for model in (sample.model, small):
+                if implementation is not None:
+                    model.set_attn_implementation(implementation)
+            with gated(sample.model, description.structures, plan):
+                masked = _forward(sample.model, sample.inputs)
+            difference = _difference(masked, _forward(small, sample.inputs))
+            assert difference <= TOLERANCE, f"{difference:.1e} apart under {implementation}"
+        if keep is _half:
+            moved = _difference(dense, masked)
+            assert moved > 1e-4, f"removing half moves the output by {moved:.1e} only"
+
+
+@_check
+def every_structure_alone_equals_its_mask(make: Make, attention: AttentionUnit) -> None:
+    """Cut one structure at a time; the mask of that structure alone must matter and agree."""
+    sample = _double(make())
+    description = discover(sample.model, attention)
+    dense = _forward(sample.model, sample.inputs)
+    for structure in _busy(sample, description):
+        if structure.size == 1:
+            continue
+        plan = Plan(keep={structure.name: (structure.size - 1,)}, attention=attention)
+        with gated(sample.model, description.structures, plan):
+            masked = _forward(sample.model, sample.inputs)
+        assert _difference(dense, masked) > 1e-12, f"{structure.name} does not matter"
+        small = rewrite(copy.deepcopy(sample.model), description, plan)
+        difference = _difference(masked, _forward(small, sample.inputs))
+        assert difference <= TOLERANCE, f"{structure.name}: {difference:.1e} apart"
+
+
+@_check
+def generation_agrees(make: Make, attention: AttentionUnit) -> None:
+    """Masked and cut model generate the same tokens with the same scores, with a cache."""
+    sample = _double(make())
+    if sample.generate is None:
+        return
+    description = discover(sample.model, attention)
+    plan = make_plan(description, _half)
+    small = rewrite(copy.deepcopy(sample.model), description, plan)
+    options = {
+        "max_new_tokens": 4, "do_sample": False, "use_cache": True, "num_beams": 1,
+        "return_dict_in_generate": True, "output_scores": True,
+    }
+    with _quiet():
+        with gated(sample.model, description.structures, plan):
+            masked: Any = sample.model.generate(**sample.generate, **options)  # type: ignore[operator]
+        cut: Any = small.generate(**sample.generate, **options)  # type: ignore[operator]
+    assert torch.equal(masked.sequences, cut.sequences), "other tokens were generated"
+    assert _difference(list(masked.scores), list(cut.scores)) <= TOLERANCE
+
+
+@_check
+def costs_agree(make: Make, attention: AttentionUnit) -> None:
+    """Exact, differentiable and counted parameters and MACs are the same numbers."""
+    sample = make()
+    description = discover(sample.model, attention)
+    structures, plan = description.structures, make_plan(description, _half)
+    soft_gates = {n: g.double() for n, g in plan_gates(structures, plan).items()}
+    exact = cost.params(sample.model, structures, plan)
+    soft = cost.params(sample.model, structures, soft_gates)
+    profile = cost.measure_macs(sample.model, structures, sample.inputs)
+    exact_macs = cost.macs_of(profile, structures, plan)
+    soft_macs = cost.macs_of(profile, structures, soft_gates)
+    prices = cost.param_prices(sample.model, structures)
+    small = rewrite(sample.model, description, plan)
+    assert exact == sum(p.numel() for p in small.parameters())
+    assert float(soft) == exact
+    assert prices.cost({n: len(u) for n, u in plan.keep.items()}) == exact
+    assert exact_macs == cost.measure_macs(small, (), sample.inputs).total
+    assert abs(float(soft_macs) - exact_macs) < 1
+
+
+@_check
+def folders_round_trip(make: Make, attention: AttentionUnit) -> None:
+    """Saved and loaded twice, by the own class and by AutoModel: the same bits."""
+    sample = make()
+    description = discover(sample.model, attention)
+    small = rewrite(sample.model, description, make_plan(description, _half))
+    own = {name: p.detach() for name, p in small.state_dict().items()}
+    before = _forward(small, sample.inputs)
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        first, second = Path(scratch) / "first", Path(scratch) / "second"
+        save(small, first)
+        again = load(first)
+        again.save_pretrained(second)
+        for model in (again, type(small).from_pretrained(second)):  # type: ignore[attr-defined]
+            assert type(model) is type(small)
+            state = model.state_dict()
+            assert list(state) == list(own)
+            assert all(torch.equal(_bits(own[name]), _bits(state[name])) for name in own)
+            assert _same_bits(before, _forward(model.eval(), sample.inputs))
+        base, info = transformers.AutoModel.from_pretrained(first, output_loading_info=True)
+    assert not info["mismatched_keys"], "AutoModel found other shapes"
+    prefix = f"{small.base_model_prefix}."
+    compared = 0
+    for name, parameter in base.named_parameters():
+        found = own.get(name, own.get(prefix + name))
+        if found is not None and name not in info["missing_keys"]:
+            assert torch.equal(_bits(found), _bits(parameter.detach())), f"{name} differs"
+            compared += 1
+    assert compared > 10, "AutoModel shares hardly a weight with the model"
+
+
+@_check
+def a_second_cut_composes(make: Make, attention: AttentionUnit) -> None:
+    """A cut model can be cut again, saved and loaded; masks still agree."""
+    sample = _double(make())
+    model: nn.Module = sample.model
+    for keep in (lambda size: max(1, size - 1), _half):
+        description = discover(model, attention)
+        plan = make_plan(description, keep)
+        with gated(model, description.structures, plan):
+            masked = _forward(model, sample.inputs)
+        model = rewrite(model, description, plan)
+        assert _difference(masked, _forward(model, sample.inputs)) <= TOLERANCE
+    model.float()
+    inputs = make().inputs
+    before = _forward(model, inputs)
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        save(model, Path(scratch) / "twice")
+        again = load(Path(scratch) / "twice")
+    assert _same_bits(before, _forward(again.eval(), inputs)), "loading changed the outputs"
+
+
+@_check
+def gradients_reach_every_gate(make: Make, attention: AttentionUnit) -> None:
+    """Every structure's gates get a finite gradient that is not all zero."""
+    sample = make()
+    description = discover(sample.model, attention)
+    structures = description.structures
+    gates = ones(_busy(sample, description), requires_grad=True)
+    torch.manual_seed(0)
+    with gated(sample.model, structures, gates):
+        outputs = tensors_of(sample.model(**sample.inputs))
+        loss = sum((o[o.isfinite()].square().mean() for o in outputs if o.numel()), torch.zeros(()))
+        loss.backward()
+    for name, gate in gates.items():
+        assert gate.grad is not None, f"no gradient reached {name}"
+        assert gate.grad.isfinite().all(), f"the gradient of {name} is not finite"
+        assert gate.grad.abs().max() > 0, f"the gradient of {name} is zero"
+
+
+@_check
+def cut_model_trains(make: Make, attention: AttentionUnit) -> None:
+    """A cut model takes a training step that changes its cut weights."""
+    sample = make()
+    description = discover(sample.model, attention)
+    small = rewrite(sample.model, description, make_plan(description, _half)).train()
+    names = [s.slots[0].param for s in _busy(sample, description)]
+    parameters = {name: small.get_parameter(name) for name in names}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    outputs = tensors_of(small(**sample.inputs))
+    sum((o[o.isfinite()].square().mean() for o in outputs), torch.zeros(())).backward()
+    optimizer.step()
+    for name, parameter in parameters.items():
+        assert parameter.isfinite().all()
+        assert not torch.equal(before[name], parameter), f"{name} did not learn"

@@ -1,0 +1,27 @@
+"""Settings of every test process: one thread, no network, no denormal numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+torch.set_flush_denormal(True)
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets; the test is skipped where there is none."""
+    folder = os.environ.get("VLPRUNE_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("VLPRUNE_DATA is not set: the real data sets are not here")
+    return Path(folder)
