@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .budget import select
     from .checkpoint import load, save
     from .compressor import Compressor
+    from .cutting import rewrite
     from .errors import VlpruneError
     from .gate import gated
     from .methods import Magnitude, Random, Taylor
     from .plan import Plan
-    from .cutting import rewrite
     from .structure import Attr, Description, Gate, Slot, Structure
 
 __version__ = "0.1.0"

@@ -14,8 +14,10 @@ __all__ = ["latencies"]
 
 @torch.no_grad()
 def latencies(
-    models: Mapping[str, Any], inputs: Callable[[int], Mapping[str, Any]],
-    batch_sizes: tuple[int, ...] = (1, 16), rounds: int = 7,
+    models: Mapping[str, Any],
+    inputs: Callable[[int], Mapping[str, Any]],
+    batch_sizes: tuple[int, ...] = (1, 16),
+    rounds: int = 7,
 ) -> dict[str, dict[int, float]]:
     """Median seconds of one forward pass: {model: {batch size: seconds}}.
 

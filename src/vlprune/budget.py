@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,14 +113,12 @@ def select(
         if array.shape != (prices.sizes[name],):
             raise BudgetError(f"{name} has {prices.sizes[name]} units but {array.size} scores")
         if not np.isfinite(array).all():
-            raise BudgetError(
-                f"a score of {name} is not a finite number: did the loss become NaN?"
-            )
+            raise BudgetError(f"a score of {name} is not a finite number: did the loss become NaN?")
         order = orders[name] = np.argsort(array, kind="stable")
         first = array.size % round_to or round_to
         edges = [0, *range(first, array.size, round_to)]
         ascending = array[order]
-        for start, stop in zip(edges, edges[1:], strict=False):  # the last block always stays
+        for start, stop in pairwise(edges):  # the last block always stays
             block_scores.append(ascending[start:stop].mean())
             block_structure.append(number)
             block_size.append(stop - start)

@@ -14,9 +14,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from .architectures import discover
+from .cutting import apply_plan
 from .errors import CheckpointError, UnsupportedError
 from .record import METHOD, Record, read_record
-from .cutting import apply_plan
 from .structure import Structure
 
 __all__ = ["check_weights", "load", "model_class", "rebuild_shapes", "save"]
@@ -62,8 +62,13 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
     return cut, replace(record.plan, keep=keep)
 
 
-def save(model: Any, folder: str | Path, *, extras: Mapping[str, str] | None = None,
-         processor: Any = None) -> Path:
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    extras: Mapping[str, str] | None = None,
+    processor: Any = None,
+) -> Path:
     """The folder, which plain ``from_pretrained`` loads after ``import vlprune``.
 
     Holds the stock ``config.json`` and ``model.safetensors``, ``plan.json``, the files of
@@ -134,9 +139,17 @@ def _keep_foreign_files(folder: Path, partial: Path) -> None:
         if target.exists() or stale:
             continue
         if entry.is_dir():
-            shutil.copytree(entry, target, symlinks=True)
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
         else:
-            shutil.copy2(entry, target, follow_symlinks=False)
+            _link(entry, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """The same file under a second name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def load(folder: str | Path, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .errors import VlpruneError
+from .progress import Progress
 from .recipe import load_recipe
 from .report import human, percent, stage_header, stage_rows, summary
 
@@ -36,9 +37,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder, a hub name or, with --config-only, a model type such as clip.")],
-    attention: Annotated[str, typer.Option(help="Attention unit: head_dim, qk_vo or head.")] = "head_dim",
-    config_only: Annotated[bool, typer.Option("--config-only", help="Describe the architecture without weights.")] = False,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a hub name or, with --config-only, a model type such as clip."
+        ),
+    ],
+    attention: Annotated[
+        str, typer.Option(help="Attention unit: head_dim, qk_vo or head.")
+    ] = "head_dim",
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Describe the architecture without weights.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show structures, units, parameters and MACs by tower and kind, and what stays dense.
@@ -64,8 +74,12 @@ def inspect(
 @app.command()
 def compress(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the result.")] = Path("vlprune-output"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder for the result.")
+    ] = Path("vlprune-output"),
     as_json: Json = False,
 ) -> None:
     """Train or load a model, cut it, retrain it, evaluate it, and save it.
@@ -79,8 +93,12 @@ def compress(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A folder with a model.")],
-    recipe: Annotated[Path | None, typer.Option(help="A recipe with the data; default: the one in the folder.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe with the data; default: the one in the folder.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a saved model on the test data of its recipe.
@@ -102,8 +120,12 @@ def evaluate(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the result.")] = Path("demo-output"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs that replace the demo's.")] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder for the result.")
+    ] = Path("demo-output"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace the demo's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole thing on generated scenes: nothing to download, minutes on two cores.
@@ -128,7 +150,9 @@ def _run(recipe: Any, output: Path, as_json: bool) -> None:
     out.print(table)
     out.print(summary(report))
     out.print(f"Took {report['seconds']:.0f} s on {report['threads']} CPU threads.")
-    out.print(f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original.")
+    out.print(
+        f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original."
+    )
 
 
 def _print_description(body: dict[str, Any]) -> None:
@@ -137,17 +161,24 @@ def _print_description(body: dict[str, Any]) -> None:
         native = row["structures"] - row["padded"]
         layout = "native" if not row["padded"] else f"{native} native, {row['padded']} padded"
         table.add_row(
-            row["tower"], row["kind"], str(row["structures"]), str(row["units"]),
-            human(row["params"]), human(row["macs"]) if row["macs"] is not None else "-", layout,
+            row["tower"],
+            row["kind"],
+            str(row["structures"]),
+            str(row["units"]),
+            human(row["params"]),
+            human(row["macs"]) if row["macs"] is not None else "-",
+            layout,
         )
     macs = f", {human(body['macs'])} MACs" if body["macs"] else ""
     out.print(f"{body['model']}: {human(body['params'])} params{macs}")
     out.print(table)
     if body["macs_problem"]:
-        out.print(f"MACs are not known: {body['macs_problem']}.")
+        out.print(f"MACs are not known: {body['macs_problem'].rstrip('.')}.")
     if body["not_counted"]:
         out.print(f"Not counted in MACs: {', '.join(body['not_counted'])}.")
-    out.print(f"The smallest budget that can be reached is {percent(body['least_params'])} of the params.")
+    out.print(
+        f"The smallest budget that can be reached is {percent(body['least_params'])} of the params."
+    )
     reasons: dict[str, list[str]] = {}
     for path, reason in body["dense"].items():
         reasons.setdefault(reason, []).append(path)
@@ -157,7 +188,7 @@ def _print_description(body: dict[str, Any]) -> None:
     out.print(stays)
 
 
-class _Shown:
+class _Shown(Progress):
     """Phases and bars on stderr; plain lines, a few a phase, where stderr is no terminal."""
 
     def phase(self, title: str) -> None:
@@ -171,28 +202,34 @@ class _Shown:
             yield _plain_lines(title, total)
             return
         columns = (
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Bars(*columns, console=err, transient=True) as bars:
             task = bars.add_task(title, total=total, note="")
 
             def advance(done: int, note: str = "") -> None:
-                bars.update(task, advance=done, **({"note": note} if note else {}))
+                bars.update(task, advance=done)
+                if note:
+                    bars.update(task, note=note)
 
             yield advance
 
 
 def _plain_lines(title: str, total: int) -> Any:
     """An advance function that prints a line at every quarter."""
-    state = {"done": 0, "note": "", "next": 1}
+    so_far, said, quarter = 0, "", 1
 
     def advance(done: int, note: str = "") -> None:
-        state["done"] += done
-        state["note"] = note or state["note"]
-        if done and state["done"] * 4 >= total * state["next"]:
-            state["next"] = state["done"] * 4 // total + 1
-            err.print(f"  {title} {state['done']}/{total} {state['note']}".rstrip())
+        nonlocal so_far, said, quarter
+        so_far += done
+        said = note or said
+        if done and so_far * 4 >= total * quarter:
+            quarter = so_far * 4 // total + 1
+            err.print(f"  {title} {so_far}/{total} {said}".rstrip())
 
     return advance
 

@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 from . import cost
 from .architectures import discover
 from .budget import parse_budget
+from .cutting import rewrite
 from .errors import BudgetError, UnsupportedError, VlpruneError
 from .gate import gated
 from .methods import Method, Problem
 from .plan import Plan
 from .record import read_record
-from .cutting import rewrite
 from .structure import AttentionUnit, Structure
 from .units import unit_squares
 
@@ -106,9 +106,7 @@ class Compressor:
             for structure in self.description:
                 gate = torch.ones(structure.size, device=device, requires_grad=True)
                 self._gates.setdefault(structure.name, gate)
-            self._hooks.enter_context(
-                gated(self.model, self.description.structures, self._gates)
-            )
+            self._hooks.enter_context(gated(self.model, self.description.structures, self._gates))
             self._set_gates(0.0)
 
     def detach(self) -> None:

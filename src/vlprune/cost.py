@@ -53,10 +53,15 @@ def params(
             axes[slot.axis] = axes.get(slot.axis, 0) + gone * slot.repeat * slot.inner
     total: int | Tensor = 0
     for name, shape in shapes.items():
-        total = total + math.prod(
-            (length - removed[name].get(axis, 0) for axis, length in enumerate(shape)),
-            start=1,
-        ) if name in removed else total + math.prod(shape)
+        total = (
+            total
+            + math.prod(
+                (length - removed[name].get(axis, 0) for axis, length in enumerate(shape)),
+                start=1,
+            )
+            if name in removed
+            else total + math.prod(shape)
+        )
     return total
 
 
@@ -70,7 +75,10 @@ def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
     for structure in structures:
         unit[structure.name] = float(
             sum(
-                slot.repeat * slot.inner * math.prod(shapes[slot.param]) // shapes[slot.param][slot.axis]
+                slot.repeat
+                * slot.inner
+                * math.prod(shapes[slot.param])
+                // shapes[slot.param][slot.axis]
                 for slot in structure.slots
             )
         )
@@ -151,9 +159,7 @@ class _Counter(TorchDispatchMode):
             module.register_forward_hook(lambda _m, _a, _o: self.open.remove(path)),
         ]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         packet = func._overloadpacket
@@ -199,7 +205,7 @@ def measure_macs(
 
     for path, module in model.named_modules():
         if is_linear(module):
-            rows, columns = module.weight.shape  # type: ignore[misc]
+            rows, columns = module.weight.shape
             hooks.append(module.register_forward_hook(count(f"{path}.weight", rows, columns)))
         elif isinstance(module, nn.MultiheadAttention):
             hook = count_mha(path, module)

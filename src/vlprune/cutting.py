@@ -82,7 +82,9 @@ def _verified_cut(
 ) -> Verification:
     """Cut, compare with the masked model, and put everything back if they differ."""
     count = sum(p.numel() for p in model.parameters())
-    probe, tolerance = (torch.float64, 1e-9) if count <= SMALL_ENOUGH_FOR_FLOAT64 else (torch.float32, 1e-3)
+    probe, tolerance = (
+        (torch.float64, 1e-9) if count <= SMALL_ENOUGH_FOR_FLOAT64 else (torch.float32, 1e-3)
+    )
     undo: list[Any] = []
     was_training = model.training
     with _in_dtype(model.eval(), probe):
@@ -135,7 +137,7 @@ def apply_plan(
     for structure in cut:
         if structure.swap is not None:
             path, key = structure.swap
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             target = native_forward(key)
             if not isinstance(module, target):
                 log.append(("class", module, type(module), dict(module.__dict__)))
@@ -183,7 +185,9 @@ def _axis_index(
     for structure in cut:
         for slot in structure.slots:
             length = model.get_parameter(slot.param).shape[slot.axis]
-            mask = masks[slot.param].setdefault(slot.axis, torch.ones(length, dtype=torch.bool, device="cpu"))
+            mask = masks[slot.param].setdefault(
+                slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
+            )
             mask[slot.start : slot.start + span(slot, structure.size)] = False
             mask[positions(slot, structure.size, plan.kept(structure))] = True
     return {
@@ -261,7 +265,7 @@ def _roll_back(model: nn.Module, log: list[Any]) -> None:
             module.__dict__.update(old)
 
 
-class _in_dtype:  # noqa: N801 - reads as a verb in a with statement
+class _in_dtype:
     """The model in a wider dtype while the block runs; widening and back is lossless.
 
     Parameters cut inside the block come back in the dtype they had.
@@ -269,9 +273,7 @@ class _in_dtype:  # noqa: N801 - reads as a verb in a with statement
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self.before = {
-            name: t.dtype for name, t in _floating(model) if t.dtype != dtype
-        }
+        self.before = {name: t.dtype for name, t in _floating(model) if t.dtype != dtype}
 
     def __enter__(self) -> None:
         if self.before:

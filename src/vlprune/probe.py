@@ -17,7 +17,8 @@ TEXT_TOKENS = 16
 def made_up_inputs(model: Any) -> dict[str, torch.Tensor]:
     """One image of the configured size and 16 tokens, as far as the model takes them.
 
-    Raises UnsupportedError for models whose prompts hold image placeholders or whose images
+    No attention mask, because forward passes look into masks, which a model without weights
+    (on the meta device) cannot. Raises UnsupportedError for models whose prompts hold image placeholders or whose images
     are cut into patches beforehand: their inputs depend on their processor.
     """
     config = model.config
@@ -36,8 +37,6 @@ def made_up_inputs(model: Any) -> dict[str, torch.Tensor]:
             inputs["pixel_values"] = torch.zeros(1, channels, height, width)
         if "input_ids" in takes:
             inputs["input_ids"] = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
-            if "attention_mask" in takes:
-                inputs["attention_mask"] = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
         if "decoder_input_ids" in takes:
             inputs["decoder_input_ids"] = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
     if not inputs:

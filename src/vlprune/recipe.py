@@ -143,12 +143,12 @@ def _build(cls: type[Any], body: Any, where: str) -> Any:
     for key, value in body.items():
         place = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            raise RecipeError(f"unknown key {place!r} in the recipe.{did_you_mean(str(key), hints)}")
+            raise RecipeError(
+                f"unknown key {place!r} in the recipe.{did_you_mean(str(key), hints)}"
+            )
         values[key] = _value(hints[key], value, place)
     for spec in dataclasses.fields(cls):
-        needed = (
-            spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        )
+        needed = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if needed and spec.name not in values:
             raise RecipeError(f"the recipe needs {spec.name!r}")
     return cls(**values)

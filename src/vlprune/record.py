@@ -148,7 +148,7 @@ def write_record(model: nn.Module, record: Record) -> None:
     # CLIPVisionModel.from_pretrained(folder of a CLIPModel) reads only the sub-config.
     own = {id(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
     for path, module in model.named_modules():
-        sub = getattr(module, "config", None)
+        sub: Any = getattr(module, "config", None)
         if path and id(sub) in own and hasattr(module, "base_model_prefix"):
             own.discard(id(sub))
             sub.quantization_config = record.section(prefix=path + ".")

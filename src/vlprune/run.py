@@ -7,8 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,20 @@ import torch
 import transformers
 
 from . import __version__, cost
+from .architectures import discover
 from .bench import latencies
+from .budget import least
 from .checkpoint import RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
 from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
 from .methods import METHODS, Method
+from .progress import Progress
 from .recipe import Recipe, Training
 from .report import model_card
 from .tasks import TASKS, Task
 from .train import fit, prepare
 
-__all__ = ["Progress", "compress", "evaluate_folder", "make_task"]
-
-
-class Progress:
-    """Where a run says what it is doing. This one says nothing."""
-
-    def phase(self, title: str) -> None:
-        """A new phase begins."""
-
-    @contextmanager
-    def count(self, title: str, total: int) -> Iterator[Any]:
-        """A bar for ``total`` items; yields ``advance(done, note="")``."""
-        yield lambda done, note="": None
+__all__ = ["compress", "evaluate_folder", "make_task"]
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
@@ -93,12 +83,13 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     progress.phase("searching" if recipe.search.steps else "planning")
     model = copy.deepcopy(dense)
     compressor = Compressor(
-        model, method, recipe.budget, attention=recipe.attention,  # type: ignore[arg-type]
+        model,
+        method,
+        recipe.budget,
+        attention=recipe.attention,  # type: ignore[arg-type]
         example_inputs=example,
     )
-    history["search"] = _fit(
-        recipe, recipe.search, model, task, progress, [compressor.callback()]
-    )
+    history["search"] = _fit(recipe, recipe.search, model, task, progress, [compressor.callback()])
     small = compressor.finish()
     report = compressor.report()
     metrics = {"dense": dense_metrics, "cut": _evaluate(task, small, "evaluating cut", progress)}
@@ -131,13 +122,23 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
 
 
 def _fit(
-    recipe: Recipe, spec: Training, model: Any, task: Task, progress: Progress,
+    recipe: Recipe,
+    spec: Training,
+    model: Any,
+    task: Task,
+    progress: Progress,
     callbacks: Any = (),
 ) -> list[dict[str, float]]:
     with progress.count("training", spec.steps) as advance:
         return fit(
-            model, task.train, task.collate, spec, seed=recipe.seed,
-            report_to=recipe.report_to, callbacks=callbacks, advance=advance,
+            model,
+            task.train,
+            task.collate,
+            spec,
+            seed=recipe.seed,
+            report_to=recipe.report_to,
+            callbacks=callbacks,
+            advance=advance,
         )
 
 
@@ -187,8 +188,6 @@ def evaluate_folder(
 
 def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
     """What ``vlprune inspect`` shows: structures, units, params and MACs by tower and kind."""
-    from .architectures import discover
-
     description = discover(model, attention)  # type: ignore[arg-type]
     prices = cost.param_prices(model, description.structures)
     macs, problem = None, ""
@@ -196,14 +195,23 @@ def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
         try:
             macs = cost.measure_macs(model, description.structures, example_inputs)
         except Exception as error:
-            problem = f"the example inputs do not fit this model ({str(error).splitlines()[0]})"
+            problem = (
+                "its forward pass looks at values, so inspect it with its weights"
+                if next(model.parameters()).is_meta
+                else f"made-up inputs do not fit it ({str(error).splitlines()[0]})"
+            )
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for structure in description:
         row = groups.setdefault(
             (structure.tower, structure.kind),
             {
-                "tower": structure.tower, "kind": structure.kind, "structures": 0, "units": 0,
-                "params": 0, "macs": 0 if macs else None, "padded": 0,
+                "tower": structure.tower,
+                "kind": structure.kind,
+                "structures": 0,
+                "units": 0,
+                "params": 0,
+                "macs": 0 if macs else None,
+                "padded": 0,
             },
         )
         row["structures"] += 1
@@ -221,21 +229,17 @@ def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
         "macs_problem": problem,
         "not_counted": list(macs.not_counted) if macs else [],
         "groups": list(groups.values()),
-        "least_params": _least(prices),
+        "least_params": least(prices),
         "dense": dict(description.dense),
     }
 
 
-def _least(prices: Any) -> float:
-    from .budget import least
-
-    return least(prices)
-
-
 def _versions() -> dict[str, str]:
     return {
-        "vlprune": __version__, "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(),
+        "vlprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
 
 
@@ -261,7 +265,8 @@ def open_model(name: str, config_only: bool = False) -> Any:
             if getattr(config, "architectures", None):
                 return model_class(config.to_dict(), name)(config).eval()
             return AutoModel.from_config(config).eval()
-    except (OSError, ValueError) as error:
-        if isinstance(error, VlpruneError):
-            raise
-        raise CheckpointError(f"cannot open {name}: {str(error).strip().splitlines()[0]}") from None
+    except VlpruneError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise CheckpointError(f"cannot open {name}: {reason}") from None

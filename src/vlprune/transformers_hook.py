@@ -66,7 +66,7 @@ def _register(auto: Any = None) -> None:
         """The vlprune section of a config, as transformers wants to hold it."""
 
         def __init__(self, **section: Any) -> None:
-            self.quant_method = method
+            self.quant_method: Any = method
             self.section = {**section, "quant_method": method}
 
         @classmethod

@@ -26,7 +26,10 @@ def span(slot: Slot | Gate, size: int) -> int:
 def positions(slot: Slot | Gate, size: int, units: Sequence[int]) -> Tensor:
     """Positions on the slot's axis that belong to ``units``, ascending. Shape (n,), int64."""
     layout = torch.arange(span(slot, size), device="cpu").reshape(slot.repeat, size, slot.inner)
-    return layout[:, torch.as_tensor(units, dtype=torch.long, device="cpu"), :].reshape(-1) + slot.start
+    return (
+        layout[:, torch.as_tensor(units, dtype=torch.long, device="cpu"), :].reshape(-1)
+        + slot.start
+    )
 
 
 def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
@@ -58,9 +61,11 @@ def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[s
             if axis_sums is None:
                 weight = parameters[slot.param].detach()
                 others = [axis for axis in range(weight.dim()) if axis != slot.axis]
-                squares = torch.linalg.vector_norm(
-                    weight, dim=others, dtype=torch.float32
-                ).square() if others else weight.float().square()
+                squares = (
+                    torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32).square()
+                    if others
+                    else weight.float().square()
+                )
                 axis_sums = sums[slot.param, slot.axis] = squares.cpu()
             block = axis_sums[slot.start : slot.start + span(slot, structure.size)]
             total += block.reshape(slot.repeat, structure.size, slot.inner).sum((0, 2))

@@ -38,7 +38,7 @@ def _attend(
     return (weights @ value).transpose(1, 2), weights
 
 
-class _FusedForward(nn.Module):
+class _FusedForward:
     """Self-attention with one projection for q, k and v, of any sizes.
 
     ``head_dim`` is the size of a query or key head, ``value_dim`` of a value head.
@@ -48,6 +48,8 @@ class _FusedForward(nn.Module):
     head_dim: int
     value_dim: int
     scale: float
+    training: bool
+    config: Any
     qkv: nn.Linear
     projection: nn.Linear
 
@@ -62,10 +64,17 @@ class _FusedForward(nn.Module):
         q, k, v = (x.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))
         drop = getattr(self, "attention_dropout", None)
         if drop is None:
-            drop = self.dropout.p
+            drop = self.dropout.p  # type: ignore[attr-defined]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _attend)
         out, weights = attend(
-            self, q, k, v, None, scaling=self.scale, dropout=drop if self.training else 0.0, **kwargs
+            self,
+            q,
+            k,
+            v,
+            None,
+            scaling=self.scale,
+            dropout=drop if self.training else 0.0,
+            **kwargs,
         )
         return self.projection(out.reshape(batch, tokens, -1)), weights
 
@@ -76,12 +85,12 @@ class CutBlipAttention(_FusedForward, BlipAttention):
 
 
 @register_native_forward("fused:Blip2Attention")
-class CutBlip2Attention(_FusedForward, Blip2Attention):
+class CutBlip2Attention(_FusedForward, Blip2Attention):  # type: ignore[misc]
     """Blip2Attention that takes any head size."""
 
 
 @register_native_forward("fused:InstructBlipAttention")
-class CutInstructBlipAttention(_FusedForward, InstructBlipAttention):
+class CutInstructBlipAttention(_FusedForward, InstructBlipAttention):  # type: ignore[misc]
     """InstructBlipAttention that takes any head size."""
 
 
@@ -100,7 +109,7 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         self.scale = self.head_dim**-0.5
         self.value_dim = self.head_dim
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

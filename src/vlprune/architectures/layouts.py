@@ -151,7 +151,7 @@ NATIVE: dict[str, Native] = {
 FUSED_ORDER_KNOWN = frozenset(
     "BlipAttention Blip2Attention InstructBlipAttention Qwen2VLVisionAttention VisionAttention "
     "Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Florence2VisionWindowAttention "
-    "GPT2Attention Attention".split()
+    "GPT2Attention".split()
 )
 
 # Blocks that look like a row of the table but are something else.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, did_you_mean
 from ..layers import PaddedLinear, is_linear, linear_axes
-from ..structure import Attr, AttentionUnit, Description, Gate, Slot, Structure
+from ..structure import AttentionUnit, Attr, Description, Gate, Slot, Structure
 from ..units import owner_of
 from . import layouts
 from .layouts import ATTENTION, FFN, NATIVE, Native
@@ -38,7 +38,7 @@ def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Descrip
     return _Discovery(model, attention).run()
 
 
-class _Leave(Exception):  # noqa: N818 - a reason, not an error
+class _Leave(Exception):
     """This block stays dense; the message says why."""
 
 
@@ -55,7 +55,7 @@ class _Discovery:
 
     def run(self) -> Description:
         structures: list[Structure] = []
-        order = {}
+        order: dict[str, int] = {}
         for path, module in _in_order(self.model):
             order[path] = len(order)
             for match in (self._attention, self._ffn):
@@ -125,24 +125,55 @@ class _Discovery:
             if self.attention == "head_dim" and wide != size:
                 raise _Leave("its value heads have another size than its query heads")
             return self._structures(
-                path, core_path, name, heads=count, kv=count, size=size, value_size=wide,
-                q=[(row.qkv, 0)], k=[(row.qkv, count * size)], v=[(row.qkv, 2 * count * size)],
-                o=list(row.o), kind_has_scores=True,
+                path,
+                core_path,
+                name,
+                heads=count,
+                kv=count,
+                size=size,
+                value_size=wide,
+                q=[(row.qkv, 0)],
+                k=[(row.qkv, count * size)],
+                v=[(row.qkv, 2 * count * size)],
+                o=list(row.o),
+                kind_has_scores=True,
             )
-        size, heads = _head_size(core, rows, name)
+        size, _ = _head_size(core, rows, name)
         kv_rows = self._weight(_join(path, row.v[0])).shape[0]
         if rows % size or kv_rows % size or (rows // size) % (kv_rows // size):
-            raise _Leave(f"{rows} query rows and {kv_rows} value rows do not divide into heads of {size}")
+            raise _Leave(
+                f"{rows} query rows and {kv_rows} value rows do not divide into heads of {size}"
+            )
         return self._structures(
-            path, core_path, name, heads=rows // size, kv=kv_rows // size, size=size,
-            value_size=size, q=[(row.q, 0)] if row.q else [], k=[(row.k, 0)] if row.k else [],
-            v=[(v, 0) for v in row.v], o=list(row.o), kind_has_scores=bool(row.q),
+            path,
+            core_path,
+            name,
+            heads=rows // size,
+            kv=kv_rows // size,
+            size=size,
+            value_size=size,
+            q=[(row.q, 0)] if row.q else [],
+            k=[(row.k, 0)] if row.k else [],
+            v=[(v, 0) for v in row.v],
+            o=list(row.o),
+            kind_has_scores=bool(row.q),
         )
 
     def _structures(
-        self, path: str, core_path: str, name: str, *, heads: int, kv: int, size: int,
-        value_size: int, q: list[tuple[str, int]], k: list[tuple[str, int]],
-        v: list[tuple[str, int]], o: list[str], kind_has_scores: bool,
+        self,
+        path: str,
+        core_path: str,
+        name: str,
+        *,
+        heads: int,
+        kv: int,
+        size: int,
+        value_size: int,
+        q: list[tuple[str, int]],
+        k: list[tuple[str, int]],
+        v: list[tuple[str, int]],
+        o: list[str],
+        kind_has_scores: bool,
     ) -> list[Structure]:
         """The structures of one attention block, in the chosen unit."""
         native = NATIVE.get(name, Native(head=False, head_dim=False))
@@ -163,13 +194,30 @@ class _Discovery:
         def columns(repeat: int, inner: int) -> list[Slot]:
             return [self._column_slot(_join(path, child), repeat, inner) for child in o]
 
-        def make(suffix: str, kind: str, count: int, slots: list[Slot], gates: list[Gate],
-                 can: bool, share: float, attrs: list[Attr], folds: tuple[str, ...] = ()) -> Structure:
+        def make(
+            suffix: str,
+            kind: str,
+            count: int,
+            slots: list[Slot],
+            gates: list[Gate],
+            can: bool,
+            share: float,
+            attrs: list[Attr],
+            folds: tuple[str, ...] = (),
+        ) -> Structure:
             swap = (core_path, f"{native.swap}:{name}") if can and native.swap else None
             return Structure(
-                name=path + suffix, kind=kind, size=count, slots=tuple(slots), gates=tuple(gates),
-                attrs=tuple(attrs) if can else (), folds=folds if can else (),
-                layout="native" if can else "padded", swap=swap, core_share=share, **common,
+                name=path + suffix,
+                kind=kind,
+                size=count,
+                slots=tuple(slots),
+                gates=tuple(gates),
+                attrs=tuple(attrs) if can else (),
+                folds=folds if can else (),
+                layout="native" if can else "padded",
+                swap=swap,
+                core_share=share,
+                **common,
             )
 
         if self.attention == "head":
@@ -208,16 +256,24 @@ class _Discovery:
         can = native.qk_vo and not cross_head
         qk_parts = [(c, b, heads) for c, b in q] + [(c, b, kv) for c, b in k]
         qk = make(
-            ".qk", "attention_qk", size,
+            ".qk",
+            "attention_qk",
+            size,
             [s for c, b, n in qk_parts for s in rows(c, b, n, 1)],
             [gate(c, b, n, 1) for c, b, n in qk_parts],
-            can, 0.5, _attrs(core_path, core, layouts.HEAD_SIZES, 1),
+            can,
+            0.5,
+            _attrs(core_path, core, layouts.HEAD_SIZES, 1),
         )
         vo = make(
-            ".vo", "attention_vo", value_size,
+            ".vo",
+            "attention_vo",
+            value_size,
             [s for c, b in v for s in rows(c, b, kv, 1)] + columns(heads, 1),
             [gate(c, b, kv, 1) for c, b in v],
-            can, 0.5, [Attr(core_path, "value_dim", 1)],
+            can,
+            0.5,
+            [Attr(core_path, "value_dim", 1)],
         )
         return [qk, vo]
 
@@ -245,11 +301,26 @@ class _Discovery:
             ]
             return slots, gates
 
-        def make(suffix: str, kind: str, count: int, slots: list[Slot], gates: list[Gate],
-                 share: float, attrs: tuple[Attr, ...]) -> Structure:
+        def make(
+            suffix: str,
+            kind: str,
+            count: int,
+            slots: list[Slot],
+            gates: list[Gate],
+            share: float,
+            attrs: tuple[Attr, ...],
+        ) -> Structure:
             return Structure(
-                path + suffix, kind, count, self._tower(path), tuple(slots), tuple(gates), attrs,
-                swap=swap, core=path, core_share=share,
+                path + suffix,
+                kind,
+                count,
+                self._tower(path),
+                tuple(slots),
+                tuple(gates),
+                attrs,
+                swap=swap,
+                core=path,
+                core_share=share,
             )
 
         out = _join(path, "out_proj.weight")
@@ -306,8 +377,8 @@ class _Discovery:
             if not is_linear(layer):
                 raise _Leave(f"its projection {child} is a {type(layer).__name__}, not a Linear")
         up, down = layers[-2], layers[-1]
-        up_out, up_in = (up.weight.shape[axis] for axis in linear_axes(up))  # type: ignore[index]
-        down_out, down_in = (down.weight.shape[a] for a in linear_axes(down))  # type: ignore[index]
+        up_out, up_in = (up.weight.shape[axis] for axis in linear_axes(up))
+        down_out, down_in = (down.weight.shape[a] for a in linear_axes(down))
         size = up_out // 2 if row.fused else up_out
         if down_in != size:
             raise _Leave(f"{row.up} gives {up_out} values, {row.down} takes {down_in}")
@@ -321,9 +392,7 @@ class _Discovery:
         slots = [s for part in parts for s in self._row_slots(part, 0, repeat, 1)]
         slots.append(self._column_slot(_join(path, row.down), 1, 1))
         first = _join(path, row.up)
-        if row.gate:
-            gates = (Gate(first),)
-        elif not row.fused and self._zero_stays_zero(path, row.up):
+        if row.gate or (not row.fused and self._zero_stays_zero(path, row.up)):
             gates = (Gate(first),)
         else:
             gates = (Gate(_join(path, row.down), "input"),)
@@ -344,7 +413,9 @@ class _Discovery:
         for child, layer in nearby.named_children():
             if child in inside or (holder and _join(holder, child) in names):
                 continue
-            if any(p.dim() and p.shape[0] == size and size > 1 for p in layer.parameters(False)) and (
+            if any(
+                p.dim() and p.shape[0] == size and size > 1 for p in layer.parameters(False)
+            ) and (
                 not is_linear(layer) and not _is_residual_norm(layer, self.modules, path, names)
             ):
                 return f"{child} ({type(layer).__name__})"
@@ -367,7 +438,7 @@ class _Discovery:
     # -- shared ------------------------------------------------------------------------
 
     def _weight(self, path: str) -> Tensor:
-        return self.modules[path].weight  # type: ignore[return-value]
+        return self.modules[path].weight
 
     def _row_slots(self, path: str, start: int, repeat: int, inner: int) -> list[Slot]:
         module = self.modules[path]
@@ -446,7 +517,10 @@ def _in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         first = _ORDER.get(type(module).__name__, ())
         children = dict(module.named_children())
         lists = [n for n in _IN_TURN.get(type(module).__name__, ()) if n in children]
-        for name in [*(n for n in first if n in children), *(n for n in children if n not in first)]:
+        for name in [
+            *(n for n in first if n in children),
+            *(n for n in children if n not in first),
+        ]:
             if name not in lists:
                 yield from walk(_join(path, name), children[name])
             elif name == lists[0]:
@@ -534,5 +608,3 @@ def _reason(module: nn.Module) -> str:
     if is_linear(module):
         return "a projection outside attention and FFN"
     return f"parameters of {kind} itself"
-
-

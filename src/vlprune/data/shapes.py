@@ -98,9 +98,13 @@ def make_scene(rng: random.Random, side: int = 64, most: int = 3) -> Scene:
         radius = SIZES[size] * side * rng.uniform(0.92, 1.08)
         margin = radius * 1.3
         thing = Thing(
-            rng.choice(SHAPES), rng.choice(list(COLOURS)), size,
-            rng.uniform(margin, side - margin), rng.uniform(margin, side - margin),
-            radius, rng.uniform(-0.2, 0.2),
+            rng.choice(SHAPES),
+            rng.choice(list(COLOURS)),
+            size,
+            rng.uniform(margin, side - margin),
+            rng.uniform(margin, side - margin),
+            radius,
+            rng.uniform(-0.2, 0.2),
         )
         apart = all(
             math.hypot(thing.x - t.x, thing.y - t.y) > 1.25 * (thing.radius + t.radius)
@@ -131,7 +135,9 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
     result = []
     for _ in range(5):
         things = rng.sample(scene.things, len(scene.things))
-        phrases = [f"a {t.phrase if rng.random() < 0.8 else f'{t.colour} {t.shape}'}" for t in things]
+        phrases = [
+            f"a {t.phrase if rng.random() < 0.8 else f'{t.colour} {t.shape}'}" for t in things
+        ]
         result.append(rng.choice(("", "a picture of ", "there is ")) + " and ".join(phrases))
     return result
 
@@ -162,16 +168,14 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
 
 def references(scene: Scene) -> list[tuple[int, str]]:
     """(object number, expression) for every object that one phrase singles out."""
-    found = []
+    found: list[tuple[int, str]] = []
     for number, thing in enumerate(scene.things):
-        rules: list[tuple[str, Callable[[Thing], bool]]] = [
-            (f"the {thing.shape}", lambda t, thing=thing: t.shape == thing.shape),
-            (f"the {thing.colour} object", lambda t, thing=thing: t.colour == thing.colour),
-            (f"the {thing.phrase}", lambda t, thing=thing: t == thing),
-        ]
-        found += [
-            (number, text) for text, fits in rules if sum(fits(t) for t in scene.things) == 1
-        ]
+        others = [t for t in scene.things if t is not thing]
+        if all(t.shape != thing.shape for t in others):
+            found.append((number, f"the {thing.shape}"))
+        if all(t.colour != thing.colour for t in others):
+            found.append((number, f"the {thing.colour} object"))
+        found.append((number, f"the {thing.phrase}"))
     return found
 
 
@@ -210,16 +214,34 @@ def write_shapes(
         ("val2014", "test", "validation", "dev", test, train),
     ):
         _write_split(
-            root, subtype, split, mask_split, pair_split, range(first, first + count), seed, side,
-            most, karpathy, progress,
+            root,
+            subtype,
+            split,
+            mask_split,
+            pair_split,
+            range(first, first + count),
+            seed,
+            side,
+            most,
+            karpathy,
+            progress,
         )
     _dump(root / "annotations" / "dataset_shapes.json", {"dataset": "shapes", "images": karpathy})
     return root
 
 
 def _write_split(
-    root: Path, subtype: str, split: str, mask_split: str, pair_split: str, ids: range, seed: int,
-    side: int, most: int, karpathy: list[dict[str, Any]], progress: Callable[[int], None] | None,
+    root: Path,
+    subtype: str,
+    split: str,
+    mask_split: str,
+    pair_split: str,
+    ids: range,
+    seed: int,
+    side: int,
+    most: int,
+    karpathy: list[dict[str, Any]],
+    progress: Callable[[int], None] | None,
 ) -> None:
     """One split in every format."""
     images, masks = root / "images" / subtype, root / "masks" / mask_split
@@ -293,7 +315,10 @@ def _karpathy_entry(
     image_id: int, name: str, subtype: str, split: str, said: list[str]
 ) -> dict[str, Any]:
     return {
-        "imgid": image_id, "cocoid": image_id, "filename": name, "filepath": subtype,
+        "imgid": image_id,
+        "cocoid": image_id,
+        "filename": name,
+        "filepath": subtype,
         "split": split,
         "sentences": [
             {"sentid": image_id * 10 + i, "imgid": image_id, "raw": c, "tokens": c.split()}
@@ -308,8 +333,11 @@ def _instance(thing: Thing, image_id: int, number: int) -> dict[str, Any]:
     pairs = zip(points, points[1:] + points[:1], strict=True)
     area = abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in pairs)) / 2
     return {
-        "id": image_id * 10 + number, "image_id": image_id, "iscrowd": 0,
-        "category_id": 1 + SHAPES.index(thing.shape), "area": round(area, 2),
+        "id": image_id * 10 + number,
+        "image_id": image_id,
+        "iscrowd": 0,
+        "category_id": 1 + SHAPES.index(thing.shape),
+        "area": round(area, 2),
         "bbox": [min(xs), min(ys), round(max(xs) - min(xs), 2), round(max(ys) - min(ys), 2)],
         "segmentation": [[coordinate for point in points for coordinate in point]],
     }
@@ -319,8 +347,11 @@ def _vqa_annotation(
     key: int, image_id: int, question: str, answer: str, kind: str
 ) -> dict[str, Any]:
     return {
-        "question_id": key, "image_id": image_id, "answer_type": kind,
-        "question_type": " ".join(question.split()[:2]), "multiple_choice_answer": answer,
+        "question_id": key,
+        "image_id": image_id,
+        "answer_type": kind,
+        "question_type": " ".join(question.split()[:2]),
+        "multiple_choice_answer": answer,
         "answers": [
             {"answer_id": i, "answer": answer, "answer_confidence": "yes"} for i in range(1, 11)
         ],
@@ -329,6 +360,9 @@ def _vqa_annotation(
 
 def _reference(image_id: int, number: int, text: str, split: str, key: int) -> dict[str, Any]:
     return {
-        "ref_id": key, "ann_id": image_id * 10 + number, "image_id": image_id, "split": split,
+        "ref_id": key,
+        "ann_id": image_id * 10 + number,
+        "image_id": image_id,
+        "split": split,
         "sentences": [{"sent_id": key, "raw": text, "sent": text, "tokens": text.split()}],
     }

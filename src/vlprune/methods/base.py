@@ -53,6 +53,7 @@ class Search(ABC):
 
     def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
         """Take note of the gate gradients of one step, {structure: (size,)}."""
+        return
 
     @abstractmethod
     def keep(self) -> dict[str, tuple[int, ...]]:

@@ -148,6 +148,12 @@ def word_tokenizer(texts: Sequence[str], max_length: int = 64) -> PreTrainedToke
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
-        unk_token="[UNK]", cls_token="[BOS]", sep_token="[EOS]", model_max_length=max_length,
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        cls_token="[BOS]",
+        sep_token="[EOS]",
+        model_max_length=max_length,
     )

@@ -82,18 +82,25 @@ class RetrievalTask(Task):
 
         spec, tokenizer = self.model_spec, self.processor.tokenizer
         common = {
-            "hidden_size": spec.width, "num_attention_heads": spec.heads,
+            "hidden_size": spec.width,
+            "num_attention_heads": spec.heads,
             "intermediate_size": 4 * spec.width,
         }
         config = CLIPConfig(
             vision_config={
-                **common, "num_hidden_layers": spec.vision_layers,
-                "image_size": spec.image_size, "patch_size": spec.patch_size,
+                **common,
+                "num_hidden_layers": spec.vision_layers,
+                "image_size": spec.image_size,
+                "patch_size": spec.patch_size,
             },
             text_config={
-                **common, "num_hidden_layers": spec.text_layers, "vocab_size": len(tokenizer),
-                "max_position_embeddings": 64, "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+                **common,
+                "num_hidden_layers": spec.text_layers,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": 64,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
             },
             projection_dim=spec.width,
         )
@@ -102,7 +109,8 @@ class RetrievalTask(Task):
     def collate(self, items: list[CaptionedImage]) -> dict[str, Any]:
         chosen = [random.choice(item.captions) for item in items]
         return {
-            **self._text(chosen), "pixel_values": self.pixels([item.image for item in items]),
+            **self._text(chosen),
+            "pixel_values": self.pixels([item.image for item in items]),
             "return_loss": True,
         }
 
@@ -154,9 +162,9 @@ def recalls(scores: Tensor, owner: Tensor) -> dict[str, float]:
     ``scores`` is (images, texts); ``owner`` (texts,) says which image a text belongs to. An
     image is right at k if any of its texts is among its k best, as usual on COCO and Flickr.
     """
-    ranked_texts = owner[scores.argsort(1, descending=True, stable=True)]
+    ranked_texts = owner[scores.argsort(dim=1, descending=True, stable=True)]
     hit_text = ranked_texts == torch.arange(len(scores))[:, None]
-    ranked_images = scores.T.argsort(1, descending=True, stable=True)
+    ranked_images = scores.T.argsort(dim=1, descending=True, stable=True)
     hit_image = ranked_images == owner[:, None]
     result = {}
     for way, hits in (("image_to_text", hit_text), ("text_to_image", hit_image)):

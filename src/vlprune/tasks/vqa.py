@@ -45,8 +45,7 @@ class VqaTask(Task):
             self.answers = _answer_list(self.train)
         elif data.format == "shapes":
             root = Path(data.folder or folder)
-            counts = {"train": data.train_items or 2000, "test": data.test_items or 400}
-            write_shapes(root, **counts, most=2)
+            write_shapes(root, data.train_items or 2000, data.test_items or 400, most=2)
             self.train, self.test = (_shapes(root, s) for s in ("train2014", "val2014"))
             self.answers = _answer_list(self.train)
         else:
@@ -79,22 +78,33 @@ class VqaTask(Task):
         spec, tokenizer = self.model_spec, self.processor.tokenizer
         # BLIP's own 0.02 suits a width of 768; narrow models learn nothing for long with it.
         common = {
-            "hidden_size": spec.width, "num_attention_heads": spec.heads,
-            "intermediate_size": 4 * spec.width, "initializer_range": 0.8 * spec.width**-0.5,
+            "hidden_size": spec.width,
+            "num_attention_heads": spec.heads,
+            "intermediate_size": 4 * spec.width,
+            "initializer_range": 0.8 * spec.width**-0.5,
         }
         config = BlipConfig(
             vision_config={
-                **common, "num_hidden_layers": spec.vision_layers,
-                "image_size": spec.image_size, "patch_size": spec.patch_size,
+                **common,
+                "num_hidden_layers": spec.vision_layers,
+                "image_size": spec.image_size,
+                "patch_size": spec.patch_size,
             },
             text_config={
-                **common, "num_hidden_layers": spec.text_layers, "vocab_size": len(tokenizer),
-                "encoder_hidden_size": spec.width, "max_position_embeddings": 64,
-                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-                "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-                "sep_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+                **common,
+                "num_hidden_layers": spec.text_layers,
+                "vocab_size": len(tokenizer),
+                "encoder_hidden_size": spec.width,
+                "max_position_embeddings": 64,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "sep_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
             },
-            projection_dim=spec.width, image_text_hidden_size=spec.width,
+            projection_dim=spec.width,
+            image_text_hidden_size=spec.width,
             initializer_range=common["initializer_range"],
         )
         return self.model_type()(config)
@@ -132,7 +142,8 @@ class VqaTask(Task):
                 generated += vqa_accuracy(second, item.answers)
             advance(len(items))
         return {
-            "accuracy": ranked / len(self.test), "accuracy_generated": generated / len(self.test)
+            "accuracy": ranked / len(self.test),
+            "accuracy_generated": generated / len(self.test),
         }
 
     def predict(self, model: Any, items: list[Question]) -> list[str]:
@@ -164,22 +175,34 @@ def rank_answers(
     """
     image = model.vision_model(inputs["pixel_values"])[0]
     states = model.text_encoder(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-        encoder_hidden_states=image, return_dict=False,
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        encoder_hidden_states=image,
+        return_dict=False,
     )[0]
     mask, count = inputs["attention_mask"], len(states)
-    first = model.text_decoder(
-        input_ids=candidates[:1, :1].expand(count, 1), encoder_hidden_states=states,
-        encoder_attention_mask=mask,
-    ).logits[:, -1].log_softmax(-1)
+    first = (
+        model.text_decoder(
+            input_ids=candidates[:1, :1].expand(count, 1),
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+        )
+        .logits[:, -1]
+        .log_softmax(-1)
+    )
     keep = min(keep, len(candidates))
     top = first[:, candidates[:, 1]].topk(keep, dim=1).indices  # (questions, keep)
     ids = candidates[top].flatten(0, 1)
-    logits = model.text_decoder(
-        input_ids=ids, attention_mask=(ids != pad).long(),
-        encoder_hidden_states=states.repeat_interleave(keep, 0),
-        encoder_attention_mask=mask.repeat_interleave(keep, 0),
-    ).logits[:, :-1].log_softmax(-1)
+    logits = (
+        model.text_decoder(
+            input_ids=ids,
+            attention_mask=(ids != pad).long(),
+            encoder_hidden_states=states.repeat_interleave(keep, 0),
+            encoder_attention_mask=mask.repeat_interleave(keep, 0),
+        )
+        .logits[:, :-1]
+        .log_softmax(-1)
+    )
     following = ids[:, 1:]
     likelihood = logits.gather(2, following[..., None])[..., 0]
     total = likelihood.masked_fill(following == pad, 0).sum(1).reshape(count, keep)

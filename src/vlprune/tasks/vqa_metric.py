@@ -9,28 +9,24 @@ __all__ = ["normalise", "vqa_accuracy"]
 
 _NUMBERS = {
     word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten".split()
-    )
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"(\d)(,)(\d)")
 
 _CONTRACTIONS = {
     word.replace("'", ""): word
     for word in (
-        "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's "
-        "how'd how'll how's I'd I'm I've isn't it'd it'll let's ma'am might've mightn't must've "
-        "mustn't needn't not've o'clock oughtn't shan't she'd she's should've shouldn't somebody'd "
-        "somebody's someone'd someone's something'd something'll that'd that's there'd there're "
-        "there's they'd they'll they're they've 'twas wasn't we'd we've weren't what'll what're "
-        "what's what've when's where'd where's where've who'd who'll who's who've why'll why're "
-        "why's won't would've wouldn't y'all you'd you'll you're you've"
+        "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he's "
+        "how'd how'll how's I'm I've isn't it'll ma'am might've mightn't must've mustn't needn't "
+        "not've o'clock oughtn't shan't she's should've shouldn't somebody'd somebody's someone'd "
+        "someone's something'd something'll that'd that's there'd there're there's they'd they'll "
+        "they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd "
+        "where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't "
+        "y'all you'd you'll you're you've"
     ).split()
-    # words that are words without their apostrophe, too
-    if word not in {"he'd", "I'd", "we'd", "she'd", "let's", "it'd"}
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers as T  # noqa: N812
+import transformers as T
 from torch import Tensor, nn
 
 __all__ = ["FAMILIES", "Sample", "build"]
@@ -80,30 +80,49 @@ def _prompt(image_tokens: int, text: int = 4, batch: int = 2) -> Tensor:
 
 def _text(**more: Any) -> dict[str, Any]:
     return {
-        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
-        "intermediate_size": 40, "vocab_size": VOCAB, **more,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "vocab_size": VOCAB,
+        **more,
     }
 
 
 def _vision(**more: Any) -> dict[str, Any]:
     return {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 48, "image_size": IMAGE, "patch_size": PATCH, **more,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        **more,
     }
 
 
 def _language_model(**more: Any) -> dict[str, Any]:
     """A decoder with grouped-query attention: 4 query heads, 2 key-value heads."""
     return {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": VOCAB,
-        "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         **more,
     }
 
 
 _CLIP_TEXT: dict[str, Any] = {
-    "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": VOCAB - 1, "pad_token_id": 1,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": VOCAB - 1,
+    "pad_token_id": 1,
 }
 
 
@@ -141,8 +160,13 @@ def siglip2() -> Sample:
 def _blip_config(**vision: Any) -> Any:
     vision = _vision(**vision)
     text = _text(
-        max_position_embeddings=32, encoder_hidden_size=vision["hidden_size"], projection_dim=16, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, sep_token_id=2,
+        max_position_embeddings=32,
+        encoder_hidden_size=vision["hidden_size"],
+        projection_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        sep_token_id=2,
     )
     return T.BlipConfig(
         text_config=text, vision_config=vision, projection_dim=16, image_text_hidden_size=16
@@ -184,11 +208,21 @@ def blip2() -> Sample:
         vision_config=_vision(),
         qformer_config=_text(encoder_hidden_size=32, cross_attention_frequency=2),
         text_config={
-            "model_type": "opt", "hidden_size": 24, "num_hidden_layers": 2, "ffn_dim": 40,
-            "num_attention_heads": 3, "vocab_size": VOCAB, "word_embed_proj_dim": 24,
-            "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+            "model_type": "opt",
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "ffn_dim": 40,
+            "num_attention_heads": 3,
+            "vocab_size": VOCAB,
+            "word_embed_proj_dim": 24,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
         },
-        num_query_tokens=4, image_token_id=IMAGE_TOKEN, image_token_index=IMAGE_TOKEN,
+        num_query_tokens=4,
+        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
     )
     inputs = {"input_ids": _prompt(4), "pixel_values": _pixels()}
     return Sample(T.Blip2ForConditionalGeneration(config), inputs, dict(inputs))
@@ -247,8 +281,15 @@ def distilbert() -> Sample:
 @_family
 def gpt2() -> Sample:
     config = T.GPT2Config(
-        n_embd=24, n_layer=2, n_head=3, n_inner=40, vocab_size=VOCAB, n_positions=32,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        n_inner=40,
+        vocab_size=VOCAB,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return Sample(T.GPT2LMHeadModel(config), {"input_ids": _ids()}, {"input_ids": _ids()})
 
@@ -267,16 +308,20 @@ def bridgetower() -> Sample:
     config = T.BridgeTowerConfig(
         text_config=_text(max_position_embeddings=32),
         vision_config={
-            "hidden_size": 128, "num_hidden_layers": 3, "patch_size": PATCH, "image_size": IMAGE,
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "patch_size": PATCH,
+            "image_size": IMAGE,
         },
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
         contrastive_hidden_size=16,
     )
     inputs = {"input_ids": _ids(), "pixel_values": _pixels(), "attention_mask": _ones()}
     # its forward stops before the last block of the image encoder
-    return Sample(
-        T.BridgeTowerForImageAndTextRetrieval(config), inputs, idle=r"resblocks\.2\."
-    )
+    return Sample(T.BridgeTowerForImageAndTextRetrieval(config), inputs, idle=r"resblocks\.2\.")
 
 
 @_family
@@ -285,7 +330,8 @@ def flava() -> Sample:
         text_config=_text(max_position_embeddings=32),
         image_config=_vision(mask_token=True, vocab_size=VOCAB),
         multimodal_config=_text(),
-        hidden_size=24, projection_dim=16,
+        hidden_size=24,
+        projection_dim=16,
     )
     return Sample(T.FlavaModel(config), {"input_ids": _ids(), "pixel_values": _pixels()})
 
@@ -310,8 +356,13 @@ def owlv2() -> Sample:
 
 def _swin_backbone() -> Any:
     return T.SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 4], window_size=4, image_size=64,
-        patch_size=4, out_features=["stage2", "stage3", "stage4"],
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[2, 2, 2, 4],
+        window_size=4,
+        image_size=64,
+        patch_size=4,
+        out_features=["stage2", "stage3", "stage4"],
     )
 
 
@@ -319,17 +370,25 @@ def _grounding_dino(config_class: Any, model_class: Any) -> Sample:
     config = config_class(
         backbone_config=_swin_backbone(),
         text_config={
-            "model_type": "bert", **_text(max_position_embeddings=32) | {"vocab_size": 1100}
+            "model_type": "bert",
+            **_text(max_position_embeddings=32) | {"vocab_size": 1100},
         },
-        d_model=32, encoder_layers=2, encoder_ffn_dim=48, encoder_attention_heads=4,
-        decoder_layers=2, decoder_ffn_dim=40, decoder_attention_heads=4, num_queries=6,
-        num_feature_levels=4, max_text_len=16, fusion_dropout=0.0, fusion_droppath=0.0,
+        d_model=32,
+        encoder_layers=2,
+        encoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_layers=2,
+        decoder_ffn_dim=40,
+        decoder_attention_heads=4,
+        num_queries=6,
+        num_feature_levels=4,
+        max_text_len=16,
+        fusion_dropout=0.0,
+        fusion_droppath=0.0,
     )
     # [CLS] words . words . [SEP] in BERT's ids: a token attends inside its own phrase only
     ids = torch.tensor([[101, 7, 8, 9, 1012, 10, 11, 12, 1012, 102]] * 2)
-    inputs = {
-        "input_ids": ids, "pixel_values": _pixels(2, 3, 64, 64), "attention_mask": _ones(10)
-    }
+    inputs = {"input_ids": ids, "pixel_values": _pixels(2, 3, 64, 64), "attention_mask": _ones(10)}
     return Sample(model_class(config), inputs)
 
 
@@ -346,18 +405,31 @@ def mm_grounding_dino() -> Sample:
 @_family
 def detr() -> Sample:
     backbone = T.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
         out_features=["stage4"],
     )
     config = T.DetrConfig(
-        backbone_config=backbone, use_timm_backbone=False, backbone=None,
-        use_pretrained_backbone=False, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_ffn_dim=48, decoder_ffn_dim=40, encoder_attention_heads=4,
-        decoder_attention_heads=4, num_queries=5, num_labels=5,
+        backbone_config=backbone,
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=5,
+        num_labels=5,
     )
     # the first decoder layer starts from zeros: all values are equal, so weights do not matter
     return Sample(
-        T.DetrForObjectDetection(config), {"pixel_values": _pixels(2, 3, 64, 64)},
+        T.DetrForObjectDetection(config),
+        {"pixel_values": _pixels(2, 3, 64, 64)},
         idle=r"decoder\.layers\.0\.self_attn\.qk",
     )
 
@@ -365,8 +437,13 @@ def detr() -> Sample:
 @_family
 def swin() -> Sample:
     config = T.SwinConfig(
-        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2, image_size=IMAGE,
-        patch_size=2, num_labels=5,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=2,
+        image_size=IMAGE,
+        patch_size=2,
+        num_labels=5,
     )
     return Sample(T.SwinForImageClassification(config), {"pixel_values": _pixels()})
 
@@ -376,7 +453,9 @@ def llava() -> Sample:
     config = T.LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **_vision(projection_dim=16)},
         text_config={"model_type": "llama", **_language_model()},
-        image_token_id=IMAGE_TOKEN, image_token_index=IMAGE_TOKEN, image_seq_length=PATCHES,
+        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=PATCHES,
         vision_feature_layer=-1,
     )
     inputs = {"input_ids": _prompt(PATCHES), "pixel_values": _pixels()}
@@ -389,11 +468,15 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Sample
         text_config=_language_model(
             head_dim=8,
             rope_parameters={
-                "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0
+                "rope_type": "default",
+                "mrope_section": [1, 1, 2],
+                "rope_theta": 10000.0,
             },
         ),
-        image_token_id=IMAGE_TOKEN, video_token_id=4,
-        vision_start_token_id=VOCAB - 2, vision_end_token_id=VOCAB - 1,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=4,
+        vision_start_token_id=VOCAB - 2,
+        vision_end_token_id=VOCAB - 1,
     )
     ids = _ids(10, 1)
     ids[:, 0], ids[:, 1:5], ids[:, 5] = VOCAB - 2, IMAGE_TOKEN, VOCAB - 1
@@ -409,9 +492,16 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Sample
 @_family
 def qwen2_5_vl() -> Sample:
     vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4,
-        "intermediate_size": 48, "patch_size": PATCH, "temporal_patch_size": 2,
-        "spatial_merge_size": 2, "window_size": 32, "fullatt_block_indexes": [1],
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
     }
     return _qwen(T.Qwen2_5_VLConfig, T.Qwen2_5_VLForConditionalGeneration, vision)
 
@@ -419,9 +509,16 @@ def qwen2_5_vl() -> Sample:
 @_family
 def qwen3_vl() -> Sample:
     vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4,
-        "intermediate_size": 48, "patch_size": PATCH, "temporal_patch_size": 2,
-        "spatial_merge_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
     }
     return _qwen(T.Qwen3VLConfig, T.Qwen3VLForConditionalGeneration, vision)
 
@@ -434,26 +531,31 @@ def paligemma() -> Sample:
             **_vision(vision_use_head=False, projection_dim=32),
         },
         text_config={"model_type": "gemma", **_language_model(head_dim=8)},
-        image_token_id=IMAGE_TOKEN, image_token_index=IMAGE_TOKEN, projection_dim=32,
+        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
     )
     ids = _prompt(PATCHES)
-    inputs = {
-        "input_ids": ids, "pixel_values": _pixels(), "token_type_ids": torch.zeros_like(ids)
-    }
+    inputs = {"input_ids": ids, "pixel_values": _pixels(), "token_type_ids": torch.zeros_like(ids)}
     return Sample(T.PaliGemmaForConditionalGeneration(config), inputs, dict(inputs))
 
 
 @_family
 def gemma3() -> Sample:
     text = _language_model(
-        head_dim=8, query_pre_attn_scalar=8, sliding_window=16,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=16,
         layer_types=["sliding_attention", "full_attention"],
     )
     config = T.Gemma3Config(
         vision_config={"model_type": "siglip_vision_model", **_vision(vision_use_head=False)},
         text_config={"model_type": "gemma3_text", **text},
-        mm_tokens_per_image=4, image_token_id=IMAGE_TOKEN, image_token_index=IMAGE_TOKEN,
-        boi_token_index=4, eoi_token_index=5,
+        mm_tokens_per_image=4,
+        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=4,
+        eoi_token_index=5,
     )
     ids = _prompt(4)
     types = (ids == IMAGE_TOKEN).long()
@@ -463,8 +565,10 @@ def gemma3() -> Sample:
 
 def _idefics(config_class: Any, model_class: Any) -> Sample:
     config = config_class(
-        vision_config=_vision(), text_config={"model_type": "llama", **_language_model()},
-        image_token_id=IMAGE_TOKEN, scale_factor=2,
+        vision_config=_vision(),
+        text_config={"model_type": "llama", **_language_model()},
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
     )
     inputs = {"input_ids": _prompt(1), "pixel_values": _pixels().unsqueeze(1)}
     return Sample(model_class(config), inputs, dict(inputs))
@@ -484,7 +588,9 @@ def _internvl(**vision: Any) -> Sample:
     config = T.InternVLConfig(
         vision_config=_vision(image_size=[IMAGE, IMAGE], patch_size=[PATCH, PATCH]) | vision,
         text_config={"model_type": "qwen2", **_language_model()},
-        image_token_id=IMAGE_TOKEN, image_seq_length=1, downsample_ratio=0.5,
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=1,
+        downsample_ratio=0.5,
     )
     inputs = {"input_ids": _prompt(1), "pixel_values": _pixels()}
     return Sample(T.InternVLForConditionalGeneration(config), inputs, dict(inputs))
@@ -504,22 +610,38 @@ def internvl_qk_norm() -> Sample:
 def florence2() -> Sample:
     config = T.Florence2Config(
         vision_config={
-            "embed_dim": [8, 16, 16, 32], "num_heads": [1, 2, 2, 4], "num_groups": [1, 2, 2, 4],
-            "depths": [1, 1, 1, 1], "projection_dim": 24, "window_size": 2,
-            "patch_size": [7, 3, 3, 3], "patch_stride": [4, 2, 2, 2],
-            "patch_padding": [3, 1, 1, 1], "max_temporal_embeddings": 10,
+            "embed_dim": [8, 16, 16, 32],
+            "num_heads": [1, 2, 2, 4],
+            "num_groups": [1, 2, 2, 4],
+            "depths": [1, 1, 1, 1],
+            "projection_dim": 24,
+            "window_size": 2,
+            "patch_size": [7, 3, 3, 3],
+            "patch_stride": [4, 2, 2, 2],
+            "patch_padding": [3, 1, 1, 1],
+            "max_temporal_embeddings": 10,
             "max_position_embeddings": 10,
         },
         text_config={
-            "model_type": "bart", "d_model": 24, "encoder_layers": 2, "decoder_layers": 2,
-            "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 40,
-            "decoder_ffn_dim": 32, "vocab_size": VOCAB, "max_position_embeddings": 64,
-            "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+            "model_type": "bart",
+            "d_model": 24,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 3,
+            "decoder_attention_heads": 3,
+            "encoder_ffn_dim": 40,
+            "decoder_ffn_dim": 32,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 64,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
         },
         image_token_id=IMAGE_TOKEN,
     )
     inputs = {
-        "input_ids": _prompt(5), "pixel_values": _pixels(2, 3, 64, 64),
+        "input_ids": _prompt(5),
+        "pixel_values": _pixels(2, 3, 64, 64),
         "decoder_input_ids": _ids(4),
     }
     generate = {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}

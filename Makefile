@@ -1,0 +1,30 @@
+# Two commands: `make demo` runs the main job on built-in data, `make test` checks everything.
+# The constraints file pins torch, so that a machine without a GPU never pulls a CUDA build.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+SHARED_DATA := $(abspath ../shared/data)
+export VLPRUNE_DATA ?= $(if $(wildcard $(SHARED_DATA)),$(SHARED_DATA))
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test slow clean
+
+demo: .venv/ready
+	$(BIN)/vlprune demo -o demo-output
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow -n 0
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-output

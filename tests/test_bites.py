@@ -1,0 +1,90 @@
+"""The conformance suite fails when the code is broken on purpose."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import vlprune.cutting as cutting
+from vlprune.architectures import matching
+from vlprune.testing import CHECKS, build
+
+masked_equals_cut = CHECKS["masked_equals_cut"]
+
+
+def test_the_unbroken_code_passes() -> None:
+    masked_equals_cut(partial(build, "clip"), "head_dim")
+    masked_equals_cut(partial(build, "blip"), "head_dim")
+
+
+def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cutting._cut_parameter
+
+    def forgetful(model: Any, name: str, axes: Any, scale: float, log: Any) -> None:
+        if name.endswith(".bias"):
+            axes = {axis: (torch.arange(len(index)), n) for axis, (index, n) in axes.items()}
+        cut(model, name, axes, scale, log)
+
+    monkeypatch.setattr(cutting, "_cut_parameter", forgetful)
+    with pytest.raises(AssertionError, match="apart"):
+        masked_equals_cut(partial(build, "clip"), "head_dim")
+
+
+def test_a_bias_left_out_of_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = matching._Discovery._row_slots
+    monkeypatch.setattr(matching._Discovery, "_row_slots", lambda *args: rows(*args)[:1])
+    with pytest.raises(RuntimeError):
+        masked_equals_cut(partial(build, "vit"), "head_dim")
+
+
+def test_a_forgotten_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "_attrs", lambda *args: [])
+    with pytest.raises(AssertionError, match="apart"):
+        masked_equals_cut(partial(build, "vit"), "head_dim")
+
+
+def test_a_forgotten_softmax_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching._Discovery, "_fold", lambda *args: ())
+    with pytest.raises(AssertionError, match="apart"):
+        masked_equals_cut(partial(build, "blip"), "head_dim")
+
+
+def test_an_off_by_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = cutting.positions
+
+    def shifted(slot: Any, size: int, units: Any) -> torch.Tensor:
+        if slot.axis == 1:  # columns of the second projection only
+            units = [(unit + 1) % size for unit in units]
+        return positions(slot, size, units)
+
+    monkeypatch.setattr(cutting, "positions", shifted)
+    with pytest.raises(AssertionError, match="apart"):
+        masked_equals_cut(partial(build, "clip"), "head_dim")
+
+
+def test_a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vlprune.gate as gate
+
+    attach = gate._attach
+    monkeypatch.setattr(gate, "_attach", lambda *args: attach(*args) and [])
+    with pytest.raises(AssertionError, match="hook"):
+        CHECKS["ones_change_nothing"](partial(build, "vit"), "head_dim")
+
+
+def test_a_price_that_forgets_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vlprune.cost as cost
+
+    prices = cost.param_prices
+
+    def forgetful(model: Any, structures: Any) -> Any:
+        from dataclasses import replace
+
+        kept = [replace(s, slots=s.slots[:-1]) for s in structures]
+        return prices(model, kept)
+
+    monkeypatch.setattr(cost, "param_prices", forgetful)
+    with pytest.raises(AssertionError):
+        CHECKS["costs_agree"](partial(build, "vit"), "head_dim")

@@ -1,0 +1,159 @@
+"""Cutting: what is proved on the spot, what is put back, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vlprune
+import vlprune.cutting as cutting
+from vlprune import Plan, discover, rewrite
+from vlprune.errors import UnsupportedError, VerificationError
+from vlprune.layers import PaddedLinear
+from vlprune.testing import build
+from vlprune.testing.conformance import make_plan
+
+
+def half(description: Any) -> Plan:
+    return make_plan(description, lambda size: max(1, size // 2))
+
+
+def test_the_proof_says_how_close_it_was() -> None:
+    sample = build("blip_vqa")
+    description = discover(sample.model)
+    small = rewrite(sample.model, description, half(description), verify=sample.inputs)
+    assert small is sample.model
+    proof = small._vlprune_verification
+    assert proof.dtype == "float64"
+    assert proof.difference <= 1e-12 * max(1, proof.scale)
+    assert all(p.dtype == torch.float32 for p in small.parameters())
+
+
+def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = build("siglip")  # class swaps, native cuts
+    before_class = {n: type(m) for n, m in sample.model.named_modules()}
+    before = copy.deepcopy(sample.model.state_dict())
+    description = discover(sample.model)
+    monkeypatch.setattr(cutting, "_axis_index", _shifted(cutting._axis_index))
+    with pytest.raises(VerificationError, match="put back"):
+        rewrite(sample.model, description, half(description), verify=sample.inputs)
+    after = sample.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[k].equal(after[k]) and before[k].dtype == after[k].dtype for k in before)
+    assert before_class == {n: type(m) for n, m in sample.model.named_modules()}
+    assert discover(sample.model) == description
+    assert getattr(sample.model.config, "quantization_config", None) is None
+
+
+def _shifted(real: Any) -> Any:
+    def broken(*args: Any) -> Any:
+        return {
+            name: {
+                axis: ((index + 1) % length if axis == 1 else index, length)
+                for axis, (index, length) in axes.items()
+            }
+            for name, axes in real(*args).items()
+        }
+
+    return broken
+
+
+def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = build("llava")
+    description = discover(sample.model)
+    before = copy.deepcopy(sample.model.state_dict())
+    monkeypatch.setattr(cutting, "_axis_index", _shifted(cutting._axis_index))
+    with pytest.raises(VerificationError):
+        rewrite(sample.model, description, half(description), verify=sample.inputs)
+    assert not any(isinstance(m, PaddedLinear) for m in sample.model.modules())
+    after = sample.model.state_dict()
+    assert all(before[k].equal(after[k]) for k in before)
+
+
+def test_half_precision_survives_the_proof() -> None:
+    sample = build("clip")
+    sample.model.to(torch.bfloat16)
+    description = discover(sample.model)
+    small = rewrite(sample.model, description, half(description), verify=sample.inputs)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
+def test_another_quantizer_is_refused_politely() -> None:
+    model = build("vit").model
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    description = discover(model)
+    with pytest.raises(UnsupportedError, match="already quantized with 'bitsandbytes'"):
+        rewrite(model, description, half(description))
+    with pytest.raises(UnsupportedError, match="already quantized"):
+        vlprune.Compressor(model, vlprune.Magnitude(), {"params": 0.5})
+
+
+def test_no_second_copy_of_the_model_is_held() -> None:
+    model = build("clip").model
+    description = discover(model)
+    old = {name: p.data_ptr() for name, p in model.named_parameters()}
+    rewrite(model, description, half(description))
+    touched = {s.param for x in description for s in x.slots}
+    for name, parameter in model.named_parameters():
+        assert (parameter.data_ptr() == old[name]) == (name not in touched)
+        assert parameter.is_contiguous()
+
+
+class Odd(nn.Module):
+    """A block nobody has seen: familiar names, a forward of its own."""
+
+    def __init__(self, between: nn.Module | None = None, activation: nn.Module | None = None):
+        super().__init__()
+        self.num_heads = 2
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.mlp = nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.mlp.act = activation or nn.GELU()
+        self.mlp.norm = between or nn.Identity()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            p(x).reshape(*x.shape[:2], 2, 4).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = (q @ k.mT / 2).softmax(-1) @ v
+        x = x + self.o_proj(y.transpose(1, 2).reshape(x.shape))
+        x = x + self.mlp.fc2(self.mlp.norm(self.mlp.act(self.mlp.fc1(x))))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("unit", ["head_dim", "qk_vo", "head"])
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.Sigmoid()])
+def test_an_unknown_family_is_cut_exactly(unit: str, activation: nn.Module) -> None:
+    model = Odd(activation=activation).double()
+    description = discover(model, unit)
+    assert {s.layout for s in description if s.kind != "ffn"} == {"padded"}
+    assert "head" in description.dense
+    inputs = {"x": torch.randn(2, 5, 8, dtype=torch.float64)}
+    before = sum(p.numel() for p in model.parameters())
+    small = rewrite(model, description, half(description), verify=inputs)
+    assert sum(p.numel() for p in small.parameters()) < before
+
+
+def test_a_norm_inside_an_ffn_keeps_it_dense() -> None:
+    description = discover(Odd(between=nn.LayerNorm(12)))
+    assert not [s for s in description if s.kind == "ffn"]
+    assert "LayerNorm" in description.dense["mlp.fc1"]
+
+
+def test_shared_weights_stay_dense_and_say_so() -> None:
+    model = nn.ModuleDict({"a": Odd(), "b": Odd()})
+    model["b"].mlp.fc1.weight = model["a"].mlp.fc1.weight
+    description = discover(model)
+    assert not [s for s in description if s.kind == "ffn"]
+    assert "shares its weights with" in description.dense["a.mlp.fc1"]
+
+
+def test_an_unknown_attention_unit_gets_a_hint() -> None:
+    with pytest.raises(UnsupportedError, match="Did you mean 'head_dim'"):
+        discover(Odd(), "head_dims")  # type: ignore[arg-type]
