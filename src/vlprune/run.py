@@ -252,6 +252,8 @@ def open_model(name: str, config_only: bool = False) -> Any:
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if name.startswith(("/", ".", "~")) and not Path(name).exists():
+        raise CheckpointError(f"there is no folder {name}")
     try:
         if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
             config = AutoConfig.for_model(name)

@@ -93,6 +93,7 @@ def fit(
             data_seed=seed,
             logging_steps=max(1, spec.steps // 20),
             save_strategy="no",
+            logging_nan_inf_filter=False,  # it would log a NaN as a good loss
             report_to=report_to,
             remove_unused_columns=False,
             dataloader_drop_last=len(items) >= spec.batch_size,

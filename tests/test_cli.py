@@ -1,0 +1,211 @@
+"""The command as a person meets it: results on stdout, one sentence for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import vlprune
+from vlprune import cli
+from vlprune.testing import build
+
+TINY = [
+    "data.train_items=12", "data.test_items=6", "train.steps=2", "search.steps=2",
+    "retrain.steps=2", "train.batch_size=4", "search.batch_size=4", "retrain.batch_size=4",
+    "model.width=32", "model.heads=2", "model.vision_layers=1", "model.image_size=32",
+]  # fmt: skip
+DEMO = str(Path(cli.__file__).parent / "demo.yaml")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlprune", *args])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_the_whole_thing_from_recipe_to_answers(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    code, stdout, stderr = run("compress", DEMO, *TINY, "-o", str(out), "--json")
+    assert code == 0
+    report = json.loads(stdout)  # stdout holds the result and nothing else
+    assert "retraining" in stderr
+    assert report["budget"]["asked"] == 0.5
+    assert report["budget"]["reached"] <= 0.5
+    assert report["verified"]["difference"] < 1e-9
+    assert set(report["metrics"]) == {"dense", "cut", "retrained"}
+    assert set(report["latency_seconds"]["small"]) == {"1", "16"}
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "model.safetensors", "plan.json", "recipe.yaml", "report.json",
+            "README.md", "dense", "processor_config.json"} <= names  # fmt: skip
+    model = transformers.BlipForQuestionAnswering.from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]
+    assert "from_pretrained" in (out / "README.md").read_text()
+
+    code, stdout, _ = run("evaluate", str(out), "--json")
+    assert code == 0
+    assert json.loads(stdout) == pytest.approx(report["metrics"]["retrained"])
+
+    # the same answers in a new process
+    question = "from vlprune.recipe import load_recipe\n" + (
+        f"recipe = load_recipe({str(out / 'recipe.yaml')!r})\n"
+        "import vlprune, transformers\n"
+        "from pathlib import Path\n"
+        "from vlprune.run import make_task\n"
+        f"out = Path({str(out)!r})\n"
+        "task = make_task(recipe, out / 'data')\n"
+        "model = transformers.BlipForQuestionAnswering.from_pretrained(out)\n"
+        "print(task.predict(model, list(task.test[:8])))"
+    )
+    done = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
+    from vlprune.recipe import load_recipe
+    from vlprune.run import make_task
+
+    task = make_task(load_recipe(out / "recipe.yaml"), out / "data")
+    assert done.stdout.strip() == str(task.predict(model, list(task.test[:8]))), done.stderr
+
+    # a second run takes the dense model from the first
+    code, _, stderr = run("compress", DEMO, *TINY, "budget.params=0.6", "-o", str(out))
+    assert code == 0
+    assert "taken from an earlier run" in stderr
+
+
+def test_the_table_fits_eighty_columns(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, stdout, _ = run("demo", *TINY, "-o", str(tmp_path / "d"))
+    assert code == 0
+    assert max(len(line) for line in stdout.splitlines()) <= 80
+    for word in ("dense", "cut", "retrained", "Asked for 50.0 %", "batch 16", "MACs"):
+        assert word in stdout
+
+
+def test_retrieval_runs_from_a_recipe(run: Any, tmp_path: Path) -> None:
+    code, stdout, _ = run(
+        "compress", DEMO, *TINY, "task=retrieval", "method.name=magnitude",
+        "budget={macs: 0.6}", "-o", str(tmp_path / "r"), "--json",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(stdout)
+    assert report["macs"]["after"] <= 0.6 * report["macs"]["before"]
+    transformers.CLIPModel.from_pretrained(tmp_path / "r")
+
+
+def test_a_model_of_ones_own_is_compressed(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "first"
+    assert run("compress", DEMO, *TINY, "-o", str(out))[0] == 0
+    code, stdout, _ = run(
+        "compress", DEMO, *TINY, f"model.path={out / 'dense'}", "train.steps=0",
+        "-o", str(tmp_path / "second"), "--json",
+    )  # fmt: skip
+    assert code == 0
+    first = json.loads((out / "report.json").read_text())
+    assert json.loads(stdout)["metrics"]["dense"] == first["metrics"]["dense"]
+
+
+def test_inspect(run: Any, tmp_path: Path) -> None:
+    build("clip").model.save_pretrained(tmp_path / "m")
+    code, stdout, _ = run("inspect", str(tmp_path / "m"), "--json")
+    assert code == 0
+    body = json.loads(stdout)
+    assert body["model"] == "CLIPModel"
+    assert body["params"] == sum(p.numel() for p in build("clip").model.parameters())
+    assert body["macs"] > 0
+    assert {g["tower"] for g in body["groups"]} == {"vision", "text"}
+    code, stdout, _ = run("inspect", str(tmp_path / "m"))
+    assert "normalisation" in stdout
+    code, stdout, _ = run("inspect", "vit", "--config-only", "--json")
+    body = json.loads(stdout)
+    assert body["params"] == 86_389_248  # ViT-B/16 with a pooler
+    assert body["macs"] == pytest.approx(17.58e9, rel=0.01)
+
+
+@pytest.mark.parametrize("command", ["inspect", "compress", "evaluate", "demo"])
+def test_every_command_has_help_with_an_example(run: Any, command: str) -> None:
+    code, stdout, _ = run(command, "--help")
+    assert code == 0
+    assert "Example: vlprune " + command in " ".join(stdout.replace("│", " ").split())
+
+
+def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> None:
+    def refused(says: str, *args: str) -> None:
+        code, stdout, stderr = run(*args)
+        assert code == 2, stderr
+        assert stdout == ""
+        line = stderr.strip().splitlines()[-1]
+        assert line.startswith("vlprune: ")
+        assert says in line, line
+        assert "Traceback" not in stderr
+
+    out = str(tmp_path / "o")
+    refused("Did you mean 'budget'", "compress", DEMO, "budgt.params=0.5", "-o", out)
+    for budget in ("0", "1.5", "half"):
+        refused("fraction that stays", "compress", DEMO, f"budget.params={budget}", "-o", out)
+    refused("ask for at least", "compress", DEMO, *TINY, "budget.params=0.02", "-o", out)
+    refused("Did you mean 'taylor'", "compress", DEMO, "method.name=tailor", "-o", out)
+    refused("Did you mean 'scope'", "compress", DEMO, "method.scop=global", "-o", out)
+    refused("task must be one of", "compress", DEMO, "task=painting", "-o", out)
+    refused("there is no recipe", "compress", str(tmp_path / "none.yaml"))
+    refused("there is no folder", "inspect", str(tmp_path / "none") + "/")
+    refused("attention must be one of", "inspect", "vit", "--config-only", "--attention", "heads")
+    refused("there is no recipe", "evaluate", str(tmp_path))
+    (tmp_path / "file").write_text("precious")
+    refused("is a file", "compress", DEMO, *TINY, "-o", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "precious"
+    refused("cannot load", "compress", DEMO, *TINY, f"model.path={tmp_path}", "-o", out)
+
+
+def test_a_corrupt_image_stops_before_training_is_lost(run: Any, tmp_path: Path) -> None:
+    from vlprune.data.shapes import write_shapes
+
+    root = write_shapes(tmp_path / "s", train=12, test=6)
+    notes = root / "annotations"
+    victim = sorted((root / "images" / "val2014").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:100])
+    parts = []
+    for split, sub in (("train", "train2014"), ("test", "val2014")):
+        parts += [
+            f"data.{split}.questions={notes / f'questions_{sub}.json'}",
+            f"data.{split}.annotations={notes / f'answers_{sub}.json'}",
+            f"data.{split}.images={root / 'images'}",
+        ]
+    tiny = [o for o in TINY if "_items" not in o]
+    code, _, stderr = run(
+        "compress", DEMO, *tiny, "data.format=vqav2", "data.train_items=0", "data.test_items=0",
+        *parts, "-o", str(tmp_path / "o"),
+    )  # fmt: skip
+    assert code == 2
+    assert victim.name in stderr.replace("\n", "")
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run: Any, tmp_path: Path) -> None:
+    code, _, stderr = run(
+        "compress", DEMO, *TINY, "train.steps=40", "train.learning_rate=1e30", "train.warmup=0",
+        "-o", str(tmp_path / "o"),
+    )  # fmt: skip
+    assert code == 2
+    assert "the loss became" in stderr
+
+
+def test_versions_agree() -> None:
+    from importlib.metadata import version
+
+    assert version("vlprune") == vlprune.__version__
+    assert torch.__version__

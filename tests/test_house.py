@@ -1,0 +1,120 @@
+"""The house itself: who imports whom, what is public, what is documented."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlprune
+
+SOURCE = Path(vlprune.__file__).parent
+LEVELS = {
+    0: "errors structure plan budget registry recipe report progress",
+    1: "units gate layers cost record cutting",
+    2: "architectures",
+    3: "methods data tasks checkpoint",
+    4: "compressor train bench probe run testing",
+    5: "cli transformers_hook __init__",
+}
+LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """The top-level module or package a file belongs to."""
+    relative = path.relative_to(SOURCE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of vlprune that a file imports, and the outside packages it imports at the top."""
+    package = ["vlprune", *path.relative_to(SOURCE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            full = [*base, *(node.module.split(".") if node.module else [])]
+            targets = [full] if len(full) > 1 else [[*full, a.name] for a in node.names]
+            found |= {target[1] for target in targets if target[1] != "__version__"}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_downwards_only(path: Path) -> None:
+    own = room(path)
+    for other in imports(path) - {own}:
+        assert LEVEL[other] <= LEVEL[own], (
+            f"{own} (level {LEVEL[own]}) imports {other} (level {LEVEL[other]})"
+        )
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph = {room(p): set() for p in MODULES}
+    for path in MODULES:
+        graph[room(path)] |= imports(path) - {room(path)}
+    graph.pop("__init__")
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for leaf in leaves:
+            del graph[leaf]
+
+
+def test_methods_know_no_architecture_and_no_transformers() -> None:
+    for path in (SOURCE / "methods").glob("*.py"):
+        text = path.read_text()
+        assert "transformers" not in text
+        assert "architectures" not in imports(path)
+    for path in (SOURCE / "architectures").glob("*.py"):
+        assert "methods" not in imports(path)
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, vlprune, vlprune.cli, vlprune.report\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "assert heavy <= {'numpy'}, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    assert vlprune.__all__ == sorted(vlprune.__all__)
+    assert dir(vlprune) == vlprune.__all__
+    for name in vlprune.__all__:
+        assert getattr(vlprune, name).__doc__, name
+    with pytest.raises(AttributeError):
+        vlprune.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), path
+    name = "vlprune." + ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for public in getattr(importlib.import_module(name.removesuffix(".__init__")), "__all__", []):
+        assert isinstance(public, str)
+
+
+def test_no_file_is_called_utils() -> None:
+    names = {p.stem.lower() for p in MODULES}
+    assert not names & {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+
+
+def test_the_readme_names_every_command_and_every_supported_family() -> None:
+    from vlprune.cli import app
+    from vlprune.testing import FAMILIES
+
+    root = SOURCE.parent.parent
+    readme = (root / "README.md").read_text()
+    for command in app.registered_commands:
+        assert f"vlprune {command.callback.__name__}" in readme, command
+    supported = (root / "docs" / "supported.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)`", supported, flags=re.MULTILINE))
+    assert rows == set(FAMILIES)

@@ -1,0 +1,77 @@
+"""Recipes: strict, typed, and helpful about mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlprune.errors import BudgetError, RecipeError
+from vlprune.recipe import load_recipe
+
+GOOD = "task: vqa\nbudget: {params: 0.5}\ntrain: {steps: 10, learning_rate: 1e-3}\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_filled_in_and_written_out(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, GOOD), ["budget.params=0.3", "method.name=random", "seed=7"]
+    )
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.budget == {"params": 0.3}
+    assert recipe.method == {"name": "random"}
+    assert recipe.seed == 7
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("path", ["src/vlprune/demo.yaml", "recipes/easy-vqa.yaml"])
+def test_the_recipes_we_ship_are_valid(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLPRUNE_DATA", "/somewhere")
+    recipe = load_recipe(Path(__file__).parent.parent / path)
+    assert "$" not in recipe.data.folder
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (GOOD + "metod: {}\n", "unknown key 'metod'.*Did you mean 'method'"),
+        (GOOD.replace("steps", "step"), "unknown key 'train.step'.*Did you mean 'steps'"),
+        (GOOD.replace("10", "ten"), "train.steps must be a whole number, not 'ten'"),
+        (GOOD.replace("10", "-1"), "must not be negative"),
+        (GOOD.replace("10", "true"), "must be a whole number, not True"),
+        (GOOD.replace("10", "1.5"), "must be a whole number"),
+        (GOOD.replace("1e-3", "fast"), "must be a number"),
+        (GOOD.replace("task: vqa\n", ""), "needs 'task'"),
+        (GOOD.replace("{steps: 10, learning_rate: 1e-3}", "5"), "train must hold keys"),
+        (GOOD + "data: {folder: $NOT_SET_ANYWHERE/x}\n", "NOT_SET_ANYWHERE, which is not set"),
+        ("task: [", "not valid YAML"),
+        ("just words", "must be a mapping"),
+        (GOOD + "model: {width: wide}\n", "model.width must be a whole number"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", ["0", "1.5", "half", "true", "-1"])
+def test_impossible_budgets_are_refused(tmp_path: Path, budget: str) -> None:
+    with pytest.raises(BudgetError, match="fraction that stays"):
+        load_recipe(write(tmp_path, GOOD), [f"budget.params={budget}"])
+
+
+@pytest.mark.parametrize("override", ["budget", "=1", "task.x=1", "train.steps=["])
+def test_malformed_overrides_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+def test_a_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load_recipe(tmp_path / "none.yaml")

@@ -1,0 +1,194 @@
+"""Metrics by hand, and evaluation against slow references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprune.errors import DataError, RecipeError
+from vlprune.recipe import DataSpec, ModelSpec
+from vlprune.tasks import RetrievalTask, VqaTask
+from vlprune.tasks.retrieval import recalls
+from vlprune.tasks.vqa import rank_answers
+from vlprune.tasks.vqa_metric import normalise, vqa_accuracy
+
+SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=32, patch_size=16)
+FEW = DataSpec(format="shapes", train_items=6, test_items=4)
+
+
+@pytest.mark.parametrize(
+    ("said", "people", "accuracy"),
+    [
+        ("yes", ["yes"] * 10, 1.0),
+        ("no", ["yes"] * 10, 0.0),
+        # 1 of 10 agrees: leaving that one out 0/3, leaving another out 1/3 (nine times)
+        ("cat", ["cat"] + ["dog"] * 9, 0.3),
+        # 2: leaving one of them out 1/3 (twice), another 2/3 (eight times)
+        ("cat", ["cat"] * 2 + ["dog"] * 8, 0.6),
+        # 3: leaving one of them out 2/3 (three times), another 1 (seven times)
+        ("cat", ["cat"] * 3 + ["dog"] * 7, 0.9),
+        ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
+        ("The cat.", ["cat"] * 5 + ["dog"] * 5, 1.0),
+        ("two", ["2"] * 5 + ["3"] * 5, 1.0),
+        ("The cat", ["cat"] * 10, 0.0),  # all agree: compared literally
+        ("red", ["red"], 1.0),
+        ("blue", ["red"], 0.0),
+    ],
+)
+def test_vqa_accuracy_by_hand(said: str, people: list[str], accuracy: float) -> None:
+    assert vqa_accuracy(said, people) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("An apple, a pear", "apple pear"),
+        ("dont know", "don't know"),
+        ("TEN\n", "10"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("u.s.", "us"),
+        ("black/white", "black white"),
+        ("what ?", "what"),
+    ],
+)
+def test_answers_are_normalised(text: str, want: str) -> None:
+    assert normalise(text) == want
+
+
+def test_recalls_by_hand() -> None:
+    owner = torch.tensor([0, 0, 1, 2])
+    scores = torch.tensor(
+        [
+            [0.9, 0.1, 0.2, 0.3],  # its own text first
+            [0.8, 0.7, 0.6, 0.1],  # its own text third
+            [0.4, 0.3, 0.2, 0.5],  # its own text first
+        ]
+    )
+    found = recalls(scores, owner)
+    assert found["image_to_text_r1"] == pytest.approx(2 / 3)
+    assert found["image_to_text_r5"] == 1
+    # texts: t0 -> image 0 first; t1 (image 0) -> image 1 first; t2 -> image 1; t3 -> image 2
+    assert found["text_to_image_r1"] == pytest.approx(3 / 4)
+    assert found["recall_mean"] == pytest.approx((2 / 3 + 1 + 1 + 3 / 4 + 1 + 1) / 6)
+
+
+def test_ranking_agrees_with_the_models_own_loss(tmp_path: Path) -> None:
+    task = VqaTask(SMALL, FEW, tmp_path)
+    torch.manual_seed(0)
+    model = task.new_model().eval()
+    items = list(task.test[:3])
+    inputs = task._questions(items)
+    tokenizer: Any = task.processor.tokenizer
+    # answers of one and two words, so that padding matters
+    words = ["yes", "red circle", "no", "blue triangle"]
+    ids = tokenizer(words, padding=True, return_tensors="pt")["input_ids"]
+    best = rank_answers(model, inputs, ids, tokenizer.pad_token_id)
+    states = model.text_encoder(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+        encoder_hidden_states=model.vision_model(inputs["pixel_values"])[0],
+    )[0]  # fmt: skip
+    for row in range(3):
+        costs = []
+        for answer in ids:
+            tokens = answer[answer != tokenizer.pad_token_id][None]
+            logits = model.text_decoder(
+                input_ids=tokens, encoder_hidden_states=states[row : row + 1],
+                encoder_attention_mask=inputs["attention_mask"][row : row + 1],
+            ).logits[0]  # fmt: skip
+            follow = logits[:-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
+            costs.append(float(follow.sum()))
+        assert int(best[row]) == max(range(4), key=costs.__getitem__)
+
+
+def test_keeping_few_candidates_only_narrows(tmp_path: Path) -> None:
+    task = VqaTask(SMALL, FEW, tmp_path)
+    model = task.new_model().eval()
+    inputs = task._questions(list(task.test[:3]))
+    ids = task.processor.tokenizer(task.answers, padding=True, return_tensors="pt")["input_ids"]
+    assert rank_answers(model, inputs, ids, 0, keep=1).shape == (3,)
+    assert rank_answers(model, inputs, ids, 0, keep=99).shape == (3,)
+
+
+@pytest.mark.parametrize("cls", [VqaTask, RetrievalTask])
+def test_a_task_trains_a_step_and_evaluates(cls: Any, tmp_path: Path) -> None:
+    task = cls(SMALL, FEW, tmp_path)
+    model = task.dense_model()
+    loss = model(**task.collate(list(task.train[:4]))).loss
+    loss.backward()
+    assert loss.isfinite()
+    done = []
+    metrics = task.evaluate(model, lambda n, note="": done.append(n), batch_size=3)
+    assert sum(done) == len(task.test)
+    assert task.metric in metrics
+    assert all(0 <= value <= 1 for value in metrics.values())
+    assert metrics == task.evaluate(model, lambda n, note="": None, batch_size=2)
+    assert len(task.predict(model, list(task.test[:2]))) == 2
+
+
+def test_the_label_is_what_most_people_say(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    task = VqaTask(SMALL, FEW, tmp_path)
+    item = replace(task.train[0], answers=("red",) * 6 + ("blue",) * 4)
+    labels = task.collate([item])["labels"][0]
+    said = task.processor.tokenizer.decode(labels[labels >= 0], skip_special_tokens=True)
+    assert said == "red"
+
+
+def test_real_formats_need_their_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="also needs annotations, images, questions"):
+        VqaTask(SMALL, DataSpec(format="vqav2"), tmp_path)
+    with pytest.raises(DataError, match="also needs captions, images"):
+        RetrievalTask(SMALL, DataSpec(format="coco-captions"), tmp_path)
+    with pytest.raises(RecipeError, match="Did you mean 'easy-vqa'"):
+        VqaTask(SMALL, DataSpec(format="easyvqa"), tmp_path)
+    with pytest.raises(RecipeError, match="Did you mean 'karpathy'"):
+        RetrievalTask(SMALL, DataSpec(format="karpaty"), tmp_path)
+
+
+def test_vqav2_and_karpathy_through_the_tasks(tmp_path: Path) -> None:
+    from vlprune.data.shapes import write_shapes
+
+    root = write_shapes(tmp_path / "s", train=6, test=4)
+    notes = root / "annotations"
+    part = {
+        split: {
+            "questions": str(notes / f"questions_{sub}.json"),
+            "annotations": str(notes / f"answers_{sub}.json"),
+            "images": str(root / "images"),
+        }
+        for split, sub in (("train", "train2014"), ("test", "val2014"))
+    }
+    vqa = VqaTask(SMALL, DataSpec("vqav2", train=part["train"], test=part["test"]), tmp_path)
+    assert vqa.train
+    assert vqa.test
+    karpathy = {
+        split: {
+            "split_file": str(notes / "dataset_shapes.json"), "images": str(root / "images"),
+            "split": split,
+        }
+        for split in ("train", "test")
+    }  # fmt: skip
+    spec = DataSpec("karpathy", train=karpathy["train"], test=karpathy["test"], test_items=3)
+    assert len(RetrievalTask(SMALL, spec, tmp_path).test) == 3
+
+
+def test_real_captions_train_a_clip(real_data: Path, tmp_path: Path) -> None:
+    part = {
+        split: {
+            "captions": str(real_data / "coco-cc" / "annotations" / f"captions_{name}2017.json"),
+            "images": str(real_data / "coco-cc" / f"{name}2017"),
+        }
+        for split, name in (("train", "train"), ("test", "val"))
+    }
+    task = RetrievalTask(
+        SMALL, DataSpec("coco-captions", train=part["train"], test=part["test"]), tmp_path
+    )
+    model = task.new_model()
+    assert model(**task.collate(list(task.train[:4]))).loss.isfinite()
+    assert task.evaluate(model, lambda n, note="": None)["image_to_text_r10"] > 0
