@@ -7,7 +7,7 @@ SHARED_DATA := $(abspath ../shared/data)
 export VLPRUNE_DATA ?= $(if $(wildcard $(SHARED_DATA)),$(SHARED_DATA))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow other clean
 
 demo: .venv/ready
 	$(BIN)/vlprune demo -o demo-output
@@ -21,10 +21,16 @@ test: .venv/ready
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -n 0
 
+# timm and open_clip need torchvision, which must stay out of .venv (docs/decisions/0005).
+other: .venv/ready
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .other \
+		timm open_clip_torch 'torchvision<0.29' ftfy wcwidth
+	PYTHONPATH=.other OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_other_libraries.py
+
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv .other demo-output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import vlprune.cutting as cutting
-from vlprune.architectures import matching
+from vlprune.architectures import attention, matching
 from vlprune.testing import CHECKS, build
 
 masked_equals_cut = CHECKS["masked_equals_cut"]
@@ -41,13 +42,16 @@ def test_a_bias_left_out_of_the_description(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_forgotten_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "_attrs", lambda *args: [])
+    monkeypatch.setattr(attention.Block, "attrs", lambda *args: [])
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "vit"), "head_dim")
 
 
 def test_a_forgotten_softmax_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching._Discovery, "_fold", lambda *args: ())
+    measure = matching.measure_projected
+    monkeypatch.setattr(
+        matching, "measure_projected", lambda *args: replace(measure(*args), folds=())
+    )
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "blip"), "head_dim")
 
@@ -80,8 +84,6 @@ def test_a_price_that_forgets_the_columns(monkeypatch: pytest.MonkeyPatch) -> No
     prices = cost.param_prices
 
     def forgetful(model: Any, structures: Any) -> Any:
-        from dataclasses import replace
-
         kept = [replace(s, slots=s.slots[:-1]) for s in structures]
         return prices(model, kept)
 

@@ -17,9 +17,10 @@ TEXT_TOKENS = 16
 def made_up_inputs(model: Any) -> dict[str, torch.Tensor]:
     """One image of the configured size and 16 tokens, as far as the model takes them.
 
-    No attention mask, because forward passes look into masks, which a model without weights
-    (on the meta device) cannot. Raises UnsupportedError for models whose prompts hold image placeholders or whose images
-    are cut into patches beforehand: their inputs depend on their processor.
+    No attention mask: forward passes look into masks, which a model without weights (on the
+    meta device) cannot. Raises UnsupportedError for models whose prompts hold image
+    placeholders or whose images are cut into patches beforehand: their inputs depend on their
+    processor.
     """
     config = model.config
     takes = inspect.signature(model.forward).parameters

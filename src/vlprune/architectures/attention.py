@@ -1,0 +1,372 @@
+"""From one attention block to its structures, in each of the three units.
+
+A block is first *measured* (how many heads of what size, where the rows of q, k and v and
+the columns of o are), whatever its projections look like. Then one function a unit turns the
+measured block into structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import is_linear, linear_axes
+from ..structure import Attr, Gate, Slot, Structure
+from ..units import owner_of
+from . import layouts
+from .layouts import NATIVE, Native
+
+__all__ = ["UNITS", "Block", "Leave", "Part", "join", "measure_multihead", "measure_projected"]
+
+
+class Leave(Exception):
+    """This block stays dense; the message says why."""
+
+
+def join(path: str, name: str) -> str:
+    """``path.name``, where either may be empty."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one of q, k and v: parameters, where they start, and what a gate holds on to.
+
+    ``gate`` is the module whose output is scaled, or, with ``by_weight``, the module whose
+    parameters are.
+    """
+
+    params: tuple[tuple[str, int], ...]
+    start: int
+    gate: str
+    by_weight: bool = False
+
+    def slots(self, repeat: int, inner: int) -> tuple[Slot, ...]:
+        """One slot a parameter."""
+        return tuple(Slot(name, axis, self.start, repeat, inner) for name, axis in self.params)
+
+    def gated(self, repeat: int, inner: int) -> Gate:
+        """The gate of these rows."""
+        if not self.by_weight:
+            return Gate(self.gate, "output", self.start, repeat, inner)
+        names = tuple(owner_of(name)[1] for name, _ in self.params)
+        return Gate(self.gate, "weight", self.start, repeat, inner, names)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A measured attention block.
+
+    ``heads`` query heads and ``kv`` key-value heads of ``size`` dimensions, values of
+    ``value_size``. ``columns`` are the (parameter, axis) pairs of o. ``core`` is the module
+    that computes the scores, ``native`` what its forward accepts.
+    """
+
+    path: str
+    core_path: str
+    core: nn.Module
+    stock_name: str
+    native: Native
+    tower: str
+    heads: int
+    kv: int
+    size: int
+    value_size: int
+    q: tuple[Part, ...]
+    k: tuple[Part, ...]
+    v: tuple[Part, ...]
+    columns: tuple[tuple[str, int], ...]
+    folds: tuple[str, ...] = ()
+
+    def structure(
+        self,
+        suffix: str,
+        kind: str,
+        size: int,
+        parts: list[tuple[Part, int, int]],
+        *,
+        native: bool,
+        attrs: list[Attr],
+        gates: list[tuple[Part, int, int]] | None = None,
+        more: tuple[Slot, ...] = (),
+        folds: tuple[str, ...] = (),
+        share: float = 1.0,
+    ) -> Structure:
+        """A structure of ``parts`` (rows, repeat, inner) and of the slots ``more``."""
+        slots = [slot for part, repeat, inner in parts for slot in part.slots(repeat, inner)]
+        swap = (self.core_path, f"{self.native.swap}:{self.stock_name}")
+        return Structure(
+            name=self.path + suffix,
+            kind=kind,
+            size=size,
+            tower=self.tower,
+            slots=(*slots, *more),
+            gates=tuple(part.gated(repeat, inner) for part, repeat, inner in gates or parts),
+            attrs=tuple(attrs) if native else (),
+            folds=folds if native else (),
+            layout="native" if native else "padded",
+            swap=swap if native and self.native.swap else None,
+            core=self.core_path if self.q else None,
+            core_share=share,
+        )
+
+    def out(self, repeat: int, inner: int) -> tuple[Slot, ...]:
+        """The slots of o."""
+        return tuple(Slot(name, axis, 0, repeat, inner) for name, axis in self.columns)
+
+    def attrs(self, names: tuple[str, ...], per_unit: int) -> list[Attr]:
+        """Those of ``names`` that the core has, to follow the number of units."""
+        return [
+            Attr(self.core_path, name, per_unit)
+            for name in names
+            if isinstance(getattr(self.core, name, None), int)
+        ]
+
+    @property
+    def across_heads(self) -> bool:
+        """Whether queries or keys are normalised over all heads together."""
+        for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
+            weight = getattr(getattr(self.core, name, None), "weight", None)
+            if isinstance(weight, Tensor) and weight.numel() not in (0, self.size):
+                return True
+        return False
+
+
+# -- the three units -------------------------------------------------------------------
+
+
+def whole_heads(block: Block) -> list[Structure]:
+    """One structure; a unit is a head, or a KV group with all queries that read it."""
+    group = block.heads // block.kv
+    queries = [(part, 1, group * block.size) for part in block.q]
+    keys = [(part, 1, block.size) for part in block.k]
+    values = [(part, 1, block.value_size) for part in block.v]
+    # Attention is linear in its values, so gating them gates the head. Only a norm across
+    # heads must see the missing queries and keys as zeros, too.
+    gates = values + queries + keys if block.across_heads else values
+    native = block.native.head and not block.across_heads
+    per_head = [
+        Slot(join(block.core_path, leaf), axis)
+        for leaf, axis in block.native.per_head
+        if native and _has_parameter(block.core, leaf)
+    ]
+    attrs = block.attrs(layouts.HEAD_COUNTS, group) + block.attrs(layouts.KV_COUNTS, 1)
+    attrs += block.attrs(layouts.WIDTHS + block.native.widths, group * block.size)
+    return [
+        block.structure(
+            "",
+            "attention",
+            block.kv,
+            queries + keys + values,
+            gates=gates,
+            native=native,
+            attrs=attrs,
+            more=(*block.out(1, group * block.value_size), *per_head),
+        )
+    ]
+
+
+def head_dims(block: Block) -> list[Structure]:
+    """One structure; a unit is the same dimension of every head, in q, k, v and o (UPop)."""
+    if block.value_size != block.size and block.q:
+        raise Leave("its value heads have another size than its query heads")
+    parts = [(part, block.heads, 1) for part in block.q]
+    parts += [(part, block.kv, 1) for part in (*block.k, *block.v)]
+    attrs = block.attrs(layouts.HEAD_SIZES, 1)
+    attrs += block.attrs(layouts.WIDTHS + block.native.widths, block.heads)
+    if block.native.swap:
+        attrs.append(Attr(block.core_path, "value_dim", 1))
+    return [
+        block.structure(
+            "",
+            "attention",
+            block.size,
+            parts,
+            native=block.native.head_dim and not block.across_heads,
+            attrs=attrs,
+            more=block.out(block.heads, 1),
+            folds=block.folds,
+        )
+    ]
+
+
+def qk_and_vo(block: Block) -> list[Structure]:
+    """Two structures: dimensions of q and k, and dimensions of v and o."""
+    if not block.q:
+        return head_dims(block)
+    native = block.native.qk_vo and not block.across_heads
+    both = block.size + block.value_size
+    qk = block.structure(
+        ".qk",
+        "attention_qk",
+        block.size,
+        [(part, block.heads, 1) for part in block.q] + [(part, block.kv, 1) for part in block.k],
+        native=native,
+        attrs=block.attrs(layouts.HEAD_SIZES, 1),
+        share=block.size / both,
+    )
+    vo = block.structure(
+        ".vo",
+        "attention_vo",
+        block.value_size,
+        [(part, block.kv, 1) for part in block.v],
+        native=native,
+        attrs=[Attr(block.core_path, "value_dim", 1)],
+        more=block.out(block.heads, 1),
+        share=block.value_size / both,
+    )
+    return [qk, vo]
+
+
+UNITS: Mapping[str, Callable[[Block], list[Structure]]] = {
+    "head_dim": head_dims,
+    "qk_vo": qk_and_vo,
+    "head": whole_heads,
+}
+
+
+# -- measuring -------------------------------------------------------------------------
+
+
+def measure_projected(
+    path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], tower: str
+) -> Block:
+    """Attention whose projections are modules of their own, or one fused module.
+
+    Raises Leave if it cannot be measured.
+    """
+    first = row.qkv or row.q or row.v[0]
+    core_path = owner_of(join(path, first))[0]
+    core = modules[core_path]
+    name = stock_name(core)
+    for child in (row.q, row.k, row.qkv, *row.v, *row.o):
+        if child and not is_linear(modules[join(path, child)]):
+            kind = type(modules[join(path, child)]).__name__
+            raise Leave(f"its projection {child} is a {kind}, not a Linear")
+
+    def part(child: str, start: int = 0) -> Part:
+        module: Any = modules[join(path, child)]
+        params = [(join(path, f"{child}.weight"), linear_axes(module)[0])]
+        if module.bias is not None:
+            params.append((join(path, f"{child}.bias"), 0))
+        return Part(tuple(params), start, join(path, child))
+
+    def height(child: str) -> int:
+        module: Any = modules[join(path, child)]
+        return int(module.weight.shape[linear_axes(module)[0]])
+
+    rows = height(first)
+    q: tuple[Part, ...]
+    k: tuple[Part, ...]
+    v: tuple[Part, ...]
+    if row.qkv:
+        timm = type(core).__module__.startswith("timm.") and name == "Attention"
+        if not timm and name not in layouts.FUSED_ORDER_KNOWN:
+            raise Leave(f"the row order of the fused projection in {name} is not known")
+        value_size = getattr(core, "value_dim", None)
+        heads = _number(core, layouts.HEAD_COUNTS)
+        size = _number(core, layouts.HEAD_SIZES) or (rows // 3 // heads if heads else 0)
+        if not heads or not size or heads * (2 * size + (value_size or size)) != rows:
+            raise Leave(f"its fused projection has {rows} rows, not q, k and v of its heads")
+        kv, value_size = heads, value_size or size
+        q = (part(row.qkv),)
+        k = (part(row.qkv, heads * size),)
+        v = (part(row.qkv, 2 * heads * size),)
+    else:
+        size = _number(core, layouts.HEAD_SIZES)
+        counted = _number(core, layouts.HEAD_COUNTS)
+        if not size:
+            if not counted or rows % counted:
+                raise Leave(f"{name} does not say how many heads it has")
+            size = rows // counted
+        value_rows = height(row.v[0])
+        if rows % size or value_rows % size or rows % value_rows:
+            raise Leave(f"{rows} query and {value_rows} value rows are not heads of {size}")
+        heads, kv, value_size = rows // size, value_rows // size, size
+        q = (part(row.q),) if row.q else ()
+        k = (part(row.k),) if row.k else ()
+        v = tuple(part(child) for child in row.v)
+    native = _native(core, name)
+    return Block(
+        path=path,
+        core_path=core_path,
+        core=core,
+        stock_name=name,
+        native=native,
+        tower=tower,
+        heads=heads,
+        kv=kv,
+        size=size,
+        value_size=value_size,
+        q=q,
+        k=k,
+        v=v,
+        columns=tuple(
+            (join(path, f"{o}.weight"), linear_axes(modules[join(path, o)])[1]) for o in row.o
+        ),
+        folds=tuple(name for name, _ in q[0].params) if native.fold else (),
+    )
+
+
+def measure_multihead(path: str, module: Any, tower: str) -> Block:
+    """nn.MultiheadAttention: one parameter for q, k and v, never called as modules.
+
+    Raises Leave if it cannot be measured.
+    """
+    if module.in_proj_weight is None:
+        raise Leave("its keys or values have another width than its queries")
+    if module.bias_k is not None or module.add_zero_attn:
+        raise Leave("it adds key and value biases of the full width")
+    leaves = ["in_proj_weight"] + (["in_proj_bias"] if module.in_proj_bias is not None else [])
+    params = tuple((join(path, leaf), 0) for leaf in leaves)
+    heads, size = module.num_heads, module.head_dim
+    starts = (0, heads * size, 2 * heads * size)
+    q, k, v = (Part(params, start, path, by_weight=True) for start in starts)
+    name = stock_name(module)
+    return Block(
+        path=path,
+        core_path=path,
+        core=module,
+        stock_name=name,
+        native=_native(module, name),
+        tower=tower,
+        heads=heads,
+        kv=heads,
+        size=size,
+        value_size=getattr(module, "value_dim", size),
+        q=(q,),
+        k=(k,),
+        v=(v,),
+        columns=((join(path, "out_proj.weight"), 1),),
+    )
+
+
+def stock_name(module: nn.Module) -> str:
+    """The name of the stock class, also for a module whose class a cut has swapped."""
+    return type(module).__name__.removeprefix("Cut")
+
+
+def _native(core: nn.Module, name: str) -> Native:
+    """What the forward accepts; nothing for a class that only shares a known one's name."""
+    nothing = Native(head=False, head_dim=False)
+    known = type(core).__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
+    return NATIVE.get(name, nothing) if known else nothing
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int:
+    """The first of ``names`` that is a positive whole number on the module, else 0."""
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def _has_parameter(module: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(module.get_parameter(name), nn.Parameter)
+    except AttributeError:
+        return False

@@ -1,0 +1,39 @@
+"""``python -m vlprune.testing`` prints the table of supported families (docs/supported.md)."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from ..architectures import discover
+from ..structure import AttentionUnit
+from .families import FAMILIES, build
+
+__all__ = ["table"]
+
+
+def table() -> str:
+    """One Markdown row a family: its class, and how each attention unit is cut."""
+    units = get_args(AttentionUnit)
+    lines = [
+        "| family | class tested | FFN | " + " | ".join(f"`{unit}`" for unit in units) + " |",
+        "|---|---|---|" + "---|" * len(units),
+    ]
+    for family in FAMILIES:
+        model = build(family).model
+        cells = []
+        for unit in units:
+            layouts = [s.layout for s in discover(model, unit) if s.kind != "ffn"]
+            padded = layouts.count("padded")
+            if not padded:
+                cells.append("native")
+            elif padded == len(layouts):
+                cells.append("padded")
+            else:
+                cells.append(f"{len(layouts) - padded} native, {padded} padded")
+        row = [f"`{family}`", type(model).__name__, "native", *cells]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
