@@ -204,6 +204,34 @@ def test_a_loss_that_is_no_number_ends_the_run(run: Any, tmp_path: Path) -> None
     assert "the loss became" in stderr
 
 
+def test_a_killed_training_goes_on_from_its_checkpoint(run: Any, tmp_path: Path) -> None:
+    steps = ["train.steps=6", "train.save_steps=2", "retrain.steps=0", "search.steps=1"]
+    out = tmp_path / "o"
+    code = (
+        "import os, signal, sys\n"
+        "from transformers import TrainerCallback\n"
+        "import vlprune.train as train\n"
+        "def on_step_end(self, args, state, control, **_):\n"
+        "    self.advance(1)\n"
+        "    if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train._Watch.on_step_end = on_step_end\n"
+        f"sys.argv = ['vlprune', 'compress', {DEMO!r}, *{[*TINY, *steps]!r}, '-o', {str(out)!r}]\n"
+        "from vlprune.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == -9
+    assert next((out / "checkpoints").iterdir()).name.startswith("train-")
+    code_, _, stderr = run("compress", DEMO, *TINY, *steps, "-o", str(out))
+    assert code_ == 0
+    assert "training 4/6" in stderr  # begins at the last checkpoint
+    whole = tmp_path / "whole"
+    assert run("compress", DEMO, *TINY, *steps, "-o", str(whole))[0] == 0
+    for folder in ("dense", "."):
+        a = (out / folder / "model.safetensors").read_bytes()
+        assert a == (whole / folder / "model.safetensors").read_bytes()
+
+
 def test_versions_agree() -> None:
     from importlib.metadata import version
 

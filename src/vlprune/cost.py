@@ -24,7 +24,7 @@ from .layers import is_linear
 from .plan import Plan
 from .structure import Structure
 
-__all__ = ["MacsProfile", "macs", "macs_of", "measure_macs", "param_prices", "params"]
+__all__ = ["MacsProfile", "Prices", "macs", "macs_of", "measure_macs", "param_prices", "params"]
 
 
 def _kept(structure: Structure, choice: Plan | Gates | None) -> int | Tensor:

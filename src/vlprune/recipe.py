@@ -56,7 +56,9 @@ class DataSpec:
 class Training:
     """One phase of training: AdamW with warm-up and cosine decay, by the Trainer.
 
-    ``warmup`` is a fraction of ``steps``; ``batch_size`` is per process.
+    ``warmup`` is a fraction of ``steps``; ``batch_size`` is per process. With ``save_steps`` the
+    Trainer saves a checkpoint that often, and the same command goes on from the last one
+    (not in ``search``, whose state a checkpoint does not hold yet).
     """
 
     steps: int = 0
@@ -65,6 +67,7 @@ class Training:
     weight_decay: float = 0.05
     warmup: float = 0.1
     bf16: bool = False
+    save_steps: int = 0
 
 
 @dataclass(frozen=True)

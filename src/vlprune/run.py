@@ -89,14 +89,18 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
         attention=recipe.attention,  # type: ignore[arg-type]
         example_inputs=example,
     )
-    history["search"] = _fit(recipe, recipe.search, model, task, progress, [compressor.callback()])
+    watcher = [compressor.callback()]
+    history["search"] = _fit(recipe, recipe.search, model, task, progress, callbacks=watcher)
     small = compressor.finish()
     report = compressor.report()
     metrics = {"dense": dense_metrics, "cut": _evaluate(task, small, "evaluating cut", progress)}
 
     if recipe.retrain.steps:
         progress.phase("retraining")
-        history["retrain"] = _fit(recipe, recipe.retrain, small, task, progress)
+        # Checkpoints of a retraining fit only the plan it started from.
+        key = _digest([_dense_key(recipe), asdict(recipe.retrain), compressor.plan().to_json()])
+        folder = out / "checkpoints" / f"retrain-{key}"
+        history["retrain"] = _fit(recipe, recipe.retrain, small, task, progress, folder)
         metrics["retrained"] = _evaluate(task, small, "evaluating retrained", progress)
 
     progress.phase("measuring speed")
@@ -127,6 +131,7 @@ def _fit(
     model: Any,
     task: Task,
     progress: Progress,
+    checkpoints: Path | None = None,
     callbacks: Any = (),
 ) -> list[dict[str, float]]:
     with progress.count("training", spec.steps) as advance:
@@ -139,6 +144,7 @@ def _fit(
             report_to=recipe.report_to,
             callbacks=callbacks,
             advance=advance,
+            checkpoints=checkpoints,
         )
 
 
@@ -152,26 +158,43 @@ def _dense(
 ) -> tuple[Any, dict[str, float], dict[str, Any]]:
     """The trained dense model, from an earlier run of the same recipe where there is one."""
     folder, note = out / "dense", out / "dense" / "vlprune-dense.json"
-    relevant = [asdict(part) for part in (recipe.model, recipe.data, recipe.train)]
-    key = hashlib.sha256(
-        json.dumps([recipe.task, recipe.seed, relevant], sort_keys=True).encode()
-    ).hexdigest()
-    if note.exists():
-        known = json.loads(note.read_text(encoding="utf-8"))
-        if known["key"] == key:
-            progress.phase("dense model: taken from an earlier run of this recipe")
-            check_weights(folder)
-            model = task.model_type().from_pretrained(folder)
-            return model, known["metrics"], {"train": known["history"]}
+    key = _dense_key(recipe)
+    known = _read_note(note)
+    if known.get("key") == key:
+        progress.phase("dense model: taken from an earlier run of this recipe")
+        check_weights(folder)
+        model = task.model_type().from_pretrained(folder)
+        return model, known["metrics"], {"train": known["history"]}
     model = task.dense_model()
     history: list[dict[str, float]] = []
     if recipe.train.steps:
         progress.phase("training the dense model")
-        history = _fit(recipe, recipe.train, model, task, progress)
+        history = _fit(
+            recipe, recipe.train, model, task, progress, out / "checkpoints" / f"train-{key}"
+        )
     metrics = _evaluate(task, model, "evaluating dense", progress)
     body = json.dumps({"key": key, "metrics": metrics, "history": history})
     save(model, folder, extras={note.name: body}, processor=task.processor)
     return model, metrics, {"train": history}
+
+
+def _dense_key(recipe: Recipe) -> str:
+    """The same for two recipes only if they train the same dense model."""
+    parts = [asdict(part) for part in (recipe.model, recipe.data, recipe.train)]
+    return _digest([recipe.task, recipe.seed, parts])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What an earlier run noted beside its dense model; nothing if it cannot be read."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def evaluate_folder(

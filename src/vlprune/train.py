@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import VlpruneError
 from .recipe import Training
@@ -71,16 +74,22 @@ def fit(
     report_to: str = "none",
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[..., None] = lambda done, note="": None,
+    checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place for ``spec.steps``; returns the Trainer's log.
 
-    ``advance(steps done, note=...)`` is called as it goes.
+    ``advance(steps done, note=...)`` is called as it goes. With ``checkpoints`` and
+    ``spec.save_steps`` the Trainer's checkpoints go there, and training goes on from the last
+    one; the folder is removed at the end.
     """
     if spec.steps == 0:
         return []
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
+        saving = checkpoints is not None and spec.save_steps > 0
+        folder = str(checkpoints) if saving else scratch
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=folder,
             max_steps=spec.steps,
             per_device_train_batch_size=spec.batch_size,
             learning_rate=spec.learning_rate,
@@ -92,7 +101,9 @@ def fit(
             seed=seed,
             data_seed=seed,
             logging_steps=max(1, spec.steps // 20),
-            save_strategy="no",
+            save_strategy="steps" if saving else "no",
+            save_steps=spec.save_steps or spec.steps,
+            save_total_limit=1,
             logging_nan_inf_filter=False,  # it would log a NaN as a good loss
             report_to=report_to,
             remove_unused_columns=False,
@@ -108,5 +119,9 @@ def fit(
             callbacks=[_Watch(advance), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
-        trainer.train()
+        if last:
+            advance(int(Path(last).name.rpartition("-")[2]))
+        trainer.train(resume_from_checkpoint=last)
+        if saving:
+            shutil.rmtree(folder, ignore_errors=True)
         return list(trainer.state.log_history)

@@ -307,7 +307,7 @@ def measure_projected(
         columns=tuple(
             (join(path, f"{o}.weight"), linear_axes(modules[join(path, o)])[1]) for o in row.o
         ),
-        folds=tuple(name for name, _ in q[0].params) if native.fold else (),
+        folds=tuple(name for x in q for name, _ in x.params) if native.fold else (),
     )
 
 

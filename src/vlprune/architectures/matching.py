@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UnsupportedError, did_you_mean
 from ..layers import PaddedLinear, is_linear, linear_axes
@@ -195,9 +195,6 @@ class _Discovery:
         return False
 
     # -- shared ------------------------------------------------------------------------
-
-    def _weight(self, path: str) -> Tensor:
-        return self.modules[path].weight
 
     def _row_slots(self, path: str, start: int, repeat: int, inner: int) -> list[Slot]:
         module = self.modules[path]
