@@ -74,6 +74,19 @@ def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(before[k].equal(after[k]) for k in before)
 
 
+def test_every_module_keeps_its_mode() -> None:
+    sample = build("llava")
+    sample.model.train()
+    sample.model.model.vision_tower.eval()  # frozen by its owner
+    before = {path: m.training for path, m in sample.model.named_modules()}
+    compressor = vlprune.Compressor(
+        sample.model, vlprune.Magnitude(), {"params": 0.6}, example_inputs=sample.inputs
+    )
+    compressor.finish()
+    assert any(isinstance(m, PaddedLinear) for m in sample.model.modules())
+    assert before == {path: m.training for path, m in sample.model.named_modules()}
+
+
 def test_half_precision_survives_the_proof() -> None:
     sample = build("clip")
     sample.model.to(torch.bfloat16)

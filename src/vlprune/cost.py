@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .budget import Prices
-from .gate import Gates
+from .gate import Gates, evaluating
 from .layers import is_linear
 from .plan import Plan
 from .structure import Structure
@@ -213,14 +213,12 @@ def measure_macs(
     counter = _Counter()
     for core in {s.core for s in structures if s.core}:
         hooks += counter.watch(core, model.get_submodule(core))
-    was_training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel has no formula
-    model.eval()
     try:
-        with counter:
+        with evaluating(model), counter:
             model(**example_inputs)
     finally:
-        model.train(was_training)
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in hooks:
             handle.remove()

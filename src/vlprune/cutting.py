@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PlanError, UnsupportedError, VerificationError
-from .gate import gated
+from .gate import evaluating, gated
 from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
 from .record import read_record, record_of, write_record
@@ -63,12 +63,11 @@ def rewrite(
     before = read_record(model)
     cut = [s for s in description if len(plan.kept(s)) < s.size]
     record = record_of(description, plan, before, cut)
-    undo: list[Any] | None = None
     if verify is not None:
         verification = _verified_cut(model, description, plan, cut, verify)
         model._vlprune_verification = verification  # type: ignore[assignment]
     else:
-        apply_plan(model, cut, plan, undo)
+        apply_plan(model, cut, plan)
     write_record(model, record)
     return model
 
@@ -86,8 +85,7 @@ def _verified_cut(
         (torch.float64, 1e-9) if count <= SMALL_ENOUGH_FOR_FLOAT64 else (torch.float32, 1e-3)
     )
     undo: list[Any] = []
-    was_training = model.training
-    with _in_dtype(model.eval(), probe):
+    with evaluating(model), _in_dtype(model, probe):
         try:
             with gated(model, description.structures, plan):
                 masked = _run(model, inputs, probe)
@@ -99,8 +97,6 @@ def _verified_cut(
                 f"the cut was not proved right ({error}); the model was put back as it was: "
                 "check the probe inputs, or report this architecture"
             ) from error
-        finally:
-            model.train(was_training)
     return result
 
 

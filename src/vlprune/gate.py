@@ -14,7 +14,7 @@ from .plan import Plan
 from .structure import Gate, Structure
 from .units import spread
 
-__all__ = ["Gates", "gated", "ones", "plan_gates"]
+__all__ = ["Gates", "evaluating", "gated", "ones", "plan_gates"]
 
 Gates = Mapping[str, Tensor]
 """{structure: gate values (size,)}; a structure that is absent is not gated."""
@@ -33,6 +33,21 @@ def plan_gates(structures: Sequence[Structure], plan: Plan) -> dict[str, Tensor]
         values[torch.tensor(plan.kept(structure))] = 1
         gates[structure.name] = values
     return gates
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode while the block runs; afterwards every module as it was.
+
+    Modules are remembered by path, so that one replaced inside the block inherits the mode.
+    """
+    modes = {path: module.training for path, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for path, module in model.named_modules():
+            module.training = modes.get(path, module.training)
 
 
 @contextmanager

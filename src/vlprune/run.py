@@ -202,6 +202,7 @@ def evaluate_folder(
 ) -> dict[str, float]:
     """The metrics of the model in ``folder`` on the test data of ``recipe``."""
     progress = progress or Progress()
+    transformers.utils.logging.disable_progress_bar()
     prepare(recipe.seed, recipe.threads)
     task = make_task(recipe, folder / "data")
     check_weights(folder)
@@ -275,6 +276,7 @@ def open_model(name: str, config_only: bool = False) -> Any:
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    transformers.utils.logging.disable_progress_bar()
     if name.startswith(("/", ".", "~")) and not Path(name).exists():
         raise CheckpointError(f"there is no folder {name}")
     try:
