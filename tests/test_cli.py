@@ -158,6 +158,7 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
     for budget in ("0", "1.5", "half"):
         refused("fraction that stays", "compress", DEMO, f"budget.params={budget}", "-o", out)
     refused("ask for at least", "compress", DEMO, *TINY, "budget.params=0.02", "-o", out)
+    assert not (tmp_path / "o" / "dense").exists()  # said before training, not after
     refused("Did you mean 'taylor'", "compress", DEMO, "method.name=tailor", "-o", out)
     refused("Did you mean 'scope'", "compress", DEMO, "method.scop=global", "-o", out)
     refused("task must be one of", "compress", DEMO, "task=painting", "-o", out)

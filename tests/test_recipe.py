@@ -9,6 +9,7 @@ import pytest
 from vlprune.errors import BudgetError, RecipeError
 from vlprune.recipe import load_recipe
 
+ROOT = Path(__file__).parent.parent
 GOOD = "task: vqa\nbudget: {params: 0.5}\ntrain: {steps: 10, learning_rate: 1e-3}\n"
 
 
@@ -29,10 +30,12 @@ def test_defaults_are_filled_in_and_written_out(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 
 
-@pytest.mark.parametrize("path", ["src/vlprune/demo.yaml", "recipes/easy-vqa.yaml"])
+@pytest.mark.parametrize(
+    "path", ["src/vlprune/demo.yaml", *sorted(map(str, (ROOT / "recipes").glob("*.yaml")))]
+)
 def test_the_recipes_we_ship_are_valid(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLPRUNE_DATA", "/somewhere")
-    recipe = load_recipe(Path(__file__).parent.parent / path)
+    recipe = load_recipe(ROOT / path)
     assert "$" not in recipe.data.folder
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .budget import least
 from .checkpoint import RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
 from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Random
 from .progress import Progress
 from .recipe import Recipe, Training
 from .report import model_card
@@ -77,18 +77,28 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     method = make_method(recipe.method)
     progress.phase("reading data")
     task = make_task(recipe, out / "data")
-    dense, dense_metrics, history = _dense(recipe, task, out, progress)
     example = task.example_inputs()
+
+    def compressor_for(model: Any, chosen: Method) -> Compressor:
+        return Compressor(
+            model,
+            chosen,
+            recipe.budget,
+            attention=recipe.attention,  # type: ignore[arg-type]
+            example_inputs=example,
+        )
+
+    def refuse_early(model: Any) -> None:
+        """Raise now what would otherwise be raised after hours of training."""
+        rehearsal = compressor_for(model, Random(round_to=getattr(method, "round_to", 1)))
+        rehearsal.plan()
+        rehearsal.detach()
+
+    dense, dense_metrics, history = _dense(recipe, task, out, progress, refuse_early)
 
     progress.phase("searching" if recipe.search.steps else "planning")
     model = copy.deepcopy(dense)
-    compressor = Compressor(
-        model,
-        method,
-        recipe.budget,
-        attention=recipe.attention,  # type: ignore[arg-type]
-        example_inputs=example,
-    )
+    compressor = compressor_for(model, method)
     watcher = [compressor.callback()]
     history["search"] = _fit(recipe, recipe.search, model, task, progress, callbacks=watcher)
     small = compressor.finish()
@@ -154,7 +164,7 @@ def _evaluate(task: Task, model: Any, title: str, progress: Progress) -> dict[st
 
 
 def _dense(
-    recipe: Recipe, task: Task, out: Path, progress: Progress
+    recipe: Recipe, task: Task, out: Path, progress: Progress, check: Callable[[Any], None]
 ) -> tuple[Any, dict[str, float], dict[str, Any]]:
     """The trained dense model, from an earlier run of the same recipe where there is one."""
     folder, note = out / "dense", out / "dense" / "vlprune-dense.json"
@@ -166,6 +176,7 @@ def _dense(
         model = task.model_type().from_pretrained(folder)
         return model, known["metrics"], {"train": known["history"]}
     model = task.dense_model()
+    check(model)
     history: list[dict[str, float]] = []
     if recipe.train.steps:
         progress.phase("training the dense model")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from ..data.files import open_image
-from ..errors import DataError, UnsupportedError
+from ..errors import DataError, RecipeError, UnsupportedError, did_you_mean
 from ..recipe import DataSpec, ModelSpec
 
 __all__ = ["PixelCache", "Task", "word_tokenizer"]
@@ -31,13 +31,22 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
     train: Sequence[Any]
     test: Sequence[Any]
     processor: Any
 
     def __init__(self, model: ModelSpec, data: DataSpec, folder: Path) -> None:
         self.model_spec, self.data_spec = model, data
+        if data.format not in self.formats:
+            raise RecipeError(
+                f"the task {self.name} reads {', '.join(self.formats)}, not {data.format!r}."
+                f"{did_you_mean(data.format, self.formats)}"
+            )
         self.load_data(data, folder)
+        if data.format != "shapes":  # there, the numbers say how many scenes to generate
+            self.train = self.train[: data.train_items or None]
+            self.test = self.test[: data.test_items or None]
         if not self.train or not self.test:
             raise DataError("the data set has no training items or no test items")
         self.processor = self._processor()

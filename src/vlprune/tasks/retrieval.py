@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ..data.captions import CaptionedImage, read_coco_captions, read_karpathy
 from ..data.shapes import write_shapes
-from ..errors import DataError, RecipeError, did_you_mean
+from ..errors import DataError
 from ..recipe import DataSpec
 from .base import Advance, Task, word_tokenizer
 
 __all__ = ["RetrievalTask", "recalls"]
-
-FORMATS = ("coco-captions", "karpathy", "shapes")
 
 
 class RetrievalTask(Task):
@@ -30,6 +28,7 @@ class RetrievalTask(Task):
 
     name: ClassVar[str] = "retrieval"
     metric: ClassVar[str] = "recall_mean"
+    formats: ClassVar[tuple[str, ...]] = ("coco-captions", "karpathy", "shapes")
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
@@ -44,21 +43,13 @@ class RetrievalTask(Task):
                 read_karpathy(*_parts(part, data.format, "split_file", "images", "split"))
                 for part in (data.train, data.test)
             )
-        elif data.format == "shapes":
+        else:
             root = Path(data.folder or folder)
             write_shapes(root, data.train_items or 2000, data.test_items or 400)
             split_file = root / "annotations" / "dataset_shapes.json"
             self.train, self.test = (
                 read_karpathy(split_file, root / "images", split) for split in ("train", "test")
             )
-        else:
-            raise RecipeError(
-                f"the task retrieval reads {', '.join(FORMATS)}, not {data.format!r}."
-                f"{did_you_mean(data.format, FORMATS)}"
-            )
-        if data.format != "shapes":
-            self.train = self.train[: data.train_items or None]
-            self.test = self.test[: data.test_items or None]
 
     def texts(self) -> list[str]:
         return [caption for item in self.train for caption in item.captions]

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ..data.questions import Question, read_easy_vqa, read_vqav2
 from ..data.shapes import write_shapes
-from ..errors import DataError, RecipeError, did_you_mean
+from ..errors import DataError
 from ..recipe import DataSpec
 from .base import Advance, Task, word_tokenizer
 from .vqa_metric import vqa_accuracy
 
 __all__ = ["VqaTask", "rank_answers"]
 
-FORMATS = ("easy-vqa", "shapes", "vqav2")
 RERANK = 128  # candidates kept by their first token, as BLIP evaluates
 
 
@@ -31,6 +30,7 @@ class VqaTask(Task):
 
     name: ClassVar[str] = "vqa"
     metric: ClassVar[str] = "accuracy"
+    formats: ClassVar[tuple[str, ...]] = ("easy-vqa", "shapes", "vqav2")
     train: Sequence[Question]
     test: Sequence[Question]
     answers: list[str]
@@ -43,19 +43,11 @@ class VqaTask(Task):
         elif data.format == "vqav2":
             self.train, self.test = (_vqav2(part) for part in (data.train, data.test))
             self.answers = _answer_list(self.train)
-        elif data.format == "shapes":
+        else:
             root = Path(data.folder or folder)
             write_shapes(root, data.train_items or 2000, data.test_items or 400, most=2)
             self.train, self.test = (_shapes(root, s) for s in ("train2014", "val2014"))
             self.answers = _answer_list(self.train)
-        else:
-            raise RecipeError(
-                f"the task vqa reads {', '.join(FORMATS)}, not {data.format!r}."
-                f"{did_you_mean(data.format, FORMATS)}"
-            )
-        if data.format != "shapes":
-            self.train = self.train[: data.train_items or None]
-            self.test = self.test[: data.test_items or None]
 
     def texts(self) -> list[str]:
         return [q.text for q in self.train] + self.answers
