@@ -135,8 +135,10 @@ def test_overwriting_replaces_and_keeps_foreign_files(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     (folder / "logs").mkdir()
     (folder / "logs" / "x").write_text("mine too")
+    vlprune.save(small(seed=2), folder, extras={"report.json": "{}"})
     model = small(seed=1)
     vlprune.save(model, folder)
+    assert not (folder / "report.json").exists()  # it was about another model
     again = vlprune.load(folder)
     assert all(torch.equal(p, again.get_parameter(n)) for n, p in model.named_parameters())
     assert (folder / "notes.txt").read_text() == "mine"

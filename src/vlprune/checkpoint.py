@@ -109,6 +109,7 @@ def save(
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        _recover(folder)
         raise
     return folder
 
@@ -130,13 +131,16 @@ def _recover(folder: Path) -> None:
 
 
 def _keep_foreign_files(folder: Path, partial: Path) -> None:
-    """Carry over what the old folder holds and the new one does not, except old weights."""
+    """Carry over what the old folder holds and the new one does not.
+
+    Except old weights, and the plan and report of another model.
+    """
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
         target = partial / entry.name
         stale = entry.name.startswith("model") and ".safetensors" in entry.name
-        if target.exists() or stale:
+        if target.exists() or stale or entry.name in (PLAN_FILE, REPORT_FILE):
             continue
         if entry.is_dir():
             shutil.copytree(entry, target, symlinks=True, copy_function=_link)
