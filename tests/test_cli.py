@@ -233,6 +233,38 @@ def test_a_killed_training_goes_on_from_its_checkpoint(run: Any, tmp_path: Path)
         assert a == (whole / folder / "model.safetensors").read_bytes()
 
 
+def test_two_processes_make_one_folder_and_one_plan(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    steps = ["train.steps=3", "search.steps=3", "retrain.steps=2"]
+    code = f"""
+import os, vlprune.run as run
+from vlprune.cli import main
+
+real = run.Compressor.finish
+
+def finish(self, *args):
+    with open(os.path.join({str(tmp_path)!r}, "plan-" + os.environ["RANK"]), "w") as file:
+        file.write(self.plan().to_json())
+    return real(self, *args)
+
+run.Compressor.finish = finish
+main()
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script),
+         "compress", DEMO, *TINY, *steps, "-o", str(out), "--json"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    json.loads(done.stdout)  # printed once
+    plans = [(tmp_path / f"plan-{rank}").read_text() for rank in (0, 1)]
+    assert plans[0] == plans[1]
+    model = vlprune.load(out)
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
 def test_versions_agree() -> None:
     from importlib.metadata import version
 

@@ -140,7 +140,10 @@ def _run(recipe: Any, output: Path, as_json: bool) -> None:
     err.print("[dim]loading torch and transformers[/dim]")
     from .run import compress as run_recipe
 
-    report = run_recipe(recipe, output, _Shown())
+    main_process = os.environ.get("RANK", "0") == "0"
+    report = run_recipe(recipe, output, _Shown() if main_process else Progress())
+    if not main_process:
+        return
     if as_json:
         print(json.dumps(report))
         return

@@ -9,6 +9,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -132,7 +133,7 @@ class Compressor:
                     "no gate has a gradient: call compressor.step after loss.backward(), with the "
                     "model that the compressor was made for"
                 )
-            self.search.after_backward(progress, gradients)
+            self.search.after_backward(progress, _averaged(gradients))
             for gate in self._gates.values():
                 gate.grad = None
         self._set_gates(progress)
@@ -225,6 +226,21 @@ class Compressor:
                 "not_counted": list(self._macs.not_counted),
             }
         return report
+
+
+def _averaged(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over all processes, so that every rank makes the same plan.
+
+    Gates are no parameters of the model, so DDP does not average their gradients.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return gradients
+    names = sorted(gradients)
+    together = torch.cat([gradients[name] for name in names])
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    parts = together.split([len(gradients[name]) for name in names])
+    return dict(zip(names, parts, strict=True))
 
 
 class _Callback(TrainerCallback):

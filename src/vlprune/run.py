@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 
 from . import __version__, cost
 from .architectures import discover
@@ -75,8 +76,10 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
         raise CheckpointError(f"{out} is a file: choose a folder for the result")
     prepare(recipe.seed, recipe.threads)
     method = make_method(recipe.method)
+    processes = PartialState(cpu=not torch.cuda.is_available())
     progress.phase("reading data")
-    task = make_task(recipe, out / "data")
+    with processes.main_process_first():
+        task = make_task(recipe, out / "data")
     example = task.example_inputs()
 
     def compressor_for(model: Any, chosen: Method) -> Compressor:
@@ -131,7 +134,9 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
         RECIPE_FILE: recipe.to_yaml(),
         "README.md": model_card(report, type(small).__name__),
     }
-    save(small, out, extras=extras, processor=task.processor)
+    if processes.is_main_process:
+        save(small, out, extras=extras, processor=task.processor)
+    processes.wait_for_everyone()
     return report
 
 
@@ -185,7 +190,10 @@ def _dense(
         )
     metrics = _evaluate(task, model, "evaluating dense", progress)
     body = json.dumps({"key": key, "metrics": metrics, "history": history})
-    save(model, folder, extras={note.name: body}, processor=task.processor)
+    processes = PartialState()
+    if processes.is_main_process:
+        save(model, folder, extras={note.name: body}, processor=task.processor)
+    processes.wait_for_everyone()
     return model, metrics, {"train": history}
 
 

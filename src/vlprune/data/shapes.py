@@ -203,11 +203,16 @@ def write_shapes(
 ) -> Path:
     """The folder, holding ``train`` + ``test`` scenes in all formats listed above.
 
-    Same arguments, same bytes. ``progress`` is called with 1 after each scene.
+    Same arguments, same bytes; a folder that is complete is left alone. ``progress`` is
+    called with 1 after each scene.
     """
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
     root = Path(folder)
+    made = {"train": train, "test": test, "seed": seed, "side": side, "most": most}
+    note = root / "shapes.json"
+    if note.exists() and note.read_text(encoding="utf-8") == json.dumps(made):
+        return root  # nothing to do: same arguments, same bytes
     karpathy: list[dict[str, Any]] = []
     for subtype, split, mask_split, pair_split, count, first in (
         ("train2014", "train", "training", "train", train, 0),
@@ -227,6 +232,7 @@ def write_shapes(
             progress,
         )
     _dump(root / "annotations" / "dataset_shapes.json", {"dataset": "shapes", "images": karpathy})
+    _dump(note, made)
     return root
 
 
