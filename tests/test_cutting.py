@@ -159,6 +159,61 @@ def test_a_norm_inside_an_ffn_keeps_it_dense() -> None:
     assert "LayerNorm" in description.dense["mlp.fc1"]
 
 
+def test_a_convolution_inside_an_ffn_keeps_it_dense() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        depths=[1, 1], num_encoder_blocks=2, hidden_sizes=[8, 16], num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=3, sr_ratios=[2, 1],
+        patch_sizes=[7, 3], strides=[4, 2],
+    )  # fmt: skip
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    description = discover(model)
+    assert {s.kind for s in description} == {"attention"}
+    reasons = {r for path, r in description.dense.items() if path.endswith(("fc1", "dense1"))}
+    assert reasons
+    assert all("sits between" in reason for reason in reasons), reasons
+    rewrite(
+        model, description, half(description), verify={"pixel_values": torch.randn(1, 3, 32, 32)}
+    )
+
+
+@pytest.mark.parametrize("unit", ["head_dim", "qk_vo", "head"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "shared", "per head", "boolean", "padding"])
+def test_multihead_attention_takes_every_mask(unit: Any, batch_first: bool, mask: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.attn = nn.MultiheadAttention(16, 4, batch_first=batch_first, dtype=torch.float64)
+    model.eval()
+    x, y = (torch.randn(2, n, 16, dtype=torch.float64) for n in (3, 5))
+    if not batch_first:
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+    hidden = torch.rand(3, 5) < 0.4
+    hidden[:, 0] = False
+    options: dict[str, Any] = {
+        "none": {},
+        "shared": {"attn_mask": torch.randn(3, 5, dtype=torch.float64)},
+        "per head": {
+            "attn_mask": torch.randn(2, 1, 3, 5, dtype=torch.float64)
+            .repeat(1, 4, 1, 1)
+            .flatten(0, 1)
+        },
+        "boolean": {"attn_mask": hidden},
+        "padding": {"key_padding_mask": hidden[:2]},
+    }[mask]
+    description = discover(model, unit)
+    plan = half(description)
+    with vlprune.gated(model, description.structures, plan):
+        masked, weights = model.attn(x, y, y, **options)
+    rewrite(model, description, plan)
+    cut, small_weights = model.attn(x, y, y, **options)
+    assert torch.allclose(masked, cut, rtol=0, atol=1e-12)
+    assert weights.shape == small_weights.shape
+    assert model.attn(x, y, y, need_weights=False, **options)[1] is None
+
+
 def test_shared_weights_stay_dense_and_say_so() -> None:
     model = nn.ModuleDict({"a": Odd(), "b": Odd()})
     model["b"].mlp.fc1.weight = model["a"].mlp.fc1.weight

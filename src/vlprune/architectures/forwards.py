@@ -161,7 +161,11 @@ def _merge_masks(
     if attn_mask is not None:
         merged = as_float(attn_mask)
         if merged.dim() == 3:  # (batch * heads, queries, keys), heads of the uncut module
-            raise ValueError("a cut attention takes a mask of shape (queries, keys), not per head")
+            merged = merged.unflatten(0, (q.shape[0], -1))
+            if merged.shape[1] != q.shape[1]:
+                if not bool((merged == merged[:, :1]).all()):
+                    raise ValueError("heads were cut, so the mask must be the same for all heads")
+                merged = merged[:, :1]
     if padding is not None:
         extra = as_float(padding).reshape(q.shape[0], 1, 1, k.shape[-2])
         merged = extra if merged is None else merged + extra

@@ -172,11 +172,9 @@ class _Discovery:
         for child, layer in nearby.named_children():
             if child in inside or (holder and join(holder, child) in names):
                 continue
-            if any(
-                p.dim() and p.shape[0] == size and size > 1 for p in layer.parameters(False)
-            ) and (
-                not is_linear(layer) and not _is_residual_norm(layer, self.modules, path, names)
-            ):
+            own = any(p.dim() and p.shape[0] == size > 1 for p in layer.parameters(False))
+            norm = own and _is_residual_norm(layer, self.modules, path, names)
+            if (own and not norm and not is_linear(layer)) or _convolves(layer, size):
                 return f"{child} ({type(layer).__name__})"
         return ""
 
@@ -308,6 +306,13 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
             for name in group:
                 shared[name] = next(other for other in group if other != name)
     return shared
+
+
+def _convolves(layer: nn.Module, size: int) -> bool:
+    """Whether a convolution over ``size`` channels is inside (SegFormer mixes tokens so)."""
+    return any(
+        isinstance(m, nn.Conv1d | nn.Conv2d) and m.in_channels == size for m in layer.modules()
+    )
 
 
 def _is_residual_norm(
