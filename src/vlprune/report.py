@@ -70,6 +70,7 @@ def model_card(report: Mapping[str, Any], model_class: str) -> str:
     table = [header, ["---"] * len(header), *rows]
     lines = ["| " + " | ".join(row) + " |" for row in table]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
     padded = sum(group["padded"] for group in report["groups"])
     layout = (
         "Every structure was cut natively."
@@ -84,8 +85,8 @@ tags: [vlprune, pruning]
 
 # A smaller {model_class}
 
-Made by [vlprune](https://pypi.org/project/vlprune/) with {report["method"]}
-{report["options"]}. {summary(report)}
+Made by vlprune with {report["method"]} ({options}; attention unit {report["attention"]}).
+{summary(report)}
 {layout}
 
 ```python
