@@ -212,6 +212,9 @@ def test_multihead_attention_takes_every_mask(unit: Any, batch_first: bool, mask
     assert torch.allclose(masked, cut, rtol=0, atol=1e-12)
     assert weights.shape == small_weights.shape
     assert model.attn(x, y, y, need_weights=False, **options)[1] is None
+    if mask == "none":  # the stock module refuses a causal hint without a mask, so must the cut one
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            model.attn(x, x, x, is_causal=True)
 
 
 def test_shared_weights_stay_dense_and_say_so() -> None:

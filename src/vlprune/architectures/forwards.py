@@ -122,6 +122,8 @@ class CutMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention.forward, for batched inputs of shape (batch, tokens, width)
         or, without ``batch_first``, (tokens, batch, width)."""
+        if is_causal and attn_mask is None:  # a hint about attn_mask, as in the stock module
+            raise RuntimeError("is_causal needs attn_mask: it only says what the mask looks like")
         unbatched = query.dim() == 2
         if unbatched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))

@@ -37,7 +37,7 @@ class Task(ABC):
     processor: Any
 
     def __init__(self, model: ModelSpec, data: DataSpec, folder: Path) -> None:
-        self.model_spec, self.data_spec = model, data
+        self.model_spec = model
         if data.format not in self.formats:
             raise RecipeError(
                 f"the task {self.name} reads {', '.join(self.formats)}, not {data.format!r}."
