@@ -72,8 +72,8 @@ def test_an_off_by_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     import vlprune.gate as gate
 
-    attach = gate._attach
-    monkeypatch.setattr(gate, "_attach", lambda *args: attach(*args) and [])
+    scale = gate._scale_weights
+    monkeypatch.setattr(gate, "_scale_weights", lambda *args: scale(*args) and (lambda: None))
     with pytest.raises(AssertionError, match="hook"):
         CHECKS["ones_change_nothing"](partial(build, "vit"), "head_dim")
 

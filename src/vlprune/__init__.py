@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cutting import rewrite
     from .errors import VlpruneError
     from .gate import gated
-    from .methods import Magnitude, Random, Taylor
+    from .methods import Magnitude, Random, Taylor, UPop
     from .plan import Plan
     from .structure import Attr, Description, Gate, Slot, Structure
 
@@ -38,6 +38,7 @@ __all__ = [
     "Slot",
     "Structure",
     "Taylor",
+    "UPop",
     "VlpruneError",
     "cost",
     "discover",
@@ -57,7 +58,7 @@ _HOME = {
     "compressor": ("Compressor",),
     "errors": ("VlpruneError",),
     "gate": ("gated",),
-    "methods": ("Magnitude", "Random", "Taylor"),
+    "methods": ("Magnitude", "Random", "Taylor", "UPop"),
     "plan": ("Plan",),
     "cutting": ("rewrite",),
     "structure": ("Attr", "Description", "Gate", "Slot", "Structure"),

@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import BudgetError, did_you_mean
 
-__all__ = ["Budget", "Prices", "least", "parse_budget", "select"]
+__all__ = ["Budget", "Floor", "Prices", "least", "parse_budget", "select"]
 
 CURRENCIES = ("params", "macs")
 
@@ -52,6 +52,15 @@ class Prices:
         )
 
 
+@dataclass(frozen=True)
+class Floor:
+    """At least ``share`` of what the units of ``structures`` cost together must stay."""
+
+    name: str
+    structures: tuple[str, ...]
+    share: float
+
+
 def parse_budget(budget: Mapping[str, Any]) -> Budget:
     """The budget in ``{"params": 0.5}`` or ``{"macs": 0.5}``. Raises BudgetError."""
     if not isinstance(budget, Mapping) or len(budget) != 1:
@@ -74,10 +83,24 @@ def parse_budget(budget: Mapping[str, Any]) -> Budget:
     return Budget(str(what), float(fraction))
 
 
-def least(prices: Prices, round_to: int = 1) -> float:
-    """The smallest fraction that any plan can reach: one block of each structure stays."""
+def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> float:
+    """The smallest fraction that any plan can reach: one block of each structure stays.
+
+    With ``floors`` a lower bound: units are whole, so a plan may have to stay above it.
+    """
     kept = {name: min(size, max(1, round_to)) for name, size in prices.sizes.items()}
-    return prices.cost(kept) / prices.total
+    lowest = prices.cost(kept)
+    for floor in floors:
+        lowest += max(0.0, _floor_cost(floor, prices) - _cost(floor.structures, kept, prices))
+    return lowest / prices.total
+
+
+def _cost(names: Sequence[str], kept: Mapping[str, int], prices: Prices) -> float:
+    return sum(prices.unit[name] * kept[name] for name in names)
+
+
+def _floor_cost(floor: Floor, prices: Prices) -> float:
+    return floor.share * _cost(floor.structures, prices.sizes, prices)
 
 
 def select(
@@ -85,27 +108,24 @@ def select(
     prices: Prices,
     budget: float,
     round_to: int = 1,
+    floors: Sequence[Floor] = (),
 ) -> dict[str, tuple[int, ...]]:
     """The units that stay: {structure: units, ascending}.
 
     All units of all structures compete in one ranking; the lowest scores go first until the
     model costs at most ``budget`` times its total. Every structure keeps at least one unit.
     With ``round_to=8`` units go in blocks, so that every cut structure keeps a multiple of
-    8 (a block's score is the mean of its units). Equal scores are settled by the order of
-    ``scores`` and then by unit, so the result depends on nothing else.
+    8 (a block's score is the mean of its units). A block whose removal would break one of the
+    ``floors`` stays. Equal scores are settled by the order of ``scores`` and then by unit, so
+    the result depends on nothing else.
 
     Raises BudgetError if the budget cannot be reached, or a score is not a number.
     """
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise BudgetError(f"round_to must be a whole number of at least 1, not {round_to!r}")
-    lowest = least(prices, round_to)
+    lowest = least(prices, round_to, floors)
     if budget < lowest:
-        raise BudgetError(
-            f"a budget of {budget:.4g} of the {prices.what} cannot be reached: with one "
-            f"{'unit' if round_to == 1 else f'block of {round_to} units'} left in every structure, "
-            f"{lowest:.4g} remains (embeddings, norms and heads always stay); ask for at least "
-            f"{math.ceil(lowest * 1000) / 1000:.3f}"
-        )
+        raise _unreachable(prices, budget, lowest, round_to, floors)
     orders: dict[str, np.ndarray[Any, Any]] = {}
     block_scores, block_structure, block_size = [], [], []
     for number, (name, values) in enumerate(scores.items()):
@@ -125,12 +145,42 @@ def select(
     names = list(scores)
     cost, target = prices.total, budget * prices.total * (1 + 1e-12)
     removed = dict.fromkeys(names, 0)
+    room = {floor.name: _room(floor, prices) for floor in floors}
+    guarded = {name: floor.name for floor in floors for name in floor.structures}
+    closed: set[str] = set()
     for block in np.argsort(np.asarray(block_scores), kind="stable"):
         if cost <= target:
             break
         name = names[block_structure[block]]
+        price = prices.unit[name] * block_size[block]
+        floor_name = guarded.get(name)
+        if name in closed or (floor_name is not None and price > room[floor_name]):
+            closed.add(name)  # its higher-scored blocks stay as well
+            continue
+        if floor_name is not None:
+            room[floor_name] -= price
         removed[name] += block_size[block]
-        cost -= prices.unit[name] * block_size[block]
+        cost -= price
+    if closed and cost > target:
+        raise _unreachable(prices, budget, cost / prices.total, round_to, floors)
     return {
         name: tuple(sorted(int(unit) for unit in orders[name][removed[name] :])) for name in names
     }
+
+
+def _room(floor: Floor, prices: Prices) -> float:
+    """How much of a floor's structures may go, with room for rounding."""
+    whole = _cost(floor.structures, prices.sizes, prices)
+    return (1 - floor.share) * whole + 1e-9 * whole
+
+
+def _unreachable(
+    prices: Prices, budget: float, lowest: float, round_to: int, floors: Sequence[Floor]
+) -> BudgetError:
+    left = "unit" if round_to == 1 else f"block of {round_to} units"
+    guards = "".join(f", {floor.share:.4g} of {floor.name}" for floor in floors)
+    return BudgetError(
+        f"a budget of {budget:.4g} of the {prices.what} cannot be reached: with one {left} left in "
+        f"every structure{guards}, {lowest:.4g} remains (embeddings, norms and heads always stay); "
+        f"ask for at least {math.ceil(lowest * 1000) / 1000:.3f}"
+    )

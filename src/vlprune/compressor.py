@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load as unpack
+from safetensors.torch import save as pack
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from . import cost
 from .architectures import discover
@@ -25,7 +30,10 @@ from .record import read_record
 from .structure import AttentionUnit, Structure
 from .units import unit_squares
 
-__all__ = ["Compressor"]
+__all__ = ["Compressor", "CompressorCallback"]
+
+PATIENCE = 0.1
+"""The fraction of a search in which every gate must have had a gradient."""
 
 
 class Compressor:
@@ -34,7 +42,8 @@ class Compressor:
     ``budget`` is the fraction of the whole model that stays: ``{"params": 0.5}`` or
     ``{"macs": 0.5}``; the latter needs ``example_inputs`` (keywords of one forward pass),
     because MACs depend on the input. In a Trainer, pass :meth:`callback`; in a loop of your
-    own, call :meth:`step` after every backward. Then :meth:`finish` cuts.
+    own, call :meth:`step` after every backward. Then :meth:`finish` cuts. ``skip`` leaves
+    structures dense whose names match one of these patterns, as in ``("text_model.*",)``.
 
     Raises BudgetError, UnsupportedError (nothing to prune, another quantizer).
     """
@@ -47,6 +56,7 @@ class Compressor:
         *,
         attention: AttentionUnit = "head_dim",
         example_inputs: Mapping[str, Any] | None = None,
+        skip: Sequence[str] = (),
     ) -> None:
         if not isinstance(method, Method):
             raise UnsupportedError(
@@ -62,7 +72,7 @@ class Compressor:
                 "see vlprune.discover(model).dense for the reasons"
             )
         self.example_inputs = dict(example_inputs) if example_inputs else None
-        structures = self.description.structures
+        structures = self.structures = _without(self.description.structures, skip)
         self._params_before = int(cost.params(model, structures))
         self._param_prices = cost.param_prices(model, structures)
         self._macs = (
@@ -88,6 +98,7 @@ class Compressor:
         self._finished = False
         self._verification: Any = None
         self._gates: dict[str, Tensor] = {}
+        self._unreached = {s.name for s in structures} if self.search.uses_gates else set()
         self._hooks = ExitStack()
         self._seen: dict[str, Any] | None = None
         self._attached = False
@@ -104,10 +115,10 @@ class Compressor:
         self._hooks.callback(watcher.remove)
         if self.search.uses_gates:
             device = next(self.model.parameters()).device
-            for structure in self.description:
+            for structure in self.structures:
                 gate = torch.ones(structure.size, device=device, requires_grad=True)
                 self._gates.setdefault(structure.name, gate)
-            self._hooks.enter_context(gated(self.model, self.description.structures, self._gates))
+            self._hooks.enter_context(gated(self.model, self.structures, self._gates))
             self._set_gates(0.0)
 
     def detach(self) -> None:
@@ -115,16 +126,17 @@ class Compressor:
         self._hooks.close()
         self._attached = False
 
-    def step(self, progress: float) -> None:
+    def step(self, progress: float, scale: float = 1.0) -> None:
         """Tell the search that one backward pass is done; call before ``optimizer.step()``.
 
-        ``progress`` runs from 0 to 1 over the search.
+        ``progress`` runs from 0 to 1 over the search. ``scale`` is what the loss was multiplied
+        with before the backward pass: ``scaler.get_scale()`` where a GradScaler is in use.
         """
         if not 0 <= progress <= 1:
             raise VlpruneError(f"progress runs from 0 to 1, not {progress!r}")
         if self.search.uses_gates:
             gradients = {
-                name: gate.grad.detach()
+                name: gate.grad.detach() / scale if scale != 1 else gate.grad.detach()
                 for name, gate in self._gates.items()
                 if gate.grad is not None
             }
@@ -133,10 +145,50 @@ class Compressor:
                     "no gate has a gradient: call compressor.step after loss.backward(), with the "
                     "model that the compressor was made for"
                 )
+            self._unreached -= gradients.keys()
+            if self._unreached and progress >= PATIENCE:
+                self._refuse_unreached()
             self.search.after_backward(progress, _averaged(gradients))
             for gate in self._gates.values():
                 gate.grad = None
         self._set_gates(progress)
+
+    def _refuse_unreached(self) -> None:
+        names = [s.name for s in self.structures if s.name in self._unreached]
+        raise VlpruneError(
+            f"the loss reaches no gate of {names[0]}"
+            + (f" and {len(names) - 1} more structures" if len(names) > 1 else "")
+            + f": no gradient in the first {PATIENCE:.0%} of the search. Leave them dense with "
+            f'skip=("{names[0].split(".")[0]}.*",), or train with a loss that depends on them'
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold for :meth:`restore` to go on exactly from here."""
+        reached = [s.name not in self._unreached for s in self.structures]
+        return {
+            **{f"search/{name}": value for name, value in self.search.state().items()},
+            **{f"gate/{name}": gate.detach().cpu() for name, gate in self._gates.items()},
+            "reached": torch.tensor(reached),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned. Raises VlpruneError if it is another model's."""
+        gates = {name for name in state if name.startswith("gate/")}
+        if gates and gates != {f"gate/{s.name}" for s in self.structures}:
+            raise VlpruneError(
+                "this checkpoint's search belongs to another model or attention unit"
+            )
+        self.search.restore(
+            {n.removeprefix("search/"): t for n, t in state.items() if n.startswith("search/")}
+        )
+        for name, gate in self._gates.items():
+            gate.copy_(state[f"gate/{name}"])
+        self._unreached = {
+            s.name
+            for s, reached in zip(self.structures, state["reached"].tolist(), strict=True)
+            if not reached
+        }
 
     @torch.no_grad()
     def _set_gates(self, progress: float) -> None:
@@ -153,7 +205,7 @@ class Compressor:
 
     def callback(self) -> TrainerCallback:
         """The same as :meth:`step`, for the Hugging Face Trainer."""
-        return _Callback(self)
+        return CompressorCallback(self)
 
     # -- the end -------------------------------------------------------------------------
 
@@ -177,6 +229,7 @@ class Compressor:
         if self._finished:
             return self.model
         plan = self.plan()
+        _check_same_on_every_rank(plan)
         self.detach()
         probe = self.example_inputs or self._seen
         rewrite(self.model, self.description, plan, verify=probe if verify else None)
@@ -188,7 +241,7 @@ class Compressor:
     def report(self) -> dict[str, Any]:
         """What was asked and reached, by tower and kind: plain values, ready for JSON."""
         plan = self.plan()
-        structures = self.description.structures
+        structures = self.structures
         kept = {s.name: len(plan.kept(s)) for s in structures}
         groups: dict[tuple[str, str], list[Structure]] = defaultdict(list)
         for structure in structures:
@@ -218,6 +271,7 @@ class Compressor:
                 for (tower, kind), members in groups.items()
             ],
             "verified": asdict(self._verification) if self._verification else None,
+            "search": self.search.facts(),
         }
         if self._macs is not None:
             report["macs"] = {
@@ -243,17 +297,61 @@ def _averaged(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, parts, strict=True))
 
 
-class _Callback(TrainerCallback):
-    """Feeds a Compressor from a Trainer."""
+def _check_same_on_every_rank(plan: Plan) -> None:
+    """Raise unless all processes are about to make the same cut."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    plans: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(plans, plan.to_json())
+    if len(set(plans)) > 1:
+        raise VlpruneError(
+            "the processes have made different plans, so nothing was cut: every rank needs the "
+            "same seed, the same dense weights and the same number of compressor.step calls"
+        )
+
+
+def _without(structures: Sequence[Structure], skip: Sequence[str]) -> tuple[Structure, ...]:
+    """The structures whose names match none of the patterns. Raises UnsupportedError."""
+    for pattern in skip:
+        if not any(fnmatchcase(s.name, pattern) for s in structures):
+            raise UnsupportedError(
+                f"skip: no structure's name matches {pattern!r}; they look like "
+                f"{structures[0].name!r}"
+            )
+    left = tuple(s for s in structures if not any(fnmatchcase(s.name, p) for p in skip))
+    if not left:
+        raise UnsupportedError("skip leaves nothing to prune")
+    return left
+
+
+class CompressorCallback(TrainerCallback, ExportableState):
+    """Feeds a Compressor from a Trainer; its state is a part of the Trainer's checkpoints."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
 
+    def state(self) -> dict[str, Any]:
+        """What goes into ``trainer_state.json``."""
+        packed = base64.b64encode(pack(self.compressor.state())).decode()
+        return {"args": {}, "attributes": {"search": packed}}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.attach()
+        if state.global_step > 0:  # the Trainer goes on from a checkpoint
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:
+                raise VlpruneError(
+                    "this checkpoint holds no search: it was saved without compressor.callback(), "
+                    "so start again without resume_from_checkpoint"
+                )
+            self.compressor.restore(unpack(base64.b64decode(saved["attributes"]["search"])))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.compressor.step(min(1.0, (state.global_step + 1) / max(1, state.max_steps)))
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        self.compressor.step(
+            min(1.0, (state.global_step + 1) / max(1, state.max_steps)),
+            scale=scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0,
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.detach()

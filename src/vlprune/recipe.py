@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -36,15 +37,15 @@ class ModelSpec:
 class DataSpec:
     """Which data.
 
-    ``format`` is ``shapes`` (generated into ``folder``; ``train_items`` and ``test_items``
-    count scenes), ``easy-vqa`` (``folder`` is its split folder; every tenth image tests),
-    ``vqav2`` (``train`` and ``test`` name ``questions``, ``annotations``, ``images``),
-    ``coco-captions`` (they name ``captions``, ``images``) or ``karpathy`` (they name
-    ``split_file``, ``images``, ``split``). 0 items means all. ``$NAME`` is replaced from the
-    environment.
+    ``format`` is one that the task reads (docs/recipes.md lists them), with ``train`` and
+    ``test`` naming the files of each split, or ``folder`` where all lies in one place. The
+    format ``shapes`` generates ``train_items`` and ``test_items`` scenes into ``folder`` and
+    reads them as the format ``like`` (default: the task's first). 0 items means all.
+    ``$NAME`` is replaced from the environment.
     """
 
     format: str = "shapes"
+    like: str = ""
     folder: str = ""
     train: Mapping[str, str] = field(default_factory=dict)
     test: Mapping[str, str] = field(default_factory=dict)
@@ -56,38 +57,64 @@ class DataSpec:
 class Training:
     """One phase of training: AdamW with warm-up and cosine decay, by the Trainer.
 
-    ``warmup`` is a fraction of ``steps``; ``batch_size`` is per process. With ``save_steps`` the
-    Trainer saves a checkpoint that often, and the same command goes on from the last one
-    (not in ``search``, whose state a checkpoint does not hold yet).
+    It takes ``steps`` optimizer steps, or ``epochs`` passes over the data where ``steps`` is 0.
+    ``warmup`` is a fraction of them; ``batch_size`` is per process, and ``accumulate`` batches
+    make one step. The Trainer saves a checkpoint every ``save_steps`` (0: never) and at the
+    end of a phase, and the same command goes on from the last one, ending with the very weights
+    of a run that was never stopped.
     """
 
     steps: int = 0
+    epochs: float = 0.0
     batch_size: int = 64
+    accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
     bf16: bool = False
-    save_steps: int = 0
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    save_steps: int = 500
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to train."""
+        return self.steps > 0 or self.epochs > 0
+
+    def count(self, items: int, processes: int = 1) -> int:
+        """Optimizer steps on so many training items."""
+        if self.steps:
+            return self.steps
+        batch = self.batch_size * processes
+        batches = max(1, items // batch)  # the last, smaller one is dropped
+        return max(1, math.ceil(self.epochs * max(1, batches // self.accumulate)))
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One compression from data to folder.
 
-    ``method`` is ``{"name": ..., option: value}``. ``train`` makes the dense model (0 steps:
+    ``method`` is ``{"name": ..., option: value}``. ``train`` makes the dense model (no steps:
     take it as it is), ``search`` is the training a method with gates watches, ``retrain``
-    follows the cut. ``threads`` 0 leaves the number of CPU threads alone.
+    follows the cut. ``teacher`` weighs what the model must imitate of the dense one in
+    ``search`` and ``retrain``, as in ``{"logits": 1, "features": 1, "similarities": 1}``; empty
+    means no teacher. ``options`` are the task's own. ``skip`` are patterns of structures that
+    stay dense. ``threads`` 0 leaves the number of CPU threads alone.
     """
 
     task: str
     budget: Mapping[str, float]
     method: Mapping[str, Any] = field(default_factory=lambda: {"name": "magnitude"})
     attention: str = "head_dim"
+    skip: Sequence[str] = ()
     model: ModelSpec = field(default_factory=ModelSpec)
     data: DataSpec = field(default_factory=DataSpec)
+    options: Mapping[str, Any] = field(default_factory=dict)
     train: Training = field(default_factory=Training)
     search: Training = field(default_factory=Training)
     retrain: Training = field(default_factory=Training)
+    teacher: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     threads: int = 0
     report_to: str = "none"
@@ -97,7 +124,56 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe with every default spelled out, ready to be run again."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        body = dataclasses.asdict(self)
+        return yaml.safe_dump({**body, "skip": list(self.skip)}, sort_keys=False)
+
+    def toy(self) -> Recipe:
+        """The same procedure in minutes: a small new model, generated data in the same format,
+        and a few steps of each phase."""
+        form = self.data.format
+
+        def short(phase: Training, on: bool) -> Training:
+            return dataclasses.replace(
+                phase,
+                steps=TOY_STEPS if on else 0,
+                epochs=0.0,
+                batch_size=16,
+                accumulate=1,
+                learning_rate=1e-3,
+                bf16=False,
+                fp16=False,
+                compile=False,
+                gradient_checkpointing=False,
+            )
+
+        method = dict(self.method)
+        if "interval" in method:
+            method["interval"] = "auto"
+        return dataclasses.replace(
+            self,
+            method=method,
+            model=dataclasses.replace(self.model, path="", **TOY_SIZES),
+            data=DataSpec(
+                format="shapes",
+                like=self.data.like if form == "shapes" else form,
+                train_items=96,
+                test_items=32,
+            ),
+            train=short(self.train, True),
+            search=short(self.search, self.search.on),
+            retrain=short(self.retrain, self.retrain.on),
+        )
+
+
+TOY_STEPS = 12
+TOY_SIZES: Mapping[str, Any] = {
+    "width": 48,
+    "heads": 4,
+    "vision_layers": 2,
+    "text_layers": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -157,17 +233,26 @@ def _build(cls: type[Any], body: Any, where: str) -> Any:
     return cls(**values)
 
 
+_MAPPINGS = (Mapping, types.MappingProxyType)
+_LISTS = (Sequence,)
+
+
 def _value(hint: Any, value: Any, place: str) -> Any:
     """``value`` as the type that a field asks for."""
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type[Any], hint), value, place)
-    if typing.get_origin(hint) in (Mapping, types.MappingProxyType):
+    origin = typing.get_origin(hint)
+    if origin in _MAPPINGS:
         if not isinstance(value, Mapping):
             raise RecipeError(f"{place} must hold keys, as in {place}.name=value, not {value!r}")
         return {
             str(k): _expand(v, f"{place}.{k}") if isinstance(v, str) else v
             for k, v in value.items()
         }
+    if origin in _LISTS:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise RecipeError(f"{place} must be a list, as in [a, b], not {value!r}")
+        return tuple(str(entry) for entry in value)
     if hint is str and isinstance(value, str):
         return _expand(value, place)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as text

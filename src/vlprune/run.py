@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import platform
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors import SafetensorError
+from torch import nn
 
 from . import __version__, cost
 from .architectures import discover
 from .bench import latencies
 from .budget import least
-from .checkpoint import RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
+from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
 from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
 from .methods import METHODS, Method, Random
+from .plan import Plan
 from .progress import Progress
 from .recipe import Recipe, Training
 from .report import model_card
 from .tasks import TASKS, Task
+from .teacher import Taught
 from .train import fit, prepare
 
 __all__ = ["compress", "evaluate_folder", "make_task"]
@@ -40,7 +46,7 @@ def make_task(recipe: Recipe, folder: Path) -> Task:
             f"task must be one of {', '.join(TASKS)}, not {recipe.task!r}."
             f"{did_you_mean(recipe.task, TASKS)}"
         )
-    return TASKS[recipe.task](recipe.model, recipe.data, folder)
+    return TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
 
 
 def make_method(options: Mapping[str, Any]) -> Method:
@@ -66,14 +72,26 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     """Run the recipe and fill ``out``; returns the report that is saved there.
 
     ``out`` ends as a folder that plain ``from_pretrained`` loads, with the dense model in
-    ``out/dense``. If a run of the same recipe was stopped after the dense model was trained,
-    it goes on from there.
+    ``out/dense``. If a run of the same recipe was stopped, it goes on from the last finished
+    phase or checkpoint, and ends as if it had never been stopped.
     """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     if out.is_file():
         raise CheckpointError(f"{out} is a file: choose a folder for the result")
+    try:
+        return _compress(recipe, out, progress, started)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(
+                f"the disk of {out} is full: free some space and run the same command again, it "
+                "goes on from the last complete checkpoint"
+            ) from None
+        raise
+
+
+def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
     prepare(recipe.seed, recipe.threads)
     method = make_method(recipe.method)
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -89,31 +107,60 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
             recipe.budget,
             attention=recipe.attention,  # type: ignore[arg-type]
             example_inputs=example,
+            skip=recipe.skip,
         )
 
     def refuse_early(model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
+        compressor_for(model, method).detach()
         rehearsal = compressor_for(model, Random(round_to=getattr(method, "round_to", 1)))
         rehearsal.plan()
         rehearsal.detach()
+        if recipe.teacher:
+            Taught(model, model, nn.Module(), recipe.teacher, rehearsal.structures)
 
     dense, dense_metrics, history = _dense(recipe, task, out, progress, refuse_early)
+    phase = _Phases(recipe, task, progress, out / "checkpoints", dense)
 
-    progress.phase("searching" if recipe.search.steps else "planning")
-    model = copy.deepcopy(dense)
-    compressor = compressor_for(model, method)
-    watcher = [compressor.callback()]
-    history["search"] = _fit(recipe, recipe.search, model, task, progress, callbacks=watcher)
-    small = compressor.finish()
-    report = compressor.report()
-    metrics = {"dense": dense_metrics, "cut": _evaluate(task, small, "evaluating cut", progress)}
+    key = _digest(
+        [
+            _dense_key(recipe),
+            asdict(recipe.search),
+            dict(recipe.method),
+            dict(recipe.budget),
+            recipe.attention,
+            list(recipe.skip),
+            dict(recipe.teacher),
+        ]
+    )
+    done = out / "checkpoints" / f"cut-{key}"
+    known = _read_note(done / "vlprune-cut.json")
+    if known:
+        progress.phase("cut model: taken from an earlier run of this recipe")
+        check_weights(done)
+        small = task.model_type().from_pretrained(done)
+        plan = Plan.load(done / PLAN_FILE)
+        report, cut_metrics, history["search"] = known["report"], known["metrics"], known["history"]
+    else:
+        progress.phase("searching" if recipe.search.on else "planning")
+        model = copy.deepcopy(dense)
+        compressor = compressor_for(model, method)
+        watcher = [compressor.callback()]
+        history["search"] = phase.fit(f"search-{key}", recipe.search, model, watcher)
+        small = compressor.finish()
+        plan, report = compressor.plan(), compressor.report()
+        cut_metrics = _evaluate(task, small, "evaluating cut", progress)
+        note = {"report": report, "metrics": cut_metrics, "history": history["search"]}
+        if processes.is_main_process and recipe.search.on and recipe.retrain.on:
+            save(small, done, extras={"vlprune-cut.json": json.dumps(note)})
+        processes.wait_for_everyone()
+    metrics = {"dense": dense_metrics, "cut": cut_metrics}
 
-    if recipe.retrain.steps:
+    if recipe.retrain.on:
         progress.phase("retraining")
         # Checkpoints of a retraining fit only the plan it started from.
-        key = _digest([_dense_key(recipe), asdict(recipe.retrain), compressor.plan().to_json()])
-        folder = out / "checkpoints" / f"retrain-{key}"
-        history["retrain"] = _fit(recipe, recipe.retrain, small, task, progress, folder)
+        key = _digest([key, asdict(recipe.retrain), plan.to_json()])
+        history["retrain"] = phase.fit(f"retrain-{key}", recipe.retrain, small)
         metrics["retrained"] = _evaluate(task, small, "evaluating retrained", progress)
 
     progress.phase("measuring speed")
@@ -136,31 +183,50 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     }
     if processes.is_main_process:
         save(small, out, extras=extras, processor=task.processor)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     processes.wait_for_everyone()
     return report
 
 
-def _fit(
-    recipe: Recipe,
-    spec: Training,
-    model: Any,
-    task: Task,
-    progress: Progress,
-    checkpoints: Path | None = None,
-    callbacks: Any = (),
-) -> list[dict[str, float]]:
-    with progress.count("training", spec.steps) as advance:
-        return fit(
-            model,
-            task.train,
-            task.collate,
-            spec,
-            seed=recipe.seed,
-            report_to=recipe.report_to,
-            callbacks=callbacks,
-            advance=advance,
-            checkpoints=checkpoints,
-        )
+@dataclass
+class _Phases:
+    """What all phases of a run share."""
+
+    recipe: Recipe
+    task: Task
+    progress: Progress
+    checkpoints: Path
+    teacher: Any = None
+
+    def fit(
+        self, name: str, spec: Training, model: Any, callbacks: Sequence[Any] = ()
+    ) -> list[dict[str, float]]:
+        """Train ``model`` in place, by the teacher where the recipe wants one."""
+        if not spec.on:
+            return []
+        recipe, task = self.recipe, self.task
+        trainee = task.objective(model)
+        if self.teacher is not None and recipe.teacher:
+            structures = discover(self.teacher, recipe.attention).structures  # type: ignore[arg-type]
+            trainee = Taught(trainee, model, self.teacher, recipe.teacher, structures)
+        if spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps = spec.count(len(task.train), PartialState().num_processes)
+        with self.progress.count("training", steps) as advance:
+            history = fit(
+                trainee,
+                task.train,
+                task.collate,
+                spec,
+                seed=recipe.seed,
+                report_to=recipe.report_to,
+                callbacks=callbacks,
+                advance=advance,
+                checkpoints=self.checkpoints / name,
+            )
+        if spec.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        return history
 
 
 def _evaluate(task: Task, model: Any, title: str, progress: Progress) -> dict[str, float]:
@@ -182,12 +248,10 @@ def _dense(
         return model, known["metrics"], {"train": known["history"]}
     model = task.dense_model()
     check(model)
-    history: list[dict[str, float]] = []
-    if recipe.train.steps:
+    if recipe.train.on:
         progress.phase("training the dense model")
-        history = _fit(
-            recipe, recipe.train, model, task, progress, out / "checkpoints" / f"train-{key}"
-        )
+    phase = _Phases(recipe, task, progress, out / "checkpoints")
+    history = phase.fit(f"train-{key}", recipe.train, model)
     metrics = _evaluate(task, model, "evaluating dense", progress)
     body = json.dumps({"key": key, "metrics": metrics, "history": history})
     processes = PartialState()
@@ -200,7 +264,7 @@ def _dense(
 def _dense_key(recipe: Recipe) -> str:
     """The same for two recipes only if they train the same dense model."""
     parts = [asdict(part) for part in (recipe.model, recipe.data, recipe.train)]
-    return _digest([recipe.task, recipe.seed, parts])
+    return _digest([recipe.task, dict(recipe.options), recipe.seed, parts])
 
 
 def _digest(value: Any) -> str:

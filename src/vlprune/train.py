@@ -1,8 +1,8 @@
-"""Training is the Trainer's: this only fills in its arguments."""
+"""Training is the Trainer's: this only fills in its arguments and guards its checkpoints."""
 
 from __future__ import annotations
 
-import math
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import VlpruneError
 from .recipe import Training
 
 __all__ = ["fit", "prepare"]
 
+COMPLETE = "complete"
+"""An empty file, written into a checkpoint last: one without it was cut short."""
 
-class _Items(Dataset[Any]):
-    """A sequence as a torch data set."""
+Collate = Callable[[list[Any], random.Random], Any]
+
+
+class _Items(Dataset[tuple[int, Any]]):
+    """A sequence as a torch data set of (index, item)."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
@@ -29,30 +35,56 @@ class _Items(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.items[index]
+
+
+class _Trainer(Trainer):
+    """The Trainer, noting how many losses in a row were not finite."""
+
+    not_finite: Tensor | None = None
+    most_not_finite: Tensor | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = (result[0] if isinstance(result, tuple) else result).detach()
+        if self.not_finite is None or self.most_not_finite is None:
+            self.not_finite = self.most_not_finite = torch.zeros_like(loss, dtype=torch.long)
+        self.not_finite = torch.where(loss.isfinite(), 0, self.not_finite + 1)
+        self.most_not_finite = torch.maximum(self.most_not_finite, self.not_finite)
+        return result
 
 
 class _Watch(TrainerCallback):
     """Reports every step, and ends training with a sentence when the loss is not a number."""
 
-    def __init__(self, advance: Callable[..., None]) -> None:
-        self.advance = advance
+    def __init__(self, advance: Callable[..., None], patience: int) -> None:
+        self.advance, self.patience = advance, patience
+        self.trainer: _Trainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(1)
+        if control.should_log or control.should_save:  # before a bad state is saved
+            self._check(state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        self.advance(0, note=f"loss {float(loss):.3f}")
-        if not math.isfinite(float(loss)):
+        if loss is not None:
+            self.advance(0, note=f"loss {float(loss):.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+    def _check(self, step: int) -> None:
+        assert self.trainer is not None
+        worst = self.trainer.most_not_finite
+        if worst is not None and int(worst) > self.patience:
             raise VlpruneError(
-                f"the loss became {float(loss)} at step {state.global_step}: lower the learning "
-                "rate, or train in float32"
+                f"the loss stopped being a finite number before step {step}: lower the learning "
+                "rate, or train in float32 (bf16: false, fp16: false)"
             )
 
 
@@ -67,7 +99,7 @@ def prepare(seed: int, threads: int = 0) -> None:
 def fit(
     model: Any,
     items: Sequence[Any],
-    collate: Any,
+    collate: Collate,
     spec: Training,
     *,
     seed: int,
@@ -76,34 +108,40 @@ def fit(
     advance: Callable[..., None] = lambda done, note="": None,
     checkpoints: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train the model in place for ``spec.steps``; returns the Trainer's log.
+    """Train the model in place as ``spec`` says; returns the Trainer's log.
 
-    ``advance(steps done, note=...)`` is called as it goes. With ``checkpoints`` and
-    ``spec.save_steps`` the Trainer's checkpoints go there, and training goes on from the last
-    one; the folder is removed at the end.
+    ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng``
+    depends on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called
+    as it goes. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there,
+    and training goes on from the last one that is complete.
     """
-    if spec.steps == 0:
+    if not spec.on:
         return []
+    set_seed(seed)  # a phase does not depend on whether the one before was run or resumed
+    steps = spec.count(len(items), PartialState().num_processes)
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
         saving = checkpoints is not None and spec.save_steps > 0
-        folder = str(checkpoints) if saving else scratch
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        folder = checkpoints if checkpoints is not None and saving else Path(scratch)
+        last = _last_complete(folder)
         arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=spec.steps,
+            output_dir=str(folder),
+            max_steps=steps,
             per_device_train_batch_size=spec.batch_size,
+            gradient_accumulation_steps=spec.accumulate,
             learning_rate=spec.learning_rate,
             weight_decay=spec.weight_decay,
-            warmup_steps=round(spec.warmup * spec.steps),
+            warmup_steps=round(spec.warmup * steps),
             lr_scheduler_type="cosine",
             max_grad_norm=1.0,
             bf16=spec.bf16,
+            fp16=spec.fp16,
+            torch_compile=spec.compile,
             seed=seed,
             data_seed=seed,
-            logging_steps=max(1, spec.steps // 20),
+            logging_steps=min(50, max(1, steps // 20)),
             save_strategy="steps" if saving else "no",
-            save_steps=spec.save_steps or spec.steps,
-            save_total_limit=1,
+            save_steps=spec.save_steps or steps,
+            save_total_limit=2,  # the one before stays until the newest is complete
             logging_nan_inf_filter=False,  # it would log a NaN as a good loss
             report_to=report_to,
             remove_unused_columns=False,
@@ -111,17 +149,44 @@ def fit(
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = Trainer(
+        watch = _Watch(advance, patience=10 if spec.fp16 else 0)
+        trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=_Items(items),
-            data_collator=collate,
-            callbacks=[_Watch(advance), *callbacks],
+            data_collator=_seeded(collate, seed),
+            callbacks=[watch, *callbacks],
         )
+        watch.trainer = trainer
+        trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
         if last:
-            advance(int(Path(last).name.rpartition("-")[2]))
-        trainer.train(resume_from_checkpoint=last)
-        if saving:
-            shutil.rmtree(folder, ignore_errors=True)
+            advance(_step(last))
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         return list(trainer.state.log_history)
+
+
+def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], Any]:
+    """A collator whose randomness is a function of the seed and of what is in the batch."""
+
+    def collated(rows: list[tuple[int, Any]]) -> Any:
+        numbers = ",".join(str(index) for index, _ in rows)
+        return collate([item for _, item in rows], random.Random(f"{seed}/{numbers}"))
+
+    return collated
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _last_complete(folder: Path) -> Path | None:
+    """The last checkpoint in ``folder`` that was written to its end; half ones are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=_step) if folder.is_dir() else []
+    whole = [path for path in found if (path / COMPLETE).exists()]
+    state = PartialState()
+    if state.is_main_process:
+        for path in set(found) - set(whole):
+            shutil.rmtree(path, ignore_errors=True)
+    state.wait_for_everyone()
+    return whole[-1] if whole else None

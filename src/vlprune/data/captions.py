@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
 from .files import field, read_json
 
-__all__ = ["CaptionedImage", "read_coco_captions", "read_karpathy"]
+__all__ = ["CaptionedImage", "read_captioned", "read_coco_captions", "read_karpathy"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ def read_karpathy(split_file: str | Path, images: str | Path, split: str) -> lis
             )
         )
     return _some(found, path, f" in the split {split!r}")
+
+
+def read_captioned(form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
+    """One split in the format ``karpathy`` or ``coco-captions``, from the paths in ``part``."""
+    if form == "karpathy":
+        return read_karpathy(part["split_file"], part["images"], part["split"])
+    return read_coco_captions(part["captions"], part["images"])
 
 
 def _some(found: list[CaptionedImage], path: Path, where: str = "") -> list[CaptionedImage]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
-from .files import field, read_json, read_text
+from .files import field, read_json
 
-__all__ = ["Question", "read_easy_vqa", "read_vqav2"]
+__all__ = ["Question", "read_easy_vqa", "read_visual_genome", "read_vqav2"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ def read_vqav2(
     return found
 
 
-def read_easy_vqa(folder: str | Path) -> tuple[list[Question], list[str]]:
-    """The questions of an easy-VQA split folder, and the list of all answers.
+def read_easy_vqa(folder: str | Path) -> list[Question]:
+    """The questions of an easy-VQA split folder.
 
     The folder holds ``questions.json`` ([question, answer, image id] triples) and
-    ``images/{id}.png``; ``answers.txt`` lies in it or beside it.
+    ``images/{id}.png``.
     """
     folder = Path(folder)
     path = folder / "questions.json"
@@ -74,6 +74,38 @@ def read_easy_vqa(folder: str | Path) -> tuple[list[Question], list[str]]:
         found.append(Question(number, folder / "images" / f"{image}.png", text, (str(answer),)))
     if not found:
         raise DataError(f"{path} holds no question")
-    beside = folder / "answers.txt"
-    listed = read_text(beside if beside.exists() else folder.parent / "answers.txt").split()
-    return found, listed
+    return found
+
+
+def read_visual_genome(
+    questions: str | Path, image_data: str | Path, images: str | Path
+) -> list[Question]:
+    """The questions of Visual Genome's ``question_answers.json``, one answer each.
+
+    ``image_data.json`` says in which folder an image lies (the last two parts of its ``url``,
+    as in ``VG_100K_2/1.jpg``); ``images`` is the folder above those. Answers lose their final
+    period and capitals, as is usual when they join VQAv2.
+    """
+    path, data_path, folder = Path(questions), Path(image_data), Path(images)
+    places = {}
+    for number, entry in enumerate(read_json(data_path)):
+        url = str(field(entry, "url", data_path, number))
+        places[field(entry, "image_id", data_path, number)] = "/".join(url.split("/")[-2:])
+    found = []
+    for number, entry in enumerate(read_json(path)):
+        for pair in field(entry, "qas", path, number):
+            image_id = pair.get("image_id", entry.get("id"))
+            if image_id not in places:
+                raise DataError(f"{data_path} does not list image {image_id} of {path}")
+            answer = str(field(pair, "answer", path, number)).strip().rstrip(".").lower()
+            found.append(
+                Question(
+                    id=field(pair, "qa_id", path, number),
+                    image=folder / places[image_id],
+                    text=str(field(pair, "question", path, number)),
+                    answers=(answer,),
+                )
+            )
+    if not found:
+        raise DataError(f"{path} holds no question")
+    return found

@@ -9,7 +9,9 @@ Deterministic by seed. One call writes, for a train and a test split:
     annotations/answers_{subtype}.json          VQAv2 annotations, ten answers each
     annotations/refs_{subtype}.json             referring expressions, refer layout
     annotations/dataset_shapes.json             Karpathy split file for both splits
-    masks/{training|validation}/{id:012d}.png   one class a pixel, ADE20K layout
+    ade20k/images/{training|validation}/{id:012d}.jpg        ADE20K layout: pictures,
+    ade20k/annotations/{training|validation}/{id:012d}.png   one class a pixel (0: none)
+    classes/{train|val}/{colour}-{shape}/{id:012d}.jpg       one object each, ImageNet layout
     nlvr2/{train|dev}.json                      one statement about two images a line, NLVR2
     nlvr2/{train|dev}/{identifier}-img{0|1}.png their images
 
@@ -209,14 +211,14 @@ def write_shapes(
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
     root = Path(folder)
-    made = {"train": train, "test": test, "seed": seed, "side": side, "most": most}
+    made = {"version": 2, "train": train, "test": test, "seed": seed, "side": side, "most": most}
     note = root / "shapes.json"
     if note.exists() and note.read_text(encoding="utf-8") == json.dumps(made):
         return root  # nothing to do: same arguments, same bytes
     karpathy: list[dict[str, Any]] = []
-    for subtype, split, mask_split, pair_split, count, first in (
-        ("train2014", "train", "training", "train", train, 0),
-        ("val2014", "test", "validation", "dev", test, train),
+    for subtype, split, mask_split, pair_split, class_split, count, first in (
+        ("train2014", "train", "training", "train", "train", train, 0),
+        ("val2014", "test", "validation", "dev", "val", test, train),
     ):
         _write_split(
             root,
@@ -224,6 +226,7 @@ def write_shapes(
             split,
             mask_split,
             pair_split,
+            class_split,
             range(first, first + count),
             seed,
             side,
@@ -242,6 +245,7 @@ def _write_split(
     split: str,
     mask_split: str,
     pair_split: str,
+    class_split: str,
     ids: range,
     seed: int,
     side: int,
@@ -250,10 +254,13 @@ def _write_split(
     progress: Callable[[int], None] | None,
 ) -> None:
     """One split in every format."""
-    images, masks = root / "images" / subtype, root / "masks" / mask_split
+    images, scenes = root / "images" / subtype, root / "ade20k" / "images" / mask_split
+    masks, classes = root / "ade20k" / "annotations" / mask_split, root / "classes" / class_split
     pairs, notes = root / "nlvr2", root / "annotations"
-    for made in (images, masks, pairs / pair_split, notes):
+    for made in (images, scenes, masks, pairs / pair_split, notes):
         made.mkdir(parents=True, exist_ok=True)
+    for colour, shape in itertools.product(COLOURS, SHAPES):
+        (classes / f"{colour}-{shape}").mkdir(parents=True, exist_ok=True)
     listed, texts, boxes, asked, answered, refs, lines = [], [], [], [], [], [], []
     sentence_ids, before = itertools.count(), None
     for image_id in ids:
@@ -262,7 +269,12 @@ def _write_split(
         name = f"COCO_{subtype}_{image_id:012d}.jpg"
         image = draw(scene, rng)
         image.save(images / name, quality=95)
+        image.save(scenes / f"{image_id:012d}.jpg", quality=95)
         _mask(scene).save(masks / f"{image_id:012d}.png")
+        alone = random.Random(f"{seed}/{image_id}/alone")
+        single = make_scene(alone, side, 1)
+        label = f"{single.things[0].colour}-{single.things[0].shape}"
+        draw(single, alone).save(classes / label / f"{image_id:012d}.jpg", quality=95)
         listed.append({"id": image_id, "file_name": name, "width": side, "height": side})
         said = captions(scene, rng)
         texts += [
@@ -309,11 +321,11 @@ def _dump(path: Path, value: Any) -> None:
 
 
 def _mask(scene: Scene) -> Image.Image:
-    """0 for background, 1 + shape number for objects; mode L."""
-    mask = Image.new("L", (scene.side, scene.side), 0)
+    """1 for background, 2 + shape number for objects; mode L. 0 would mean: do not count."""
+    mask = Image.new("L", (scene.side, scene.side), 1)
     pen = ImageDraw.Draw(mask)
     for thing in scene.things:
-        pen.polygon(thing.outline(), fill=1 + SHAPES.index(thing.shape))
+        pen.polygon(thing.outline(), fill=2 + SHAPES.index(thing.shape))
     return mask
 
 

@@ -19,7 +19,7 @@ from ..budget import Prices, select
 from ..errors import RecipeError
 from ..structure import Structure
 
-__all__ = ["Method", "OneShot", "Problem", "Search", "standardised"]
+__all__ = ["Method", "OneShot", "Problem", "Search", "family", "standardised"]
 
 SCOPES = ("global", "uniform")
 
@@ -59,6 +59,18 @@ class Search(ABC):
     def keep(self) -> dict[str, tuple[int, ...]]:
         """The units that stay, within the budget."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold for :meth:`restore` to go on exactly from here."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        return
+
+    def facts(self) -> dict[str, float]:
+        """Figures about the search as it stands, for logs and the report."""
+        return {}
+
 
 class Method(ABC):
     """A config that can start a search."""
@@ -96,13 +108,21 @@ class OneShot(Method):
         return select(plain, problem.prices, problem.budget, self.round_to)
 
 
+def family(structure: Structure) -> str:
+    """``"ffn"`` or ``"attention"``: what is compared with what."""
+    return "ffn" if structure.kind == "ffn" else "attention"
+
+
 def standardised(
     structures: tuple[Structure, ...], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Scores with zero mean and unit variance over all units of a kind, all towers together."""
+    """Scores with zero mean and unit variance over all units of a kind, all towers together.
+
+    Source: UPop, section 3.2: one mean and spread for attention, one for FFN.
+    """
     kinds: dict[str, list[str]] = {}
     for structure in structures:
-        kinds.setdefault(structure.kind, []).append(structure.name)
+        kinds.setdefault(family(structure), []).append(structure.name)
     result = {}
     for names in kinds.values():
         together = torch.cat([scores[name].double() for name in names])

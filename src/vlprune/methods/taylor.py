@@ -45,6 +45,16 @@ class _TaylorSearch(Search):
         for name, gradient in gradients.items():
             self.sums[name] += gradient.abs().float().cpu()
 
+    def state(self) -> dict[str, Tensor]:
+        return {**self.sums, "": torch.tensor(self.steps)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.steps = int(state[""])
+        self.sums = {name: state[name].clone() for name in self.sums}
+
+    def facts(self) -> dict[str, float]:
+        return {"steps": self.steps}
+
     def keep(self) -> dict[str, tuple[int, ...]]:
         if self.steps == 0:
             raise VlpruneError(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoProcessor
 
 from ..data.files import open_image
+from ..data.layouts import GENERATED, STANDARD, splits
+from ..data.shapes import write_shapes
 from ..errors import DataError, RecipeError, UnsupportedError, did_you_mean
 from ..recipe import DataSpec, ModelSpec
 
-__all__ = ["PixelCache", "Task", "word_tokenizer"]
+__all__ = ["PixelCache", "Task"]
 
 Advance = Callable[[int], None]
 
@@ -25,40 +28,99 @@ class Task(ABC):
     """One task on one data set.
 
     ``train`` and ``test`` are sequences of items that :meth:`collate` turns into the keywords
-    of one forward pass; the model returns its own loss. ``metric`` names the entry of
-    :meth:`evaluate` that counts.
+    of one forward pass. ``metric`` names the entry of :meth:`evaluate` that counts. ``formats``
+    maps each format to what a recipe must name for a split; ``defaults`` are the task's own
+    options and their values; ``objects`` is the most that a generated scene may hold.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
-    formats: ClassVar[tuple[str, ...]]
+    formats: ClassVar[Mapping[str, tuple[str, ...]]]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    objects: ClassVar[int] = 3
     train: Sequence[Any]
     test: Sequence[Any]
     processor: Any
 
-    def __init__(self, model: ModelSpec, data: DataSpec, folder: Path) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        data: DataSpec,
+        folder: Path,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model_spec = model
-        if data.format not in self.formats:
-            raise RecipeError(
-                f"the task {self.name} reads {', '.join(self.formats)}, not {data.format!r}."
-                f"{did_you_mean(data.format, self.formats)}"
+        self.options = self._options(options or {})
+        self._load_data(data, folder)
+        self.prepare()
+        self.processor = self._processor()
+        self.pixels = PixelCache(getattr(self.processor, "image_processor", self.processor))
+
+    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        for name, value in given.items():
+            if name not in self.defaults:
+                raise RecipeError(
+                    f"the task {self.name} has no option {name!r}."
+                    f"{did_you_mean(name, self.defaults)}"
+                )
+            want = type(self.defaults[name])
+            good = isinstance(value, (int, float) if want is float else want)
+            if not good or isinstance(value, bool) != (want is bool):
+                raise RecipeError(
+                    f"options.{name} must be like {self.defaults[name]!r}, not {value!r}"
+                )
+        return {**self.defaults, **given}
+
+    def _load_data(self, data: DataSpec, folder: Path) -> None:
+        """Fill ``train`` and ``test``; ``folder`` is where generated data may be written."""
+        known = (*self.formats, "shapes")
+        form = data.like or next(f for f in self.formats if f in GENERATED)
+        for value in (data.format, form):
+            if value not in known:
+                raise RecipeError(
+                    f"the task {self.name} reads {', '.join(sorted(known))}, not {value!r}."
+                    f"{did_you_mean(value, known)}"
+                )
+        if data.format == "shapes":
+            form = form if form in GENERATED else next(f for f in self.formats if f in GENERATED)
+            root = write_shapes(
+                data.folder or folder,
+                data.train_items or 2000,
+                data.test_items or 400,
+                most=self.objects,
             )
-        self.load_data(data, folder)
+            train, test = splits(GENERATED[form], root)
+        else:
+            form = data.format
+            train, test = dict(data.train), dict(data.test)
+            if not train and not test and data.folder and form in STANDARD:
+                train, test = splits(STANDARD[form], Path(data.folder))
+        for split, part in (("train", train), ("test", test)):
+            missing = [key for key in self.formats[form] if key not in part]
+            if missing:
+                raise DataError(
+                    f"the format {form} also needs {', '.join(missing)} for each split: "
+                    f"give data.{split}.{missing[0]}"
+                    + (", or data.folder" if form in STANDARD else "")
+                )
+        self.train, self.test = self.read(form, train), self.read(form, test)
         if data.format != "shapes":  # there, the numbers say how many scenes to generate
             self.train = self.train[: data.train_items or None]
             self.test = self.test[: data.test_items or None]
         if not self.train or not self.test:
             raise DataError("the data set has no training items or no test items")
-        self.processor = self._processor()
-        self.pixels = PixelCache(self.processor.image_processor)
 
     @abstractmethod
-    def load_data(self, data: DataSpec, folder: Path) -> None:
-        """Fill ``train`` and ``test``; ``folder`` is where generated data may be written."""
+    def read(self, form: str, part: Mapping[str, str]) -> list[Any]:
+        """The items of one split of the format ``form``."""
 
-    @abstractmethod
-    def texts(self) -> list[str]:
-        """Every text of the training data, for a new tokenizer's vocabulary."""
+    def prepare(self) -> None:
+        """Work out what must be known about the data before there is a model."""
+        return
+
+    def objective(self, model: Any) -> nn.Module:
+        """What is trained: a module whose forward returns the loss, the model or one around it."""
+        return model
 
     @abstractmethod
     def new_processor(self) -> Any:
@@ -73,8 +135,12 @@ class Task(ABC):
         """The class that ``model.path`` is loaded with."""
 
     @abstractmethod
-    def collate(self, items: list[Any]) -> dict[str, Tensor]:
-        """The keywords of one training forward pass."""
+    def collate(self, items: list[Any], rng: random.Random | None = None) -> dict[str, Any]:
+        """The keywords of one training forward pass.
+
+        ``rng`` decides whatever is random about it (which caption, which crop), so that a run
+        that is stopped and resumed sees the same batches; without it nothing is random.
+        """
 
     @abstractmethod
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
@@ -137,32 +203,3 @@ class PixelCache:
                 self.room -= size
                 self.kept[path] = found
         return found
-
-
-def word_tokenizer(texts: Sequence[str], max_length: int = 64) -> PreTrainedTokenizerFast:
-    """A lower-casing tokenizer with one token a word of ``texts``: [BOS] words [EOS]."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    words = {
-        word
-        for text in texts
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
-    }
-    # [EOS] must not be 2: transformers' CLIP then pools in a way kept for old checkpoints.
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[BOS]", "[UNK]", "[EOS]", *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        unk_token="[UNK]",
-        cls_token="[BOS]",
-        sep_token="[EOS]",
-        model_max_length=max_length,
-    )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..data.captions import CaptionedImage, read_coco_captions, read_karpathy
-from ..data.shapes import write_shapes
-from ..errors import DataError
-from ..recipe import DataSpec
-from .base import Advance, Task, word_tokenizer
+from ..data.captions import CaptionedImage, read_captioned
+from .base import Advance, Task
+from .new_models import clip_config, clip_processor
 
 __all__ = ["RetrievalTask", "recalls"]
 
@@ -28,40 +25,18 @@ class RetrievalTask(Task):
 
     name: ClassVar[str] = "retrieval"
     metric: ClassVar[str] = "recall_mean"
-    formats: ClassVar[tuple[str, ...]] = ("coco-captions", "karpathy", "shapes")
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "karpathy": ("split_file", "images", "split"),
+        "coco-captions": ("captions", "images"),
+    }
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
-    def load_data(self, data: DataSpec, folder: Path) -> None:
-        if data.format == "coco-captions":
-            self.train, self.test = (
-                read_coco_captions(*_parts(part, data.format, "captions", "images"))
-                for part in (data.train, data.test)
-            )
-        elif data.format == "karpathy":
-            self.train, self.test = (
-                read_karpathy(*_parts(part, data.format, "split_file", "images", "split"))
-                for part in (data.train, data.test)
-            )
-        else:
-            root = Path(data.folder or folder)
-            write_shapes(root, data.train_items or 2000, data.test_items or 400)
-            split_file = root / "annotations" / "dataset_shapes.json"
-            self.train, self.test = (
-                read_karpathy(split_file, root / "images", split) for split in ("train", "test")
-            )
-
-    def texts(self) -> list[str]:
-        return [caption for item in self.train for caption in item.captions]
+    def read(self, form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
+        return read_captioned(form, part)
 
     def new_processor(self) -> Any:
-        from transformers import CLIPImageProcessor, CLIPProcessor
-
-        side = self.model_spec.image_size
-        images = CLIPImageProcessor(
-            size={"height": side, "width": side}, crop_size={"height": side, "width": side}
-        )
-        return CLIPProcessor(images, word_tokenizer(self.texts()))
+        return clip_processor(self.model_spec, [c for item in self.train for c in item.captions])
 
     def model_type(self) -> Any:
         from transformers import CLIPModel
@@ -69,36 +44,12 @@ class RetrievalTask(Task):
         return CLIPModel
 
     def new_model(self) -> Any:
-        from transformers import CLIPConfig
+        return self.model_type()(clip_config(self.model_spec, self.processor.tokenizer))
 
-        spec, tokenizer = self.model_spec, self.processor.tokenizer
-        common = {
-            "hidden_size": spec.width,
-            "num_attention_heads": spec.heads,
-            "intermediate_size": 4 * spec.width,
-        }
-        config = CLIPConfig(
-            vision_config={
-                **common,
-                "num_hidden_layers": spec.vision_layers,
-                "image_size": spec.image_size,
-                "patch_size": spec.patch_size,
-            },
-            text_config={
-                **common,
-                "num_hidden_layers": spec.text_layers,
-                "vocab_size": len(tokenizer),
-                "max_position_embeddings": 64,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id,
-            },
-            projection_dim=spec.width,
-        )
-        return self.model_type()(config)
-
-    def collate(self, items: list[CaptionedImage]) -> dict[str, Any]:
-        chosen = [random.choice(item.captions) for item in items]
+    def collate(
+        self, items: list[CaptionedImage], rng: random.Random | None = None
+    ) -> dict[str, Any]:
+        chosen = [rng.choice(i.captions) if rng else i.captions[0] for i in items]
         return {
             **self._text(chosen),
             "pixel_values": self.pixels([item.image for item in items]),
@@ -163,10 +114,3 @@ def recalls(scores: Tensor, owner: Tensor) -> dict[str, float]:
             result[f"{way}_r{k}"] = float(hits[:, :k].any(1).double().mean())
     result["recall_mean"] = sum(result.values()) / 6
     return result
-
-
-def _parts(part: Any, form: str, *names: str) -> list[str]:
-    missing = [name for name in names if name not in part]
-    if missing:
-        raise DataError(f"the format {form} also needs {', '.join(missing)} for each split")
-    return [part[name] for name in names]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..data.questions import Question, read_easy_vqa, read_vqav2
-from ..data.shapes import write_shapes
-from ..errors import DataError
-from ..recipe import DataSpec
-from .base import Advance, Task, word_tokenizer
+from ..data.questions import Question, read_easy_vqa, read_visual_genome, read_vqav2
+from .base import Advance, Task
+from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy
 
 __all__ = ["VqaTask", "rank_answers"]
@@ -30,34 +28,34 @@ class VqaTask(Task):
 
     name: ClassVar[str] = "vqa"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[tuple[str, ...]] = ("easy-vqa", "shapes", "vqav2")
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vqav2": ("questions", "annotations", "images"),
+        "visual-genome": ("questions", "image_data", "images"),
+        "easy-vqa": ("folder", "split"),
+    }
+    objects: ClassVar[int] = 2
     train: Sequence[Question]
     test: Sequence[Question]
     answers: list[str]
 
-    def load_data(self, data: DataSpec, folder: Path) -> None:
-        if data.format == "easy-vqa":
-            questions, self.answers = read_easy_vqa(data.folder)
-            self.train = [q for q in questions if int(q.image.stem) % 10]
-            self.test = [q for q in questions if int(q.image.stem) % 10 == 0]
-        elif data.format == "vqav2":
-            self.train, self.test = (_vqav2(part) for part in (data.train, data.test))
-            self.answers = _answer_list(self.train)
-        else:
-            root = Path(data.folder or folder)
-            write_shapes(root, data.train_items or 2000, data.test_items or 400, most=2)
-            self.train, self.test = (_shapes(root, s) for s in ("train2014", "val2014"))
-            self.answers = _answer_list(self.train)
+    def read(self, form: str, part: Mapping[str, str]) -> list[Question]:
+        if form == "easy-vqa":
+            found = read_easy_vqa(part["folder"])
+            return [q for q in found if (int(q.image.stem) % 10 == 0) == (part["split"] == "test")]
+        if form == "visual-genome":
+            return read_visual_genome(part["questions"], part["image_data"], part["images"])
+        found = read_vqav2(part["questions"], part["annotations"], part["images"])
+        if "visual_genome" in part:
+            found += read_visual_genome(
+                part["visual_genome"], part["visual_genome_data"], part["visual_genome_images"]
+            )
+        return found
 
-    def texts(self) -> list[str]:
-        return [q.text for q in self.train] + self.answers
+    def prepare(self) -> None:
+        self.answers = sorted({max(q.answers, key=q.answers.count) for q in self.train})
 
     def new_processor(self) -> Any:
-        from transformers import BlipImageProcessor, BlipProcessor
-
-        side = self.model_spec.image_size
-        images = BlipImageProcessor(size={"height": side, "width": side})
-        return BlipProcessor(images, word_tokenizer(self.texts()))
+        return blip_processor(self.model_spec, [q.text for q in self.train] + self.answers)
 
     def model_type(self) -> Any:
         from transformers import BlipForQuestionAnswering
@@ -65,41 +63,7 @@ class VqaTask(Task):
         return BlipForQuestionAnswering
 
     def new_model(self) -> Any:
-        from transformers import BlipConfig
-
-        spec, tokenizer = self.model_spec, self.processor.tokenizer
-        # BLIP's own 0.02 suits a width of 768; narrow models learn nothing for long with it.
-        common = {
-            "hidden_size": spec.width,
-            "num_attention_heads": spec.heads,
-            "intermediate_size": 4 * spec.width,
-            "initializer_range": 0.8 * spec.width**-0.5,
-        }
-        config = BlipConfig(
-            vision_config={
-                **common,
-                "num_hidden_layers": spec.vision_layers,
-                "image_size": spec.image_size,
-                "patch_size": spec.patch_size,
-            },
-            text_config={
-                **common,
-                "num_hidden_layers": spec.text_layers,
-                "vocab_size": len(tokenizer),
-                "encoder_hidden_size": spec.width,
-                "max_position_embeddings": 64,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "sep_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id,
-            },
-            projection_dim=spec.width,
-            image_text_hidden_size=spec.width,
-            initializer_range=common["initializer_range"],
-        )
-        return self.model_type()(config)
+        return self.model_type()(blip_config(self.model_spec, self.processor.tokenizer))
 
     # -- one batch ---------------------------------------------------------------------
 
@@ -113,7 +77,7 @@ class VqaTask(Task):
             "pixel_values": self.pixels([q.image for q in items]),
         }
 
-    def collate(self, items: list[Question]) -> dict[str, Tensor]:
+    def collate(self, items: list[Question], rng: random.Random | None = None) -> dict[str, Tensor]:
         said = [max(q.answers, key=q.answers.count) for q in items]
         ids = _answer_ids(self.processor.tokenizer, said)
         labels = ids.masked_fill(ids == self.processor.tokenizer.pad_token_id, -100)
@@ -204,22 +168,3 @@ def rank_answers(
 def _answer_ids(tokenizer: Any, answers: Sequence[str]) -> Tensor:
     """[BOS] answer [EOS], padded on the right. Shape (answers, tokens)."""
     return tokenizer(list(answers), padding=True, return_tensors="pt")["input_ids"]
-
-
-def _answer_list(train: Sequence[Question]) -> list[str]:
-    """Every most frequent answer of the training set, in a fixed order."""
-    return sorted({max(q.answers, key=q.answers.count) for q in train})
-
-
-def _vqav2(part: Any) -> list[Question]:
-    missing = {"questions", "annotations", "images"} - set(part)
-    if missing:
-        raise DataError(f"the format vqav2 also needs {', '.join(sorted(missing))} for each split")
-    return read_vqav2(part["questions"], part["annotations"], part["images"])
-
-
-def _shapes(root: Path, subtype: str) -> list[Question]:
-    notes = root / "annotations"
-    return read_vqav2(
-        notes / f"questions_{subtype}.json", notes / f"answers_{subtype}.json", root / "images"
-    )

@@ -118,7 +118,10 @@ def _half(size: int) -> int:
 
 def _hooks(model: nn.Module) -> int:
     return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        len(m._forward_hooks)
+        + len(m._forward_pre_hooks)
+        + len(m._backward_hooks)
+        + ("forward" in m.__dict__)
         for m in model.modules()
     )
 

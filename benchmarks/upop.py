@@ -1,0 +1,239 @@
+"""UPop against one-shot baselines, with the same number of training steps for each.
+
+    python benchmarks/upop.py vqa-scenes retrieval-scenes easy-vqa nlvr1 digits -o upop-runs
+
+For every experiment a dense model is trained once (seed 0). Every method then starts from it
+and takes SEARCH + RETRAIN optimizer steps in all, whatever it does with them: Random and
+Magnitude cut at once and retrain all the while; Taylor watches the search steps, cuts, and
+retrains the rest; UPop searches progressively and retrains the rest. ``dense`` goes on training
+for as many steps without being cut. Seeds change the order of the data and Random's choice.
+Results are added to OUT/results.jsonl as they come, so a run that is stopped goes on; the
+table is printed at the end. ``easy-vqa`` and ``nlvr1`` are looked for in $VLPRUNE_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlprune.progress import Progress
+from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
+from vlprune.run import compress, evaluate_folder
+
+DATA = os.environ.get("VLPRUNE_DATA", "")
+SMALL = ModelSpec(width=96, heads=4, vision_layers=4, text_layers=2)
+
+
+def experiment(
+    task: str, model: ModelSpec, data: DataSpec, dense: int, search: int, retrain: int, **more: Any
+) -> tuple[Recipe, int, int]:
+    """A recipe for the dense model, and how many steps the search and the retraining take."""
+    batch = more.pop("batch_size", 64)
+    recipe = Recipe(
+        task=task,
+        budget={"params": 1.0},
+        method={"name": "random"},
+        model=model,
+        data=data,
+        train=Training(steps=dense, batch_size=batch, learning_rate=1e-3),
+        **more,
+    )
+    return recipe, search, retrain
+
+
+def scenes(train: int, test: int, root: Path) -> DataSpec:
+    """Generated scenes, kept beside the results."""
+    return DataSpec(train_items=train, test_items=test, folder=str(root / f"scenes-{train}-{test}"))
+
+
+def digits(root: Path) -> DataSpec:
+    """scikit-learn's 1,797 handwritten digits (8 x 8), written as an image folder."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for number, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
+        split = "val" if number % 4 == 0 else "train"
+        folder = root / "digits" / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{number:04d}.png"
+        if not path.exists():
+            Image.fromarray((image * 255 / 16).astype("uint8")).resize((32, 32)).save(path)
+    return DataSpec(format="image-folder", folder=str(root / "digits"))
+
+
+def experiments(root: Path) -> dict[str, Any]:
+    """Each by name; made when called, because some write or need data."""
+    return {
+        "vqa-scenes": lambda: experiment("vqa", SMALL, scenes(4000, 600, root), 1200, 150, 250),
+        "retrieval-scenes": lambda: experiment(
+            "retrieval",
+            replace(SMALL, text_layers=3),
+            scenes(4000, 1000, root),
+            1200,
+            150,
+            250,
+        ),
+        "easy-vqa": lambda: experiment(
+            "vqa",
+            replace(SMALL, vision_layers=3),
+            DataSpec(format="easy-vqa", folder=f"{DATA}/easy-vqa/train", test_items=1500),
+            1500,
+            150,
+            250,
+        ),
+        "nlvr1": lambda: experiment(
+            "reasoning", SMALL, DataSpec(format="nlvr1", folder=f"{DATA}/nlvr1"), 1500, 150, 250
+        ),
+        "digits": lambda: experiment(
+            "classification",
+            ModelSpec(width=96, heads=4, vision_layers=4, image_size=32, patch_size=8),
+            digits(root),
+            800,
+            150,
+            250,
+            options={"mixup": 0.2, "flip": False},
+        ),
+    }
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "random": {"method": {"name": "random"}},
+    "magnitude": {"method": {"name": "magnitude"}},
+    "taylor": {"method": {"name": "taylor"}, "watch": True},
+    "upop": {"method": {"name": "upop"}, "watch": True},
+    "upop-squared": {"method": {"name": "upop", "importance": "squared"}, "watch": True},
+    "upop-product": {"method": {"name": "upop", "importance": "gradient_x_gate"}, "watch": True},
+    "upop-teacher": {"method": {"name": "upop"}, "watch": True, "teacher": True},
+    "taylor-teacher": {"method": {"name": "taylor"}, "watch": True, "teacher": True},
+}
+TEACHER = {
+    "retrieval": {"similarities": 1.0, "features": 1.0},
+    "vqa": {"logits": 1.0, "features": 1.0},
+    "reasoning": {"logits": 1.0, "features": 1.0},
+    "classification": {"logits": 1.0, "features": 1.0},
+}
+RATE = 5e-4  # of search and retraining
+
+
+def one_run(
+    name: str, dense: Path, recipe: Recipe, search: int, retrain: int, ratio: float, seed: int
+) -> dict[str, Any]:
+    """Compress the dense model by the method ``name``; what it measured."""
+    chosen = dict(METHODS[name])
+    watch = chosen.pop("watch", False)
+    batch = recipe.train.batch_size
+    whole = Training(steps=search + retrain, batch_size=batch, learning_rate=RATE, save_steps=0)
+    start = replace(recipe, model=replace(recipe.model, path=str(dense)), seed=seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.monotonic()
+        if name == "dense":
+            trained = replace(start, train=whole)
+            report = compress(trained, Path(scratch) / "out", Progress())
+            accuracy = report["metrics"]["dense"]
+            return {"metric": accuracy[report["metric"]], "seconds": time.monotonic() - began}
+        method = chosen["method"]
+        if method["name"] == "random":
+            method = {**method, "seed": seed}
+        this = replace(
+            start,
+            budget={"params": ratio},
+            method=method,
+            train=Training(),
+            search=replace(whole, steps=search) if watch else Training(),
+            retrain=replace(whole, steps=retrain if watch else search + retrain),
+            teacher=TEACHER[recipe.task] if chosen.get("teacher") else {},
+        )
+        report = compress(this, Path(scratch) / "out", Progress())
+    metric = report["metric"]
+    return {
+        "cut": report["metrics"]["cut"][metric],
+        "metric": report["metrics"]["retrained"][metric],
+        "reached": report["budget"]["reached"],
+        "kept": {
+            f"{g['tower']} {g['kind']}": round(g["kept"] / g["units"], 3) for g in report["groups"]
+        },
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, a line for each method."""
+    lines = []
+    for name in dict.fromkeys(row["experiment"] for row in rows):
+        mine = [row for row in rows if row["experiment"] == name]
+        dense = [row["metric"] for row in mine if row["method"] == "dense"]
+        start = next((row["start"] for row in mine if "start" in row), float("nan"))
+        lines += [
+            f"\n{name}: dense {100 * start:.1f} %, after as many further steps {_spread(dense)}\n",
+            "| stays | method | right after the cut | retrained | seeds |",
+            "|---|---|---|---|---|",
+        ]
+        for ratio in sorted({r["ratio"] for r in mine if r["method"] != "dense"}, reverse=True):
+            for method in METHODS:
+                found = [r for r in mine if (r["method"], r["ratio"]) == (method, ratio)]
+                if found and method != "dense":
+                    cut, end = [r["cut"] for r in found], [r["metric"] for r in found]
+                    lines.append(
+                        f"| {ratio:.2f} | {method} | {_spread(cut)} | {_spread(end)} | {len(end)} |"
+                    )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+
+
+def main() -> None:
+    """Run what is asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiments", nargs="+")
+    parser.add_argument("-o", "--out", type=Path, default=Path("upop-runs"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "results.jsonl"
+    known = experiments(options.out)
+    for name in options.experiments:
+        recipe, search, retrain = known[name]()
+        folder = options.out / f"dense-{name}"
+        if not (folder / "report.json").exists():
+            compress(recipe, folder)
+        dense = folder / "dense"
+        start = evaluate_folder(dense, recipe)
+        for ratio in options.ratios:
+            for seed in options.seeds:
+                for method in options.methods:
+                    key = {"experiment": name, "method": method, "ratio": ratio, "seed": seed}
+                    if method == "dense":
+                        key["ratio"] = 1.0
+                    done = [json.loads(line) for line in log.open()] if log.exists() else []
+                    if any(key.items() <= row.items() for row in done):
+                        continue
+                    row = one_run(method, dense, recipe, search, retrain, ratio, seed)
+                    first = next(iter(start)) if recipe.task != "retrieval" else "recall_mean"
+                    with log.open("a") as file:
+                        file.write(json.dumps({**key, "start": start[first], **row}) + "\n")
+                    print(name, method, ratio, seed, f"{row['metric']:.3f}", flush=True)
+    print(table([json.loads(line) for line in log.open()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Where the files of a data set lie, for sets that have one usual layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["GENERATED", "STANDARD", "splits"]
+
+Split = Mapping[str, str]
+
+STANDARD: dict[str, tuple[Split, Split]] = {
+    "easy-vqa": ({"folder": ".", "split": "train"}, {"folder": ".", "split": "test"}),
+    "nlvr1": ({"folder": ".", "split": "train"}, {"folder": ".", "split": "test"}),
+    "image-folder": ({"folder": "train"}, {"folder": "val"}),
+    "ade20k": (
+        {"images": "images/training", "masks": "annotations/training"},
+        {"images": "images/validation", "masks": "annotations/validation"},
+    ),
+}
+"""Formats of which a recipe may name the folder alone: (train, test), paths below it."""
+
+
+def _generated(split: str, subtype: str, pairs: str, part: str, classes: str) -> dict[str, Split]:
+    return {
+        "coco-captions": {
+            "captions": f"annotations/captions_{subtype}.json",
+            "images": f"images/{subtype}",
+        },
+        "karpathy": {
+            "split_file": "annotations/dataset_shapes.json",
+            "images": "images",
+            "split": split,
+        },
+        "vqav2": {
+            "questions": f"annotations/questions_{subtype}.json",
+            "annotations": f"annotations/answers_{subtype}.json",
+            "images": "images",
+        },
+        "nlvr2": {"statements": f"nlvr2/{pairs}.json", "images": f"nlvr2/{pairs}"},
+        "ade20k": {
+            "images": f"ade20k/images/{part}",
+            "masks": f"ade20k/annotations/{part}",
+        },
+        "image-folder": {"folder": f"classes/{classes}"},
+    }
+
+
+_TRAIN = _generated("train", "train2014", "train", "training", "train")
+_TEST = _generated("test", "val2014", "dev", "validation", "val")
+GENERATED: dict[str, tuple[Split, Split]] = {name: (_TRAIN[name], _TEST[name]) for name in _TRAIN}
+"""What :func:`vlprune.data.shapes.write_shapes` writes: (train, test), paths below its folder."""
+
+
+def splits(layout: tuple[Split, Split], root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The two splits of a layout with its paths below ``root``."""
+    train, test = (
+        {key: value if key == "split" else str(root / value) for key, value in split.items()}
+        for split in layout
+    )
+    return train, test
