@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,10 +28,10 @@ import torch
 
 from vlprune.progress import Progress
 from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
-from vlprune.run import compress, evaluate_folder
+from vlprune.run import _dense_key, compress, evaluate_folder
 
 DATA = os.environ.get("VLPRUNE_DATA", "")
-SMALL = ModelSpec(width=96, heads=4, vision_layers=4, text_layers=2)
+SMALL = ModelSpec(width=96, heads=4, vision_layers=3, text_layers=1)
 
 
 def experiment(
@@ -74,33 +75,33 @@ def digits(root: Path) -> DataSpec:
 def experiments(root: Path) -> dict[str, Any]:
     """Each by name; made when called, because some write or need data."""
     return {
-        "vqa-scenes": lambda: experiment("vqa", SMALL, scenes(4000, 600, root), 1200, 150, 250),
+        "vqa-scenes": lambda: experiment("vqa", SMALL, scenes(4000, 600, root), 1200, 100, 100),
         "retrieval-scenes": lambda: experiment(
             "retrieval",
-            replace(SMALL, text_layers=3),
+            replace(SMALL, text_layers=2),
             scenes(4000, 1000, root),
             1200,
-            150,
-            250,
+            100,
+            100,
         ),
         "easy-vqa": lambda: experiment(
             "vqa",
-            replace(SMALL, vision_layers=3),
+            SMALL,
             DataSpec(format="easy-vqa", folder=f"{DATA}/easy-vqa/train", test_items=1500),
             1500,
-            150,
-            250,
+            100,
+            100,
         ),
         "nlvr1": lambda: experiment(
-            "reasoning", SMALL, DataSpec(format="nlvr1", folder=f"{DATA}/nlvr1"), 1500, 150, 250
+            "reasoning", SMALL, DataSpec(format="nlvr1", folder=f"{DATA}/nlvr1"), 1500, 100, 100
         ),
         "digits": lambda: experiment(
             "classification",
             ModelSpec(width=96, heads=4, vision_layers=4, image_size=32, patch_size=8),
             digits(root),
             800,
-            150,
-            250,
+            100,
+            100,
             options={"mixup": 0.2, "flip": False},
         ),
     }
@@ -123,11 +124,20 @@ TEACHER = {
     "reasoning": {"logits": 1.0, "features": 1.0},
     "classification": {"logits": 1.0, "features": 1.0},
 }
+FEW = ("magnitude", "taylor", "upop")
+"""What is compared at the ratios of ``--few``."""
 RATE = 5e-4  # of search and retraining
 
 
 def one_run(
-    name: str, dense: Path, recipe: Recipe, search: int, retrain: int, ratio: float, seed: int
+    name: str,
+    dense: Path,
+    start_metrics: dict[str, float],
+    recipe: Recipe,
+    search: int,
+    retrain: int,
+    ratio: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Compress the dense model by the method ``name``; what it measured."""
     chosen = dict(METHODS[name])
@@ -154,7 +164,11 @@ def one_run(
             retrain=replace(whole, steps=retrain if watch else search + retrain),
             teacher=TEACHER[recipe.task] if chosen.get("teacher") else {},
         )
-        report = compress(this, Path(scratch) / "out", Progress())
+        out = Path(scratch) / "out"  # with the dense model in it, it is not measured again
+        shutil.copytree(dense, out / "dense")
+        note = {"key": _dense_key(this), "metrics": start_metrics, "history": []}
+        (out / "dense" / "vlprune-dense.json").write_text(json.dumps(note))
+        report = compress(this, out, Progress())
     metric = report["metric"]
     return {
         "cut": report["metrics"]["cut"][metric],
@@ -205,6 +219,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--few", nargs="*", type=float, default=[0.5], metavar="RATIO")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -220,14 +235,14 @@ def main() -> None:
         start = evaluate_folder(dense, recipe)
         for ratio in options.ratios:
             for seed in options.seeds:
-                for method in options.methods:
+                for method in FEW if ratio in options.few else options.methods:
                     key = {"experiment": name, "method": method, "ratio": ratio, "seed": seed}
                     if method == "dense":
                         key["ratio"] = 1.0
                     done = [json.loads(line) for line in log.open()] if log.exists() else []
                     if any(key.items() <= row.items() for row in done):
                         continue
-                    row = one_run(method, dense, recipe, search, retrain, ratio, seed)
+                    row = one_run(method, dense, start, recipe, search, retrain, ratio, seed)
                     first = next(iter(start)) if recipe.task != "retrieval" else "recall_mean"
                     with log.open("a") as file:
                         file.write(json.dumps({**key, "start": start[first], **row}) + "\n")

@@ -17,7 +17,7 @@ SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
     0: "errors structure plan budget schedule registry recipe report progress",
     1: "trainee units gate layers cost record cutting",
-    2: "architectures",
+    2: "architectures models",
     3: "methods data tasks checkpoint",
     4: "compressor teacher train bench probe run testing",
     5: "cli transformers_hook __init__",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .architectures import discover
 from .cutting import apply_plan
 from .errors import CheckpointError, UnsupportedError
+from .models import MODELS
 from .record import METHOD, Record, read_record
 from .structure import Structure
 
@@ -203,7 +204,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def model_class(config: Mapping[str, Any], where: object) -> Any:
     """The transformers class a ``config.json`` names. Never runs code from the folder."""
     names = config.get("architectures") or []
-    cls: Any = getattr(transformers, names[0], None) if names else None
+    cls: Any = (MODELS.get(names[0]) or getattr(transformers, names[0], None)) if names else None
     if cls is None or not issubclass(cls, transformers.PreTrainedModel):
         raise UnsupportedError(
             f"{where} names the model class {names[0] if names else 'nothing'!r}, which this "

@@ -138,7 +138,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     if known:
         progress.phase("cut model: taken from an earlier run of this recipe")
         check_weights(done)
-        small = task.model_type().from_pretrained(done)
+        small = task.load(done)
         plan = Plan.load(done / PLAN_FILE)
         report, cut_metrics, history["search"] = known["report"], known["metrics"], known["history"]
     else:
@@ -244,7 +244,7 @@ def _dense(
     if known.get("key") == key:
         progress.phase("dense model: taken from an earlier run of this recipe")
         check_weights(folder)
-        model = task.model_type().from_pretrained(folder)
+        model = task.load(folder)
         return model, known["metrics"], {"train": known["history"]}
     model = task.dense_model()
     check(model)
@@ -289,7 +289,7 @@ def evaluate_folder(
     prepare(recipe.seed, recipe.threads)
     task = make_task(recipe, folder / "data")
     check_weights(folder)
-    model = task.model_type().from_pretrained(folder)
+    model = task.load(folder)
     return _evaluate(task, model, "evaluating", progress)
 
 

@@ -57,9 +57,9 @@ class Taught(Trainee):
         teacher.to(self.device)
         with _watched(student, self.blocks) as mine:
             output = self.model(**batch)
-        asked = getattr(self.model, "teacher_inputs", dict)(batch)
+        teach = getattr(self.model, "teach", None)
         with torch.no_grad(), _watched(teacher, self.blocks) as theirs:
-            told = teacher(**asked)
+            told = teach(teacher, batch) if teach is not None else teacher(**batch)
         pairs = {
             "logits": (_get(output, "logits", mine), _get(told, "logits", theirs)),
             "similarities": (_of(output, "logits_per_image"), _of(told, "logits_per_image")),
@@ -111,10 +111,7 @@ def _watched(model: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in blocks]
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = _output_head(model)
     if head is not None:
         handles.append(head.register_forward_hook(note("logits")))
     try:
@@ -122,6 +119,19 @@ def _watched(model: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes token logits; composite models have it in one of their parts."""
+    for part in model.modules():
+        try:
+            head = part.get_output_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        if head is not None:
+            found: nn.Module = head
+            return found
+    return None
 
 
 def _of(output: Any, name: str) -> Tensor | None:

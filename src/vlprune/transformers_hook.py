@@ -3,7 +3,8 @@
 transformers offers one place to rebuild a model's shapes before its weights are loaded: its
 registry of quantizers. Nothing is quantized here. ``import vlprune`` calls :func:`install`,
 which registers at once if transformers' quantizers are loaded, and otherwise as soon as they
-are; until then neither torch nor transformers is imported.
+are; until then neither torch nor transformers is imported. In the same way AutoConfig and
+AutoModel learn the models of :mod:`vlprune.models`.
 """
 
 from __future__ import annotations
@@ -13,48 +14,80 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 __all__ = ["install"]
 
-TRIGGER = "transformers.quantizers.auto"
-
 
 def install() -> None:
-    """Register now, or the moment transformers' quantizers are imported."""
-    if TRIGGER in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Register now, or the moment the module that holds each registry is imported."""
+    waiting = {}
+    for name, register in REGISTRIES.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+        else:
+            waiting[name] = register
+    if waiting and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(waiting))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs :func:`_register` right after ``TRIGGER`` has been imported, then steps aside."""
+    """Calls a function right after a module has been imported; steps aside when all were."""
+
+    def __init__(self, waiting: dict[str, Callable[[Any], None]]) -> None:
+        self.waiting = waiting
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != TRIGGER:
+        """The module's own spec, with the call added."""
+        register = self.waiting.pop(name, None)
+        if register is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        if not self.waiting:
+            sys.meta_path.remove(self)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_and_register(module: ModuleType) -> None:
             execute(module)
-            _register(module)
+            register(module)
 
         spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
         return spec
 
 
-def _register(auto: Any = None) -> None:
+def _register_configs(auto: Any) -> None:
+    """Teach AutoConfig our model types; the configs teach AutoModel when they are imported."""
+    for model_type, name in MODEL_TYPES.items():
+        auto.CONFIG_MAPPING.register(model_type, _Later(name), exist_ok=True)
+
+
+MODEL_TYPES = {"blip_nlvr": "BlipNlvrConfig", "segmenter": "SegmenterConfig"}
+
+
+class _Later:
+    """Stands for a config class, which cannot be imported while transformers is being imported."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def _find(self) -> Any:
+        return getattr(importlib.import_module("vlprune.models.configs"), self.__name__)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._find(), attribute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._find()(*args, **kwargs)
+
+
+def _register_quantizer(auto: Any) -> None:
     """Register the config and the quantizer; harmless when called again."""
-    auto = auto or sys.modules[TRIGGER]
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -123,3 +156,10 @@ def _register(auto: Any = None) -> None:
 
     auto.register_quantization_config(method)(VlpruneConfig)
     auto.register_quantizer(method)(ShapeRebuilder)
+
+
+REGISTRIES: dict[str, Callable[[Any], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "transformers.models.auto.configuration_auto": _register_configs,
+}
+"""Which module of transformers holds a registry, and what enters us there."""

@@ -1,10 +1,35 @@
 """The tasks, one file each."""
 
 from .base import Task
-from .retrieval import RetrievalTask
+from .captioning import CaptioningTask
+from .classification import ClassificationTask
+from .reasoning import ReasoningTask
+from .retrieval import BlipRetrievalTask, RetrievalTask
+from .segmentation import SegmentationTask
 from .vqa import VqaTask
 
-__all__ = ["TASKS", "RetrievalTask", "Task", "VqaTask"]
+__all__ = [
+    "TASKS",
+    "BlipRetrievalTask",
+    "CaptioningTask",
+    "ClassificationTask",
+    "ReasoningTask",
+    "RetrievalTask",
+    "SegmentationTask",
+    "Task",
+    "VqaTask",
+]
 
-TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "vqa": VqaTask}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        BlipRetrievalTask,
+        CaptioningTask,
+        ClassificationTask,
+        ReasoningTask,
+        RetrievalTask,
+        SegmentationTask,
+        VqaTask,
+    )
+}
 """What a recipe may write under ``task:``."""

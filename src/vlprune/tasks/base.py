@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
+from ..checkpoint import model_class
 from ..data.files import open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
@@ -150,11 +151,30 @@ class Task(ABC):
     def predict(self, model: Any, items: list[Any]) -> list[str]:
         """What the model says about each item, for a person to compare."""
 
+    def auto_processor(self, path: str) -> Any:
+        """The processor that belongs to a saved model."""
+        return AutoProcessor.from_pretrained(path)
+
+    def load(self, path: str | Path) -> Any:
+        """The model in a folder or on the hub, for this task."""
+        return self.model_type().from_pretrained(path)
+
+    def load_by_name(self, path: str | Path) -> Any:
+        """The model in a folder or on the hub, by the class that its config names."""
+        return model_class(AutoConfig.from_pretrained(path).to_dict(), path).from_pretrained(path)
+
+    def start_token(self) -> int:
+        """The token that begins what a decoder says."""
+        if not self.model_spec.path:
+            return int(self.processor.tokenizer.bos_token_id)
+        config = AutoConfig.from_pretrained(self.model_spec.path)
+        return int(config.get_text_config().bos_token_id)
+
     def _processor(self) -> Any:
         if not self.model_spec.path:
             return self.new_processor()
         try:
-            return AutoProcessor.from_pretrained(self.model_spec.path)
+            return self.auto_processor(self.model_spec.path)
         except (OSError, ValueError) as error:
             raise UnsupportedError(
                 f"cannot load a processor from {self.model_spec.path}: {_first_line(error)}"
@@ -165,7 +185,7 @@ class Task(ABC):
         if not self.model_spec.path:
             return self.new_model()
         try:
-            return self.model_type().from_pretrained(self.model_spec.path)
+            return self.load(self.model_spec.path)
         except (OSError, ValueError) as error:
             raise UnsupportedError(
                 f"cannot load {self.model_spec.path}: {_first_line(error)}"

@@ -1,26 +1,31 @@
-"""Image-text retrieval with CLIP."""
+"""Image-text retrieval with CLIP and with BLIP."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from zlib import crc32
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
 from .base import Advance, Task
-from .new_models import clip_config, clip_processor
+from .contrast import BlipFeatures, ClipFeatures, MomentumContrast
+from .new_models import blip_config, blip_processor, clip_config, clip_processor
 
-__all__ = ["RetrievalTask", "recalls"]
+__all__ = ["BlipRetrievalTask", "RetrievalTask", "recalls"]
 
 
 class RetrievalTask(Task):
     """Find the caption of an image and the image of a caption, with a CLIPModel.
 
-    Trained with CLIP's contrastive loss on one random caption an image. Evaluated by recall
+    Trained on one random caption an image, with CLIP's contrastive loss, or, with a ``queue``,
+    with momentum features and soft targets (:class:`MomentumContrast`). Evaluated by recall
     among all test images and captions, both ways; ``recall_mean`` is the mean of the six.
+    Options: ``queue`` (entries, 0 = none), ``momentum``, ``alpha`` (weight of soft targets).
     """
 
     name: ClassVar[str] = "retrieval"
@@ -29,6 +34,7 @@ class RetrievalTask(Task):
         "karpathy": ("split_file", "images", "split"),
         "coco-captions": ("captions", "images"),
     }
+    defaults: ClassVar[Mapping[str, Any]] = {"queue": 0, "momentum": 0.995, "alpha": 0.4}
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
@@ -50,11 +56,39 @@ class RetrievalTask(Task):
         self, items: list[CaptionedImage], rng: random.Random | None = None
     ) -> dict[str, Any]:
         chosen = [rng.choice(i.captions) if rng else i.captions[0] for i in items]
-        return {
+        batch = {
             **self._text(chosen),
             "pixel_values": self.pixels([item.image for item in items]),
-            "return_loss": True,
         }
+        if not self.uses_queue:
+            return {**batch, "return_loss": True}
+        if rng is not None:  # the objective asks for them, the model does not know them
+            batch["keys"] = torch.tensor([crc32(str(item.image).encode()) for item in items])
+        return batch
+
+    @property
+    def uses_queue(self) -> bool:
+        """Whether training contrasts against a queue."""
+        return bool(self.options["queue"])
+
+    def objective(self, model: Any) -> nn.Module:
+        if not self.uses_queue:
+            return super().objective(model)
+        return MomentumContrast(
+            self.features(model),
+            self.width(model),
+            self.options["queue"],
+            self.options["momentum"],
+            self.options["alpha"],
+        )
+
+    def features(self, model: Any) -> Any:
+        """The part of the model that is contrasted."""
+        return ClipFeatures(model)
+
+    def width(self, model: Any) -> int:
+        """The width of the features."""
+        return int(model.config.projection_dim)
 
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         text = self.processor.tokenizer(
@@ -73,8 +107,12 @@ class RetrievalTask(Task):
             images.append(self._image_features(model, items))
             texts.append(self._text_features(model, captions))
             advance(len(items))
-        scores = torch.cat(images) @ torch.cat(texts).T
-        return recalls(scores.cpu(), torch.tensor(owner))
+        scores = (torch.cat(images) @ torch.cat(texts).T).cpu()
+        return recalls(*self._reranked(model, scores), torch.tensor(owner))
+
+    def _reranked(self, model: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (images, texts) to rank texts by, and to rank images by."""
+        return scores, scores
 
     def predict(self, model: Any, items: list[CaptionedImage]) -> list[str]:
         model.eval()
@@ -85,28 +123,97 @@ class RetrievalTask(Task):
 
     def _image_features(self, model: Any, items: Sequence[CaptionedImage]) -> Tensor:
         pixels = self.pixels([item.image for item in items]).to(model.device)
-        return _unit(model.get_image_features(pixel_values=pixels))
+        return ClipFeatures.image(model, pixels)
 
     def _text_features(self, model: Any, captions: Sequence[str]) -> Tensor:
         inputs = {k: v.to(model.device) for k, v in self._text(captions).items()}
-        return _unit(model.get_text_features(**inputs))
+        return ClipFeatures.text(model, **inputs)
 
 
-def _unit(features: Any) -> Tensor:
-    """Rows of length 1; transformers 5 wraps the features in an output object."""
-    tensor = features if isinstance(features, Tensor) else features.pooler_output
-    return tensor / tensor.norm(dim=-1, keepdim=True)
+class BlipRetrievalTask(RetrievalTask):
+    """The same with a BlipForImageTextRetrieval.
+
+    Trained as BLIP is: contrast with momentum features and a queue, and matching with hard
+    negatives. Evaluated as BLIP is: the ``rerank`` best by similarity are ordered anew by
+    similarity plus matching score.
+    """
+
+    name: ClassVar[str] = "blip-retrieval"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "queue": 57600,
+        "momentum": 0.995,
+        "alpha": 0.4,
+        "rerank": 128,
+    }
+
+    def new_processor(self) -> Any:
+        return blip_processor(self.model_spec, [c for item in self.train for c in item.captions])
+
+    def model_type(self) -> Any:
+        from transformers import BlipForImageTextRetrieval
+
+        return BlipForImageTextRetrieval
+
+    def new_model(self) -> Any:
+        return self.model_type()(blip_config(self.model_spec, self.processor.tokenizer))
+
+    def features(self, model: Any) -> Any:
+        return BlipFeatures(model)
+
+    def width(self, model: Any) -> int:
+        return int(model.config.image_text_hidden_size)
+
+    @property
+    def uses_queue(self) -> bool:
+        return True
+
+    def _image_features(self, model: Any, items: Sequence[CaptionedImage]) -> Tensor:
+        pixels = self.pixels([item.image for item in items]).to(model.device)
+        states = model.vision_model(pixels).last_hidden_state
+        return F.normalize(model.vision_proj(states[:, 0]), dim=-1)
+
+    def _text_features(self, model: Any, captions: Sequence[str]) -> Tensor:
+        inputs = {k: v.to(model.device) for k, v in self._text(captions).items()}
+        states = model.text_encoder(**inputs).last_hidden_state
+        return F.normalize(model.text_proj(states[:, 0]), dim=-1)
+
+    def _reranked(self, model: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (images, texts) for each way, with the best ordered by matching as well."""
+        captions = [caption for item in self.test for caption in item.captions]
+        features = BlipFeatures(model).to(model.device)
+
+        def matched(images: Sequence[int], texts: Sequence[int]) -> Tensor:
+            chosen = [self.test[i].image for i in images]
+            states = model.vision_model(self.pixels(chosen).to(model.device)).last_hidden_state
+            ids = {
+                k: v.to(model.device) for k, v in self._text([captions[t] for t in texts]).items()
+            }
+            logits = features.match(ids["input_ids"], ids["attention_mask"], states)
+            return logits[:, 1].cpu()
+
+        by_image, by_text = scores - 1000, scores - 1000  # the others come after the best
+        keep = self.options["rerank"]
+        for image, row in enumerate(scores):
+            best = row.topk(min(keep, len(row)))
+            texts = best.indices.tolist()
+            by_image[image, texts] = best.values + matched([image] * len(texts), texts)
+        for text, column in enumerate(scores.T):
+            best = column.topk(min(keep, len(column)))
+            images = best.indices.tolist()
+            by_text[images, text] = best.values + matched(images, [text] * len(images))
+        return by_image, by_text
 
 
-def recalls(scores: Tensor, owner: Tensor) -> dict[str, float]:
+def recalls(by_image: Tensor, by_text: Tensor, owner: Tensor) -> dict[str, float]:
     """R@1, R@5 and R@10 both ways, as fractions.
 
-    ``scores`` is (images, texts); ``owner`` (texts,) says which image a text belongs to. An
-    image is right at k if any of its texts is among its k best, as usual on COCO and Flickr.
+    Scores are (images, texts), to rank the texts of an image and the images of a text;
+    ``owner`` (texts,) says which image a text belongs to. An image is right at k if any of its
+    texts is among its k best, as usual on COCO and Flickr.
     """
-    ranked_texts = owner[scores.argsort(dim=1, descending=True, stable=True)]
-    hit_text = ranked_texts == torch.arange(len(scores))[:, None]
-    ranked_images = scores.T.argsort(dim=1, descending=True, stable=True)
+    ranked_texts = owner[by_image.argsort(dim=1, descending=True, stable=True)]
+    hit_text = ranked_texts == torch.arange(len(by_image))[:, None]
+    ranked_images = by_text.T.argsort(dim=1, descending=True, stable=True)
     hit_image = ranked_images == owner[:, None]
     result = {}
     for way, hits in (("image_to_text", hit_text), ("text_to_image", hit_image)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -79,9 +81,16 @@ class VqaTask(Task):
 
     def collate(self, items: list[Question], rng: random.Random | None = None) -> dict[str, Tensor]:
         said = [max(q.answers, key=q.answers.count) for q in items]
-        ids = _answer_ids(self.processor.tokenizer, said)
+        ids = self._answer_ids(said)
         labels = ids.masked_fill(ids == self.processor.tokenizer.pad_token_id, -100)
         return {**self._questions(items), "decoder_input_ids": ids, "labels": labels}
+
+    def _answer_ids(self, answers: Sequence[str]) -> Tensor:
+        """[start] answer [end], padded on the right. Shape (answers, tokens)."""
+        text = self.processor.tokenizer(list(answers), padding=True, return_tensors="pt")
+        ids: Tensor = text["input_ids"]
+        ids[:, 0] = self.start_token()
+        return ids
 
     # -- evaluation ----------------------------------------------------------------------
 
@@ -102,6 +111,14 @@ class VqaTask(Task):
             "accuracy_generated": generated / len(self.test),
         }
 
+    def write_results(self, model: Any, path: Path) -> None:
+        """The file that the VQA server takes: [{"question_id": ..., "answer": ...}, ...]."""
+        said: list[str] = []
+        for start in range(0, len(self.test), 64):
+            said += self.predict(model, list(self.test[start : start + 64]))
+        rows = [{"question_id": q.id, "answer": a} for q, a in zip(self.test, said, strict=True)]
+        path.write_text(json.dumps(rows), encoding="utf-8")
+
     def predict(self, model: Any, items: list[Question]) -> list[str]:
         model.eval()
         return self._ranked(model, items)
@@ -109,7 +126,7 @@ class VqaTask(Task):
     @torch.no_grad()
     def _ranked(self, model: Any, items: Sequence[Question]) -> list[str]:
         inputs = {k: v.to(model.device) for k, v in self._questions(items).items()}
-        candidates = _answer_ids(self.processor.tokenizer, self.answers).to(model.device)
+        candidates = self._answer_ids(self.answers).to(model.device)
         best = rank_answers(model, inputs, candidates, self.processor.tokenizer.pad_token_id)
         return [self.answers[i] for i in best.tolist()]
 
@@ -163,8 +180,3 @@ def rank_answers(
     likelihood = logits.gather(2, following[..., None])[..., 0]
     total = likelihood.masked_fill(following == pad, 0).sum(1).reshape(count, keep)
     return top.gather(1, total.argmax(1, keepdim=True))[:, 0]
-
-
-def _answer_ids(tokenizer: Any, answers: Sequence[str]) -> Tensor:
-    """[BOS] answer [EOS], padded on the right. Shape (answers, tokens)."""
-    return tokenizer(list(answers), padding=True, return_tensors="pt")["input_ids"]

@@ -607,6 +607,30 @@ def internvl_qk_norm() -> Sample:
 
 
 @_family
+def blip_nlvr() -> Sample:
+    from ..models import BlipForVisualReasoning, BlipNlvrConfig
+
+    config = BlipNlvrConfig(
+        vision_config=_vision(),
+        text_config=_text(
+            encoder_hidden_size=32, max_position_embeddings=16, bos_token_id=1, sep_token_id=2
+        ),
+        merge_from_layer=1,
+    )
+    pixels = torch.stack([_pixels(), _pixels().flip(-1)], dim=1)
+    inputs = {"pixel_values": pixels, "input_ids": _ids(), "attention_mask": _ones()}
+    return Sample(BlipForVisualReasoning(config), inputs)
+
+
+@_family
+def segmenter() -> Sample:
+    from ..models import SegmenterConfig, SegmenterForSemanticSegmentation
+
+    config = SegmenterConfig(**_vision(), num_labels=5)
+    return Sample(SegmenterForSemanticSegmentation(config), {"pixel_values": _pixels()})
+
+
+@_family
 def florence2() -> Sample:
     config = T.Florence2Config(
         vision_config={

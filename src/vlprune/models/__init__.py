@@ -1,0 +1,50 @@
+"""Models that transformers lacks, as ordinary PreTrainedModels built from its parts.
+
+The classes are imported when first asked for, so that ``import vlprune`` stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .blip_nlvr import BlipForVisualReasoning
+    from .configs import BlipNlvrConfig, SegmenterConfig
+    from .segmenter import SegmenterForSemanticSegmentation
+
+__all__ = [
+    "MODELS",
+    "BlipForVisualReasoning",
+    "BlipNlvrConfig",
+    "SegmenterConfig",
+    "SegmenterForSemanticSegmentation",
+]
+
+_HOME = {"BlipForVisualReasoning": "blip_nlvr", "SegmenterForSemanticSegmentation": "segmenter"}
+_CONFIGS = ("BlipNlvrConfig", "SegmenterConfig")
+
+
+class _Models(Mapping[str, Any]):
+    """The model classes by the name that a ``config.json`` gives under ``architectures``."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOME)
+
+    def __len__(self) -> int:
+        return len(_HOME)
+
+
+MODELS = _Models()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return MODELS[name]
+    if name in _CONFIGS:
+        return getattr(import_module(".configs", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

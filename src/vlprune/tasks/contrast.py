@@ -1,0 +1,209 @@
+"""Contrastive training with a momentum encoder, a queue and soft targets, for CLIP and BLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..trainee import Trainee
+
+__all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast"]
+
+
+class ClipFeatures(nn.Module):
+    """Unit features of a CLIPModel, with its own temperature."""
+
+    matches = False
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        """Images (batch, width), texts (batch, width), and nothing to match with."""
+        text = self.text(self.model, input_ids=input_ids, attention_mask=attention_mask)
+        return self.image(self.model, pixel_values), text, None
+
+    @staticmethod
+    def image(model: Any, pixel_values: Tensor) -> Tensor:
+        """(batch, width)"""
+        return _unit(model.get_image_features(pixel_values=pixel_values))
+
+    @staticmethod
+    def text(model: Any, **inputs: Tensor) -> Tensor:
+        """(batch, width)"""
+        return _unit(model.get_text_features(**inputs))
+
+    def scale(self) -> Tensor:
+        """What similarities are multiplied with."""
+        factor: Tensor = self.model.logit_scale.exp().clamp(max=100)
+        return factor
+
+
+class BlipFeatures(nn.Module):
+    """Unit features of a BlipForImageTextRetrieval, and the image states for matching.
+
+    transformers' class has no temperature: here is one, learnt from 0.07, for training only.
+    """
+
+    matches = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (batch, width), texts (batch, width), image states (batch, patches, width)."""
+        states = self.model.vision_model(pixel_values).last_hidden_state
+        text = self.model.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
+        image_features = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)
+        return image_features, F.normalize(self.model.text_proj(text[:, 0]), dim=-1), states
+
+    def match(self, input_ids: Tensor, attention_mask: Tensor, states: Tensor) -> Tensor:
+        """Logits (pairs, 2): does the text go with the image?"""
+        read = self.model.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=states
+        ).last_hidden_state
+        logits: Tensor = self.model.itm_head(read[:, 0])
+        return logits
+
+    def scale(self) -> Tensor:
+        """What similarities are multiplied with."""
+        return 1 / self.temperature.clamp(0.001, 0.5)
+
+
+class MomentumContrast(Trainee):
+    """Image-text contrast against a queue of features made by a slowly moving average.
+
+    The average of the weights makes the targets: alpha times its softmax over all candidates,
+    plus 1 - alpha shared among the texts of the same image (BLIP, section 3.3, after ALBEF).
+    Its forward pass runs through the same modules, gates included, with the averaged weights
+    in place of the current ones. With a model that matches, hard negatives, drawn by
+    similarity among the other images of the batch, train the matching head as well.
+    """
+
+    keys: Tensor
+    image_queue: Tensor
+    text_queue: Tensor
+    place: Tensor
+
+    def __init__(
+        self, features: Any, width: int, queue: int, momentum: float, alpha: float
+    ) -> None:
+        super().__init__(features.model)
+        self.features = features
+        self.momentum, self.alpha = momentum, alpha
+        self._names = [name for name, _ in features.named_parameters()]
+        for number, parameter in enumerate(features.parameters()):
+            self.register_buffer(f"average_{number}", parameter.detach().clone())
+        start = torch.Generator().manual_seed(0)
+        for name in ("image_queue", "text_queue"):
+            noise = torch.randn(queue, width, generator=start)
+            self.register_buffer(name, F.normalize(noise, dim=-1))
+        self.register_buffer("keys", torch.full((queue,), -1))
+        self.register_buffer("place", torch.tensor(0))
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
+        """{"loss": (), "logits_per_image": (batch, batch)}; ``keys`` (batch,) name the images."""
+        image, text, states = self.features(pixel_values, input_ids, attention_mask)
+        scale = self.features.scale()
+        with torch.no_grad():
+            self._move()
+            average = dict(zip(self._names, self._averages(), strict=True))
+            slow_image, slow_text, _ = functional_call(
+                self.features, average, (pixel_values, input_ids, attention_mask)
+            )
+            all_text = torch.cat([slow_text, self.text_queue])
+            all_image = torch.cat([slow_image, self.image_queue])
+            same = (keys[:, None] == torch.cat([keys, self.keys])[None]).float()
+            same = (1 - self.alpha) * same / same.sum(1, keepdim=True)
+            to_text = self.alpha * (scale * slow_image @ all_text.T).softmax(1) + same
+            to_image = self.alpha * (scale * slow_text @ all_image.T).softmax(1) + same
+        loss = (
+            F.cross_entropy(scale * image @ all_text.T, to_text)
+            + F.cross_entropy(scale * text @ all_image.T, to_image)
+        ) / 2
+        similarities = scale * image @ text.T
+        if self.features.matches:
+            loss = loss + self._matching(similarities, keys, input_ids, attention_mask, states)
+        if self.training:
+            self._enqueue(slow_image, slow_text, keys)
+        return {"loss": loss, "logits_per_image": similarities}
+
+    def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a teacher of the same class says about a batch."""
+        features = type(self.features)(teacher).to(self.device)
+        image, text, _ = features(
+            *(batch[k] for k in ("pixel_values", "input_ids", "attention_mask"))
+        )
+        return {"logits_per_image": self.features.scale().detach() * image @ text.T}
+
+    def _averages(self) -> list[Tensor]:
+        return [self.get_buffer(f"average_{n}") for n in range(len(self._names))]
+
+    def _move(self) -> None:
+        if self.training:
+            for average, parameter in zip(
+                self._averages(), self.features.parameters(), strict=True
+            ):
+                average.lerp_(parameter.detach(), 1 - self.momentum)
+
+    def _matching(
+        self, similarities: Tensor, keys: Tensor, ids: Tensor, mask: Tensor, states: Tensor
+    ) -> Tensor:
+        """The matching loss on each pair, and on a hard negative either way."""
+        with torch.no_grad():
+            other = keys[:, None] != keys[None]
+            if not bool(other.any(1).all()):  # a batch of one image has no negatives
+                wrong_text = wrong_image = torch.arange(len(keys), device=keys.device).roll(1)
+            else:
+                wrong_text = (similarities.softmax(1) * other + 1e-9 * other).multinomial(1)[:, 0]
+                weights = similarities.T.softmax(1) * other + 1e-9 * other
+                wrong_image = weights.multinomial(1)[:, 0]
+        logits = self.features.match(
+            torch.cat([ids, ids[wrong_text], ids]),
+            torch.cat([mask, mask[wrong_text], mask]),
+            torch.cat([states, states, states[wrong_image]]),
+        )
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        labels[: len(ids)] = 1
+        return F.cross_entropy(logits, labels)
+
+    @torch.no_grad()
+    def _enqueue(self, image: Tensor, text: Tensor, keys: Tensor) -> None:
+        """The oldest entries make room for those of all processes."""
+        image, text, keys = _from_all(image), _from_all(text), _from_all(keys)
+        where = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+        self.image_queue[where] = image.to(self.image_queue.dtype)
+        self.text_queue[where] = text.to(self.text_queue.dtype)
+        self.keys[where] = keys
+        self.place.copy_((self.place + len(keys)) % len(self.keys))
+
+
+def _unit(features: Any) -> Tensor:
+    """Rows of length 1; transformers 5 wraps the features in an output object."""
+    tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return F.normalize(tensor, dim=-1)
+
+
+def _from_all(tensor: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,96 @@
+"""Visual reasoning: is a statement true of two images? With BLIP and two cross-attentions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..data.pairs import Statement, read_nlvr1, read_nlvr2
+from .base import Advance, Task
+from .new_models import blip_config, blip_processor
+
+__all__ = ["ReasoningTask"]
+
+
+class ReasoningTask(Task):
+    """NLVR2 with a :class:`vlprune.models.BlipForVisualReasoning`; ``accuracy`` counts.
+
+    ``model.path`` may also name a BLIP of transformers: its weights start both twins. The text
+    begins with the tokenizer's own first token.
+    """
+
+    name: ClassVar[str] = "reasoning"
+    metric: ClassVar[str] = "accuracy"
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "nlvr2": ("statements", "images"),
+        "nlvr1": ("folder", "split"),
+    }
+    train: Sequence[Statement]
+    test: Sequence[Statement]
+
+    def read(self, form: str, part: Mapping[str, str]) -> list[Statement]:
+        if form == "nlvr1":
+            return read_nlvr1(part["folder"], part["split"])
+        return read_nlvr2(part["statements"], part["images"])
+
+    def new_processor(self) -> Any:
+        return blip_processor(self.model_spec, [s.text for s in self.train])
+
+    def model_type(self) -> Any:
+        from ..models import BlipForVisualReasoning
+
+        return BlipForVisualReasoning
+
+    def new_model(self) -> Any:
+        from ..models import BlipNlvrConfig
+
+        sizes = blip_config(self.model_spec, self.processor.tokenizer).to_dict()
+        merged = self.model_spec.text_layers // 2
+        config = BlipNlvrConfig(**{**sizes, "model_type": "blip_nlvr"}, merge_from_layer=merged)
+        return self.model_type()(config)
+
+    def load(self, path: str | Path) -> Any:
+        from transformers import AutoConfig, BlipForImageTextRetrieval
+
+        if AutoConfig.from_pretrained(path).model_type == "blip":
+            return self.model_type().from_blip(BlipForImageTextRetrieval.from_pretrained(path))
+        return super().load(path)
+
+    def collate(
+        self, items: list[Statement], rng: random.Random | None = None
+    ) -> dict[str, Tensor]:
+        text = self.processor.tokenizer(
+            [s.text for s in items], padding=True, truncation=True, return_tensors="pt"
+        )
+        pixels = self.pixels([image for s in items for image in s.images])
+        return {
+            "pixel_values": pixels.unflatten(0, (len(items), 2)),
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "labels": torch.tensor([int(s.truth) for s in items]),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
+        model.eval()
+        right = 0
+        for start in range(0, len(self.test), batch_size):
+            items = list(self.test[start : start + batch_size])
+            said = self._answers(model, items)
+            right += sum(answer == s.truth for answer, s in zip(said, items, strict=True))
+            advance(len(items))
+        return {"accuracy": right / len(self.test)}
+
+    def predict(self, model: Any, items: list[Statement]) -> list[str]:
+        model.eval()
+        return [str(answer).lower() for answer in self._answers(model, items)]
+
+    @torch.no_grad()
+    def _answers(self, model: Any, items: list[Statement]) -> list[bool]:
+        batch = {k: v.to(model.device) for k, v in self.collate(items).items() if k != "labels"}
+        return [bool(answer) for answer in model(**batch).logits.argmax(1).tolist()]

@@ -1,0 +1,186 @@
+"""Semantic segmentation with Segmenter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from ..data.files import open_image
+from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
+from .base import Advance, Task
+from .new_models import vit_settings
+
+__all__ = ["SegmentationTask", "windows"]
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+class SegmentationTask(Task):
+    """ADE20K's folders with a SegmenterForSemanticSegmentation; ``miou`` counts.
+
+    Mean intersection over union over the whole test set, at one scale, by sliding windows of
+    the model's image size over the image, whose shorter side is made as long as a window.
+    Options: ``multi_scale`` adds ``miou_multi_scale`` (six scales, each mirrored); ``classes``
+    is the number of classes of a new model (0: those found in the training masks); ``augment``
+    trains on mirrored crops at 0.5 to 2 times the size.
+    """
+
+    name: ClassVar[str] = "segmentation"
+    metric: ClassVar[str] = "miou"
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"ade20k": ("images", "masks")}
+    defaults: ClassVar[Mapping[str, Any]] = {"multi_scale": False, "classes": 0, "augment": True}
+    train: Sequence[MaskedImage]
+    test: Sequence[MaskedImage]
+
+    def read(self, form: str, part: Mapping[str, str]) -> list[MaskedImage]:
+        return read_ade20k(part["images"], part["masks"])
+
+    def new_processor(self) -> Any:
+        from transformers import ViTImageProcessor
+
+        side = self.model_spec.image_size
+        return ViTImageProcessor(size={"height": side, "width": side})
+
+    def auto_processor(self, path: str) -> Any:
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(path)
+
+    def model_type(self) -> Any:
+        from ..models import SegmenterForSemanticSegmentation
+
+        return SegmenterForSemanticSegmentation
+
+    def new_model(self) -> Any:
+        from ..models import SegmenterConfig
+
+        classes = self.options["classes"] or self._found_classes()
+        config = SegmenterConfig(**vit_settings(self.model_spec), num_labels=classes)
+        return self.model_type()(config)
+
+    def _found_classes(self) -> int:
+        masks = (open_mask(item.mask) for item in self.train)
+        return 1 + max(int(mask[mask != IGNORE].max(initial=0)) for mask in masks)
+
+    @property
+    def side(self) -> int:
+        """The side of a window, in pixels."""
+        size = self.processor.size
+        return int(size["height"] if "height" in size else size["shortest_edge"])
+
+    def _tensor(self, image: Image.Image) -> Tensor:
+        """(channels, height, width), normalised as the processor says."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, deviation = (
+            torch.tensor(values)[:, None, None]
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return (pixels - mean) / deviation
+
+    def collate(
+        self, items: list[MaskedImage], rng: random.Random | None = None
+    ) -> dict[str, Tensor]:
+        pairs = [self._crop(item, rng) for item in items]
+        return {
+            "pixel_values": torch.stack([pixels for pixels, _ in pairs]),
+            "labels": torch.stack([labels for _, labels in pairs]),
+        }
+
+    def _crop(self, item: MaskedImage, rng: random.Random | None) -> tuple[Tensor, Tensor]:
+        """A square of the window's size: pixels (3, side, side), labels (side, side)."""
+        image, mask, side = open_image(item.image), open_mask(item.mask), self.side
+        augment = rng is not None and self.options["augment"]
+        zoom = rng.uniform(0.5, 2.0) if rng is not None and augment else 1.0
+        scale = zoom * side / min(image.size)
+        width, height = (max(1, round(scale * length)) for length in image.size)
+        pixels = self._tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+        labels = F.interpolate(
+            torch.from_numpy(mask)[None, None].float(), (height, width), mode="nearest"
+        )[0, 0].long()
+        left, top = max(0, width - side), max(0, height - side)
+        x = rng.randint(0, left) if rng is not None and augment else left // 2
+        y = rng.randint(0, top) if rng is not None and augment else top // 2
+        pixels, labels = pixels[:, y : y + side, x : x + side], labels[y : y + side, x : x + side]
+        room = (0, side - pixels.shape[2], 0, side - pixels.shape[1])
+        pixels, labels = F.pad(pixels, room), F.pad(labels, room, value=IGNORE)
+        if rng is not None and augment and rng.random() < 0.5:
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        return pixels, labels
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
+        model.eval()
+        metrics: dict[str, tuple[float, ...]] = {"miou": (1.0,)}
+        if self.options["multi_scale"]:
+            metrics["miou_multi_scale"] = SCALES
+        scores = {
+            name: MulticlassJaccardIndex(
+                model.config.num_labels, average="macro", ignore_index=IGNORE
+            )
+            for name in metrics
+        }
+        for item in self.test:
+            truth = torch.from_numpy(open_mask(item.mask))
+            for name, scales in metrics.items():
+                said = self._classes(model, open_image(item.image), scales, truth.shape)
+                scores[name].update(said[None], truth[None])
+            advance(1)
+        return {name: float(score.compute()) for name, score in scores.items()}
+
+    def _classes(
+        self, model: Any, image: Image.Image, scales: Sequence[float], shape: Any
+    ) -> Tensor:
+        """The class of every pixel, (height, width) of the original."""
+        total = torch.zeros(1)
+        for scale in scales:
+            zoom = scale * self.side / min(image.size)
+            size = [max(self.side, round(zoom * length)) for length in image.size]
+            pixels = self._tensor(image.resize((size[0], size[1]), Image.Resampling.BILINEAR))
+            for mirror in (False, True) if len(scales) > 1 else (False,):
+                logits = self._slide(model, pixels.flip(-1) if mirror else pixels)
+                logits = logits.flip(-1) if mirror else logits
+                full = F.interpolate(logits[None], tuple(shape), mode="bilinear")[0]
+                total = total + full.softmax(0).cpu()
+        return total.argmax(0)
+
+    def _slide(self, model: Any, pixels: Tensor) -> Tensor:
+        """Logits (classes, height, width), averaged where windows overlap."""
+        side, (_, height, width) = self.side, pixels.shape
+        places = list(windows(height, width, side))
+        stack = torch.stack([pixels[:, y : y + side, x : x + side] for y, x in places])
+        logits = model(pixel_values=stack.to(model.device)).logits
+        logits = F.interpolate(logits.float(), (side, side), mode="bilinear").cpu()
+        total = torch.zeros(logits.shape[1], height, width)
+        count = torch.zeros(height, width)
+        for (y, x), window in zip(places, logits, strict=True):
+            total[:, y : y + side, x : x + side] += window
+            count[y : y + side, x : x + side] += 1
+        return total / count
+
+    @torch.no_grad()
+    def predict(self, model: Any, items: list[MaskedImage]) -> list[str]:
+        model.eval()
+        said = []
+        for item in items:
+            shape = open_mask(item.mask).shape
+            classes = self._classes(model, open_image(item.image), (1.0,), shape)
+            found, counts = classes.unique(return_counts=True)
+            shares = counts.double() / classes.numel()
+            named = zip(found.tolist(), shares.tolist(), strict=True)
+            said.append(", ".join(f"class {c}: {share:.0%}" for c, share in named))
+        return said
+
+
+def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:
+    """Corners (y, x) of windows that cover everything; the last ones may overlap others."""
+    for y in (*range(0, height - side, side), height - side):
+        for x in (*range(0, width - side, side), width - side):
+            yield y, x
