@@ -80,13 +80,17 @@ def compress(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder for the result.")
     ] = Path("vlprune-output"),
+    toy: Annotated[
+        bool,
+        typer.Option("--toy", help="A small new model and generated data: minutes, no downloads."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train or load a model, cut it, retrain it, evaluate it, and save it.
 
     Example: vlprune compress recipes/easy-vqa.yaml budget.params=0.3 -o small
     """
-    chosen = load_recipe(recipe, overrides or [])
+    chosen = load_recipe(recipe, overrides or [], toy)
     _run(chosen, output, as_json)
 
 

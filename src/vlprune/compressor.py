@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatchcase
+from math import isclose
 from typing import Any
 
 import torch
@@ -230,6 +231,12 @@ class Compressor:
             return self.model
         plan = self.plan()
         _check_same_on_every_rank(plan)
+        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
+            raise UnsupportedError(
+                "the weights are sharded (FSDP), which cannot be cut: save compressor.plan(), "
+                "gather the full weights into an unsharded model of the same class, and cut that "
+                "with vlprune.rewrite(model, vlprune.discover(model), plan)"
+            )
         self.detach()
         probe = self.example_inputs or self._seen
         rewrite(self.model, self.description, plan, verify=probe if verify else None)
@@ -297,6 +304,12 @@ def _averaged(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, parts, strict=True))
 
 
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies in this process."""
+    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part
+
+
 def _check_same_on_every_rank(plan: Plan) -> None:
     """Raise unless all processes are about to make the same cut."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -333,7 +346,12 @@ class CompressorCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What goes into ``trainer_state.json``."""
         packed = base64.b64encode(pack(self.compressor.state())).decode()
-        return {"args": {}, "attributes": {"search": packed}}
+        return {"args": {}, "attributes": {"search": packed, "weights": self._weights()}}
+
+    def _weights(self) -> float:
+        """A figure by which the weights that this process holds are known again."""
+        parameters = self.compressor.model.parameters()
+        return sum(float(p.detach().double().abs().sum()) for p in map(_local, parameters))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.attach()
@@ -344,7 +362,16 @@ class CompressorCallback(TrainerCallback, ExportableState):
                     "this checkpoint holds no search: it was saved without compressor.callback(), "
                     "so start again without resume_from_checkpoint"
                 )
-            self.compressor.restore(unpack(base64.b64decode(saved["attributes"]["search"])))
+            saved = saved["attributes"]
+            if state.is_world_process_zero and not isclose(
+                saved["weights"], self._weights(), rel_tol=1e-9
+            ):
+                raise VlpruneError(
+                    "the weights of the checkpoint have not been loaded into the model: some are "
+                    "saved under names that the Trainer does not find again, so give it "
+                    "vlprune.trainee.Trainee(model) in place of the model, from the start"
+                )
+            self.compressor.restore(unpack(base64.b64decode(saved["search"])))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)

@@ -67,8 +67,10 @@ class Plan:
             "version": VERSION,
             "attention": self.attention,
             "fingerprint": self.fingerprint,
-            "keep": {name: list(units) for name, units in self.keep.items()},
-            "share": {name: [src, list(units)] for name, (src, units) in self.share.items()},
+            "keep": {name: list(self.keep[name]) for name in sorted(self.keep)},
+            "share": {
+                name: [src, list(units)] for name, (src, units) in sorted(self.share.items())
+            },
         }
         return json.dumps(body)
 

@@ -152,6 +152,7 @@ class Recipe:
         return dataclasses.replace(
             self,
             method=method,
+            options={**self.options, **({"queue": 64} if "queue" in self.options else {})},
             model=dataclasses.replace(self.model, path="", **TOY_SIZES),
             data=DataSpec(
                 format="shapes",
@@ -165,6 +166,7 @@ class Recipe:
         )
 
 
+TOY_IGNORES = ("path", "folder", "train", "test")
 TOY_STEPS = 12
 TOY_SIZES: Mapping[str, Any] = {
     "width": 48,
@@ -176,8 +178,10 @@ TOY_SIZES: Mapping[str, Any] = {
 }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = False) -> Recipe:
     """The recipe in a YAML file, with ``key.key=value`` overrides applied.
+
+    ``toy`` makes it :meth:`Recipe.toy`; names that the environment lacks then do not matter.
 
     Raises RecipeError for a file that cannot be read, an unknown key (with the closest known
     one) or a value of the wrong type; BudgetError for a budget that is none.
@@ -194,7 +198,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} must be a mapping of keys to values")
     for override in overrides:
         _override(body, override)
-    return typing.cast(Recipe, _build(Recipe, body, ""))
+    if toy:
+        for section in ("model", "data"):  # nothing of it is used, so it need not be there
+            given = body.get(section)
+            if isinstance(given, dict):
+                kept = {k: v for k, v in given.items() if k not in TOY_IGNORES}
+                body[section] = kept
+    recipe = typing.cast(Recipe, _build(Recipe, body, ""))
+    return recipe.toy() if toy else recipe
 
 
 def _override(body: dict[str, Any], text: str) -> None:

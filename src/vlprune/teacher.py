@@ -89,12 +89,15 @@ def last_blocks(structures: Sequence[Structure]) -> tuple[str, ...]:
     towers: dict[str, list[str]] = {}
     for structure in structures:
         towers.setdefault(structure.tower, []).append(structure.gates[0].module)
-    blocks = []
+    blocks: dict[str, None] = {}
     for modules in towers.values():
-        shared = [a for a, b in zip(*(m.split(".") for m in modules[-2:]), strict=False) if a == b]
+        shared = modules[-1].split(".")
+        if len(modules) > 1:
+            before = modules[-2].split(".")
+            shared = [a for a, b in zip(shared, before, strict=False) if a == b]
         numbered = [i for i, part in enumerate(shared) if part.isdigit()]
-        if len(modules) > 1 and numbered:
-            blocks.append(".".join(shared[: numbered[-1] + 1]))
+        if numbered:
+            blocks[".".join(shared[: numbered[-1] + 1])] = None
     return tuple(blocks)
 
 

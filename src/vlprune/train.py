@@ -13,10 +13,18 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from .errors import VlpruneError
 from .recipe import Training
+from .trainee import Trainee
 
 __all__ = ["fit", "prepare"]
 
@@ -151,7 +159,7 @@ def fit(
         )
         watch = _Watch(advance, patience=10 if spec.fp16 else 0)
         trainer = _Trainer(
-            model=model,
+            model=model if isinstance(model, Trainee) else Trainee(model),
             args=arguments,
             train_dataset=_Items(items),
             data_collator=_seeded(collate, seed),
@@ -162,8 +170,22 @@ def fit(
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
         if last:
             advance(_step(last))
+        if last and _step(last) >= steps:  # the Trainer would take one more step
+            return _as_it_ended(trainer, last, callbacks)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         return list(trainer.state.log_history)
+
+
+def _as_it_ended(
+    trainer: Trainer, checkpoint: Path, callbacks: Sequence[TrainerCallback]
+) -> list[dict[str, float]]:
+    """Bring model and callbacks to the end of a training whose last checkpoint is there."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+    for callback in callbacks:
+        callback.on_train_begin(trainer.args, state, trainer.control)
+        callback.on_train_end(trainer.args, state, trainer.control)
+    return list(state.log_history)
 
 
 def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], Any]:

@@ -1,7 +1,8 @@
-"""What a Trainer trains when it is more than the model: a module around it that owns the loss."""
+"""What is handed to the Trainer: a module around the model that owns the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,18 +11,36 @@ __all__ = ["Trainee"]
 
 
 class Trainee(nn.Module):
-    """A module around ``model`` whose forward returns ``{"loss": ...}`` for a batch.
+    """A module around ``model`` whose forward returns a loss for a batch: the model's own here.
 
     Buffers of a subclass (queues, averages) are saved in the Trainer's checkpoints with the
-    weights, and kept equal by DistributedDataParallel.
+    weights. The checkpoints hold the weights under the names they have in memory. Those of a
+    bare PreTrainedModel may not: transformers 5.23 saves a ViT under the names of transformers
+    4, and a Trainer that resumes then leaves its weights as they are, without a word.
     """
 
     accepts_loss_kwargs = False  # the Trainer then divides the loss when it accumulates
+    _keys_to_ignore_on_save = None  # the Trainer asks for it when it loads a checkpoint
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.register_state_dict_post_hook(_without_ties)
+
+    def forward(self, *args: Any, **batch: Any) -> Any:
+        """What the model returns."""
+        return self.model(*args, **batch)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what :meth:`state_dict` gave: the second names of tied weights are not missed."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        wanted = self.state_dict().keys()
+        missing = [name for name in result.missing_keys if name in wanted]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing {missing}, unexpected {result.unexpected_keys}")
+        return type(result)(missing, result.unexpected_keys)
 
     @property
     def device(self) -> Any:

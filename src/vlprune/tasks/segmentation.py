@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,6 +66,22 @@ class SegmentationTask(Task):
         classes = self.options["classes"] or self._found_classes()
         config = SegmenterConfig(**vit_settings(self.model_spec), num_labels=classes)
         return self.model_type()(config)
+
+    def load(self, path: str | Path) -> Any:
+        """A Segmenter, or a new decoder on the encoder of a ViT."""
+        from transformers import AutoConfig, ViTModel
+
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "vit":
+            return super().load(path)
+        from ..models import SegmenterConfig
+
+        classes = self.options["classes"] or self._found_classes()
+        sizes = {k: v for k, v in config.to_dict().items() if k in vit_settings(self.model_spec)}
+        model = self.model_type()(SegmenterConfig(**sizes, num_labels=classes))
+        encoder = ViTModel.from_pretrained(path, add_pooling_layer=False)
+        model.vit.load_state_dict(encoder.state_dict())
+        return model
 
     def _found_classes(self) -> int:
         masks = (open_mask(item.mask) for item in self.train)

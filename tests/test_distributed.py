@@ -1,0 +1,93 @@
+"""Two processes on CPU (gloo, torchrun): one plan, and that of one process with the same batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = """
+import json, os, sys
+import torch, torch.distributed as dist
+import vlprune
+from vlprune.testing import build
+
+how, folder = sys.argv[1], sys.argv[2]
+torch.set_num_threads(1)
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    dist.init_process_group("gloo")
+model = build("vit").model.train()
+compressor = vlprune.Compressor(model, vlprune.UPop(interval=2), {"params": 0.7})
+run = model
+if how == "ddp":
+    run = torch.nn.parallel.DistributedDataParallel(model)
+if how == "fsdp":
+    from torch.distributed.fsdp import fully_shard
+    for layer in model.vit.layers:
+        fully_shard(layer)
+    fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+generator = torch.Generator().manual_seed(0)
+for step in range(8):
+    pixels, labels = torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 2
+    run(pixel_values=pixels[rank::world], labels=labels[rank::world]).loss.backward()
+    compressor.step((step + 1) / 8)
+    optimizer.step()
+    optimizer.zero_grad()
+if how == "apart" and rank == 1:
+    compressor.search.total.neg_()  # as if this process had seen something else
+result = {"plan": compressor.plan().to_json(), "total": compressor.search.total.tolist()}
+try:
+    compressor.finish()
+    result["params"] = sum(p.numel() for p in model.parameters())
+except vlprune.VlpruneError as error:
+    result["error"] = str(error)
+with open(f"{folder}/{how}-{rank}.json", "w") as file:
+    json.dump(result, file)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def launch(folder: Path, how: str, processes: int) -> list[dict[str, Any]]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    done = subprocess.run(
+        [*start, str(script), how, str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{how}-{r}.json").read_text()) for r in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tmp_path_factory.mktemp("alone"), "alone", 1)[0]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_every_rank_decides_as_one_process_does(
+    how: str, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    first, second = launch(tmp_path, how, 2)
+    assert first["plan"] == second["plan"] == alone["plan"]
+    assert first["total"] == second["total"]  # bit for bit
+    one, two = torch.tensor(alone["total"]), torch.tensor(first["total"])
+    assert float((one - two).norm() / one.norm()) < 1e-4
+    if how == "ddp":
+        assert first["params"] == second["params"] == alone["params"]
+    else:
+        assert "sharded (FSDP)" in first["error"]
+
+
+def test_ranks_that_disagree_are_stopped(tmp_path: Path) -> None:
+    for result in launch(tmp_path, "apart", 2):
+        assert "different plans" in result["error"]
