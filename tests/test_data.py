@@ -70,8 +70,10 @@ def test_every_other_format_is_consistent(shapes: Path) -> None:
         points = box["segmentation"][0]
         assert min(points[::2]) == pytest.approx(x)
         assert max(points[1::2]) == pytest.approx(y + h, abs=0.02)
-        mask = Image.open(shapes / "masks" / "training" / f"{box['image_id']:012d}.png")
-        assert mask.getpixel((int(x + w / 2), int(y + h / 2))) == box["category_id"]
+        mask = Image.open(
+            shapes / "ade20k" / "annotations" / "training" / f"{box['image_id']:012d}.png"
+        )
+        assert mask.getpixel((int(x + w / 2), int(y + h / 2))) == 1 + box["category_id"]
     refs = json.loads((notes / "refs_train2014.json").read_text())
     assert refs
     assert all(r["ann_id"] in by_id for r in refs)
@@ -171,7 +173,8 @@ def test_real_coco_captions(real_data: Path) -> None:
 
 
 def test_real_easy_vqa(real_data: Path) -> None:
-    found, answers = read_easy_vqa(real_data / "easy-vqa" / "train")
+    found = read_easy_vqa(real_data / "easy-vqa" / "train")
+    answers = (real_data / "easy-vqa" / "answers.txt").read_text().split()
     assert len(found) == 38575
     assert len(answers) == 13
     assert {q.answers[0] for q in found} <= set(answers)

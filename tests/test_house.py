@@ -19,7 +19,7 @@ LEVELS = {
     1: "trainee units gate layers cost record cutting",
     2: "architectures models",
     3: "methods data tasks checkpoint",
-    4: "compressor teacher train bench probe run testing",
+    4: "compressor teacher train bench probe scan run testing",
     5: "cli transformers_hook __init__",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

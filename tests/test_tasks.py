@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from vlprune.errors import DataError, RecipeError
 from vlprune.recipe import DataSpec, ModelSpec
-from vlprune.tasks import RetrievalTask, VqaTask
+from vlprune.tasks import TASKS, RetrievalTask, VqaTask
 from vlprune.tasks.retrieval import recalls
 from vlprune.tasks.vqa import rank_answers
 from vlprune.tasks.vqa_metric import normalise, vqa_accuracy
@@ -69,7 +70,7 @@ def test_recalls_by_hand() -> None:
             [0.4, 0.3, 0.2, 0.5],  # its own text first
         ]
     )
-    found = recalls(scores, owner)
+    found = recalls(scores, scores, owner)
     assert found["image_to_text_r1"] == pytest.approx(2 / 3)
     assert found["image_to_text_r5"] == 1
     # texts: t0 -> image 0 first; t1 (image 0) -> image 1 first; t2 -> image 1; t3 -> image 2
@@ -114,18 +115,19 @@ def test_keeping_few_candidates_only_narrows(tmp_path: Path) -> None:
     assert rank_answers(model, inputs, ids, 0, keep=99).shape == (3,)
 
 
-@pytest.mark.parametrize("cls", [VqaTask, RetrievalTask])
+@pytest.mark.parametrize("cls", TASKS.values(), ids=TASKS)
 def test_a_task_trains_a_step_and_evaluates(cls: Any, tmp_path: Path) -> None:
     task = cls(SMALL, FEW, tmp_path)
     model = task.dense_model()
-    loss = model(**task.collate(list(task.train[:4]))).loss
+    batch = task.collate(list(task.train[:4]), random.Random(0))
+    loss = task.objective(model)(**batch)["loss"]
     loss.backward()
     assert loss.isfinite()
     done = []
     metrics = task.evaluate(model, lambda n, note="": done.append(n), batch_size=3)
     assert sum(done) == len(task.test)
     assert task.metric in metrics
-    assert all(0 <= value <= 1 for value in metrics.values())
+    assert all(value >= 0 for value in metrics.values())
     assert metrics == task.evaluate(model, lambda n, note="": None, batch_size=2)
     assert len(task.predict(model, list(task.test[:2]))) == 2
 
@@ -141,7 +143,7 @@ def test_the_label_is_what_most_people_say(tmp_path: Path) -> None:
 
 
 def test_real_formats_need_their_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="also needs annotations, images, questions"):
+    with pytest.raises(DataError, match=r"also needs questions, annotations, images.*data\.train"):
         VqaTask(SMALL, DataSpec(format="vqav2"), tmp_path)
     with pytest.raises(DataError, match="also needs captions, images"):
         RetrievalTask(SMALL, DataSpec(format="coco-captions"), tmp_path)

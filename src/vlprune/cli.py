@@ -123,6 +123,34 @@ def evaluate(
 
 
 @app.command()
+def scan(
+    folder: Annotated[Path, typer.Argument(help="A folder with a trained model.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A recipe with the data; default: in the folder, or the one above."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tower and kind can be cut how far, without training.
+
+    Example: vlprune scan demo-output/dense
+    """
+    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
+    found = recipe or next((place for place in places if place.exists()), places[0])
+    chosen = load_recipe(found, overrides or [])
+    from .run import scan_folder
+
+    body = scan_folder(folder, chosen, _Shown())
+    if as_json:
+        print(json.dumps(body))
+        return
+    _print_scan(body)
+
+
+@app.command()
 def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder for the result.")
@@ -151,8 +179,10 @@ def _run(recipe: Any, output: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    table = Table(*stage_header(report))
-    for row in stage_rows(report):
+    # one column a model, because a task may have more figures than a terminal has columns
+    names, *figures = zip(stage_header(report), *stage_rows(report), strict=True)
+    table = Table(*names)
+    for row in figures:
         table.add_row(*row)
     out.print(table)
     out.print(summary(report))
@@ -160,6 +190,25 @@ def _run(recipe: Any, output: Path, as_json: bool) -> None:
     out.print(
         f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original."
     )
+
+
+def _print_scan(body: dict[str, Any]) -> None:
+    shares = [f"{point['share']:.0%}" for point in body["parts"][0]["points"]]
+    out.print(
+        f"{body['model']}, {human(body['params'])} params: loss {body['loss']:.3f} on "
+        f"{body['test_items']} test items. Loss when only this part keeps:"
+    )
+    losses = Table("part", "units", *shares)
+    sizes = Table("part", *shares)
+    for row in body["parts"]:
+        points = row["points"]
+        losses.add_row(row["part"], str(row["units"]), *(f"{p['loss']:.3f}" for p in points))
+        shrunk = (percent(p["params"] / body["params"]) for p in points)
+        sizes.add_row(row["part"], *shrunk)
+    out.print(losses)
+    out.print("Params of the whole model that stay then:")
+    out.print(sizes)
+    out.print("Units go by |d loss / d gate|; nothing is trained, so retraining repairs a part.")
 
 
 def _print_description(body: dict[str, Any]) -> None:

@@ -32,11 +32,12 @@ from .plan import Plan
 from .progress import Progress
 from .recipe import Recipe, Training
 from .report import model_card
+from .scan import SHARES, scan
 from .tasks import TASKS, Task
 from .teacher import Taught
 from .train import fit, prepare
 
-__all__ = ["compress", "evaluate_folder", "make_task"]
+__all__ = ["compress", "evaluate_folder", "make_task", "scan_folder"]
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
@@ -291,6 +292,19 @@ def evaluate_folder(
     check_weights(folder)
     model = task.load(folder)
     return _evaluate(task, model, "evaluating", progress)
+
+
+def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
+    """What each part of the model in ``folder`` is worth, on the data of ``recipe``."""
+    progress = progress or Progress()
+    transformers.utils.logging.disable_progress_bar()
+    prepare(recipe.seed, recipe.threads)
+    task = make_task(recipe, folder / "data")
+    check_weights(folder)
+    model = task.load(folder)
+    towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
+    with progress.count("measuring", (len(towers) + 1) * len(SHARES)) as advance:
+        return scan(task, model, recipe.attention, advance=advance)
 
 
 def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Deterministic by seed. One call writes, for a train and a test split:
     annotations/dataset_shapes.json             Karpathy split file for both splits
     ade20k/images/{training|validation}/{id:012d}.jpg        ADE20K layout: pictures,
     ade20k/annotations/{training|validation}/{id:012d}.png   one class a pixel (0: none)
-    classes/{train|val}/{colour}-{shape}/{id:012d}.jpg       one object each, ImageNet layout
+    classes/{train|val}/{size}-{shape}/{id:012d}.jpg         one object each, ImageNet layout
     nlvr2/{train|dev}.json                      one statement about two images a line, NLVR2
     nlvr2/{train|dev}/{identifier}-img{0|1}.png their images
 
@@ -25,7 +25,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def write_shapes(
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
     root = Path(folder)
-    made = {"version": 2, "train": train, "test": test, "seed": seed, "side": side, "most": most}
+    made = {"version": 3, "train": train, "test": test, "seed": seed, "side": side, "most": most}
     note = root / "shapes.json"
     if note.exists() and note.read_text(encoding="utf-8") == json.dumps(made):
         return root  # nothing to do: same arguments, same bytes
@@ -259,8 +259,9 @@ def _write_split(
     pairs, notes = root / "nlvr2", root / "annotations"
     for made in (images, scenes, masks, pairs / pair_split, notes):
         made.mkdir(parents=True, exist_ok=True)
-    for colour, shape in itertools.product(COLOURS, SHAPES):
-        (classes / f"{colour}-{shape}").mkdir(parents=True, exist_ok=True)
+    kinds = list(itertools.product(SIZES, SHAPES))
+    for size, shape in kinds:
+        (classes / f"{size}-{shape}").mkdir(parents=True, exist_ok=True)
     listed, texts, boxes, asked, answered, refs, lines = [], [], [], [], [], [], []
     sentence_ids, before = itertools.count(), None
     for image_id in ids:
@@ -272,9 +273,12 @@ def _write_split(
         image.save(scenes / f"{image_id:012d}.jpg", quality=95)
         _mask(scene).save(masks / f"{image_id:012d}.png")
         alone = random.Random(f"{seed}/{image_id}/alone")
+        size, shape = kinds[image_id % len(kinds)]
         single = make_scene(alone, side, 1)
-        label = f"{single.things[0].colour}-{single.things[0].shape}"
-        draw(single, alone).save(classes / label / f"{image_id:012d}.jpg", quality=95)
+        thing = replace(single.things[0], shape=shape, size=size, radius=SIZES[size] * side)
+        draw(replace(single, things=(thing,)), alone).save(
+            classes / f"{size}-{shape}" / f"{image_id:012d}.jpg", quality=95
+        )
         listed.append({"id": image_id, "file_name": name, "width": side, "height": side})
         said = captions(scene, rng)
         texts += [
