@@ -18,7 +18,8 @@ from vlprune.testing import build
 TINY = [
     "data.train_items=12", "data.test_items=6", "train.steps=2", "search.steps=2",
     "retrain.steps=2", "train.batch_size=4", "search.batch_size=4", "retrain.batch_size=4",
-    "model.width=32", "model.heads=2", "model.vision_layers=1", "model.image_size=32",
+    "budget.params=0.5", "model.width=32", "model.heads=2", "model.vision_layers=1",
+    "model.image_size=32",
 ]  # fmt: skip
 DEMO = str(Path(cli.__file__).parent / "demo.yaml")
 
@@ -159,7 +160,11 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
     refused("ask for at least", "compress", DEMO, *TINY, "budget.params=0.02", "-o", out)
     assert not (tmp_path / "o" / "dense").exists()  # said before training, not after
     refused("Did you mean 'taylor'", "compress", DEMO, "method.name=tailor", "-o", out)
-    refused("Did you mean 'scope'", "compress", DEMO, "method.scop=global", "-o", out)
+    refused("Did you mean 'interval'", "compress", DEMO, "method.intervall=5", "-o", out)
+    refused("Did you mean 'logits'", "compress", DEMO, *TINY, "teacher.logit=1", "-o", out)
+    refused("no option 'queue'", "compress", DEMO, "options.queue=5", "-o", out)
+    refused("must be a list", "compress", DEMO, "skip=text", "-o", out)
+    refused("look like", "compress", DEMO, *TINY, "skip=[nothing.*]", "-o", out)
     refused("task must be one of", "compress", DEMO, "task=painting", "-o", out)
     refused("there is no recipe", "compress", str(tmp_path / "none.yaml"))
     refused("there is no folder", "inspect", str(tmp_path / "none") + "/")
@@ -201,35 +206,7 @@ def test_a_loss_that_is_no_number_ends_the_run(run: Any, tmp_path: Path) -> None
         "-o", str(tmp_path / "o"),
     )  # fmt: skip
     assert code == 2
-    assert "the loss became" in stderr
-
-
-def test_a_killed_training_goes_on_from_its_checkpoint(run: Any, tmp_path: Path) -> None:
-    steps = ["train.steps=6", "train.save_steps=2", "retrain.steps=0", "search.steps=1"]
-    out = tmp_path / "o"
-    code = (
-        "import os, signal, sys\n"
-        "from transformers import TrainerCallback\n"
-        "import vlprune.train as train\n"
-        "def on_step_end(self, args, state, control, **_):\n"
-        "    self.advance(1)\n"
-        "    if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train._Watch.on_step_end = on_step_end\n"
-        f"sys.argv = ['vlprune', 'compress', {DEMO!r}, *{[*TINY, *steps]!r}, '-o', {str(out)!r}]\n"
-        "from vlprune.cli import main\n"
-        "main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert done.returncode == -9
-    assert next((out / "checkpoints").iterdir()).name.startswith("train-")
-    code_, _, stderr = run("compress", DEMO, *TINY, *steps, "-o", str(out))
-    assert code_ == 0
-    assert "training 4/6" in stderr  # begins at the last checkpoint
-    whole = tmp_path / "whole"
-    assert run("compress", DEMO, *TINY, *steps, "-o", str(whole))[0] == 0
-    for folder in ("dense", "."):
-        a = (out / folder / "model.safetensors").read_bytes()
-        assert a == (whole / folder / "model.safetensors").read_bytes()
+    assert "the loss stopped being a finite number" in stderr
 
 
 def test_two_processes_make_one_folder_and_one_plan(tmp_path: Path) -> None:
@@ -268,3 +245,39 @@ def test_versions_agree() -> None:
     from importlib.metadata import version
 
     assert version("vlprune") == vlprune.__version__
+
+
+def test_scan_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
+    out = str(tmp_path / "o")
+    steps = ["search.steps=0", "retrain.steps=0", "method={name: random}"]
+    assert run("compress", DEMO, *TINY, *steps, "-o", out)[0] == 0
+    code, stdout, _ = run("scan", f"{out}/dense", "--json")
+    assert code == 0
+    body = json.loads(stdout)
+    parts = {row["part"]: row["points"] for row in body["parts"]}
+    assert {"vision attention", "vision ffn", "whole"} <= parts.keys()
+    for points in parts.values():
+        sizes = [point["params"] for point in points]
+        assert sizes == sorted(sizes, reverse=True)
+        assert all(size < body["params"] for size in sizes)
+    smallest = {name: points[-1]["params"] for name, points in parts.items()}
+    assert smallest["whole"] == min(smallest.values())
+    code, stdout, _ = run("scan", f"{out}/dense")
+    assert code == 0
+    assert max(map(len, stdout.splitlines())) <= 80
+    code, _, stderr = run("scan", str(tmp_path))
+    assert code == 2
+    assert "there is no recipe" in stderr
+
+
+def test_toy_needs_nothing_of_what_a_recipe_names(run: Any, tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "upop" / "nlvr2.yaml"
+    code, _, stderr = run("compress", str(recipe), "-o", str(tmp_path / "o"))
+    assert code == 2
+    assert "$BLIP_NLVR, which is not set" in stderr
+    few = ["train.steps=2", "search.steps=2", "retrain.steps=2"]
+    code, stdout, _ = run(
+        "compress", str(recipe), "--toy", "--json", *few, "-o", str(tmp_path / "o")
+    )
+    assert code == 0
+    assert json.loads(stdout)["method"] == "UPop"

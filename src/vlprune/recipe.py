@@ -181,7 +181,7 @@ TOY_SIZES: Mapping[str, Any] = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = False) -> Recipe:
     """The recipe in a YAML file, with ``key.key=value`` overrides applied.
 
-    ``toy`` makes it :meth:`Recipe.toy`; names that the environment lacks then do not matter.
+    ``toy`` makes it :meth:`Recipe.toy` first; names that the environment lacks do not matter then.
 
     Raises RecipeError for a file that cannot be read, an unknown key (with the closest known
     one) or a value of the wrong type; BudgetError for a budget that is none.
@@ -196,16 +196,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = Fal
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(body, dict):
         raise RecipeError(f"{path} must be a mapping of keys to values")
-    for override in overrides:
-        _override(body, override)
     if toy:
         for section in ("model", "data"):  # nothing of it is used, so it need not be there
             given = body.get(section)
             if isinstance(given, dict):
-                kept = {k: v for k, v in given.items() if k not in TOY_IGNORES}
-                body[section] = kept
-    recipe = typing.cast(Recipe, _build(Recipe, body, ""))
-    return recipe.toy() if toy else recipe
+                body[section] = {k: v for k, v in given.items() if k not in TOY_IGNORES}
+        small = typing.cast(Recipe, _build(Recipe, body, "")).toy()
+        body = yaml.safe_load(small.to_yaml())
+    for override in overrides:
+        _override(body, override)
+    return typing.cast(Recipe, _build(Recipe, body, ""))
 
 
 def _override(body: dict[str, Any], text: str) -> None:

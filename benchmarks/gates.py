@@ -1,0 +1,128 @@
+"""What a search costs: a gated training step beside the plain one, time and memory.
+
+    python benchmarks/gates.py [--batch 8] [--image 384] [--rounds 7] [--bf16]
+
+BLIP question answering at full size (12 + 12 + 12 layers of width 768, random weights), one
+optimizer step with AdamW, on the GPU where there is one. Plain and gated steps alternate in one
+process; a gated step includes UPop's own work (adding up gradients, and its decisions). Memory
+is the peak on a GPU; on a CPU what autograd keeps for the backward pass, by storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+import transformers as T
+
+import vlprune
+
+
+def kept_for_backward(run: Any) -> int:
+    """Bytes of all storages that autograd keeps in one forward pass."""
+    storages: dict[int, tuple[int, Any]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    total = sum(size for size, _ in storages.values())
+    del loss
+    return total
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--image", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--bf16", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = {"vocab_size": 30524, "num_hidden_layers": options.layers}
+    vision = {"image_size": options.image, "num_hidden_layers": options.layers}
+    model = T.BlipForQuestionAnswering(T.BlipConfig(vision_config=vision, text_config=text))
+    model = model.train().to(device)
+    batch = {
+        "pixel_values": torch.randn(options.batch, 3, options.image, options.image),
+        "input_ids": torch.randint(5, 2000, (options.batch, 20)),
+        "decoder_input_ids": torch.randint(5, 2000, (options.batch, 6)),
+        "labels": torch.randint(5, 2000, (options.batch, 6)),
+    }
+    batch = {name: value.to(device) for name, value in batch.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    compressor = vlprune.Compressor(model, vlprune.UPop(interval=50), {"params": 0.5})
+    compressor.detach()
+
+    def forward() -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            return model(**batch).loss
+
+    steps = 0
+
+    def step(gated: bool) -> None:
+        nonlocal steps
+        forward().backward()
+        if gated:
+            steps += 1
+            compressor.step(min(1.0, steps / 1000))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def clock(gated: bool) -> float:
+        if gated:
+            compressor.attach()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step(gated)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        if device.type == "cuda":
+            peaks[gated] = max(peaks[gated], torch.cuda.max_memory_allocated())
+        compressor.detach()
+        return seconds
+
+    peaks = {False: 0, True: 0}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for gated in (False, True):
+        clock(gated)
+    for _ in range(options.rounds):
+        for gated in (False, True):
+            seconds[gated].append(clock(gated))
+    if device.type == "cpu":
+        peaks[False] = kept_for_backward(forward)
+        compressor.attach()
+        peaks[True] = kept_for_backward(forward)
+        compressor.detach()
+        fixed = sum(p.numel() for p in model.parameters()) * 16  # weights, gradients, AdamW
+        peaks = {gated: size + fixed for gated, size in peaks.items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, "
+    print(f"{where} {torch.get_num_threads()} threads, batch {options.batch}, {options.image} px")
+    print("| step | median s | fastest s | memory GB |\n|---|---|---|---|")
+    for gated, name in ((False, "plain"), (True, "gated")):
+        values = seconds[gated]
+        print(
+            f"| {name} | {statistics.median(values):.3f} | {min(values):.3f} | "
+            f"{peaks[gated] / 1e9:.3f} |"
+        )
+    ratio = statistics.median(seconds[True]) / statistics.median(seconds[False])
+    pairs = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
+    print(f"time x {ratio:.3f} (pairs: {min(pairs):.3f} to {max(pairs):.3f}), ", end="")
+    print(f"memory x {peaks[True] / peaks[False]:.4f}")
+
+
+if __name__ == "__main__":
+    main()

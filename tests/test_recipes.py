@@ -1,0 +1,46 @@
+"""Every recipe of the paper's table, from end to end on generated data in its own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import vlprune
+from vlprune.recipe import load_recipe
+from vlprune.run import compress
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "upop").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipe_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "BLIP_NLVR",
+        "NLVR2",
+        "COCO",
+        "VQA",
+        "FLICKR30K",
+        "IMAGENET",
+        "SEGMENTER",
+        "ADE20K",
+    ):
+        monkeypatch.setenv(name, f"/data/{name}")
+    recipe = load_recipe(path)
+    assert recipe.method["name"] == "upop"
+    assert recipe.method["cost"] == "paper"
+    assert recipe.search.epochs >= 5
+    assert recipe.retrain.epochs >= 5
+    toy = load_recipe(path, toy=True)
+    assert toy.data.like == recipe.data.format
+    assert not toy.model.path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipe_runs_as_a_toy(path: Path, tmp_path: Path) -> None:
+    report = compress(load_recipe(path, ["threads=2"], toy=True), tmp_path)
+    assert set(report["metrics"]) == {"dense", "cut", "retrained"}
+    assert report["params"]["after"] < report["params"]["before"]
+    model = vlprune.load(tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]
