@@ -1,9 +1,9 @@
 """UPop against one-shot baselines, with the same number of training steps for each.
 
-    python benchmarks/upop.py vqa-scenes retrieval-scenes easy-vqa nlvr1 digits -o upop-runs
+    python benchmarks/upop.py vqa-scenes retrieval-scenes retrieval-scenes-short easy-vqa digits
 
 For every experiment a dense model is trained once (seed 0). Every method then starts from it
-and takes SEARCH + RETRAIN optimizer steps in all, whatever it does with them: Random and
+and takes search + retrain optimizer steps in all, whatever it does with them: Random and
 Magnitude cut at once and retrain all the while; Taylor watches the search steps, cuts, and
 retrains the rest; UPop searches progressively and retrains the rest. ``dense`` goes on training
 for as many steps without being cut. Seeds change the order of the data and Random's choice.
@@ -20,7 +20,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,35 @@ import torch
 from vlprune.progress import Progress
 from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
 from vlprune.run import _dense_key, compress, evaluate_folder
+from vlprune.tasks import TASKS
 
 DATA = os.environ.get("VLPRUNE_DATA", "")
 SMALL = ModelSpec(width=96, heads=4, vision_layers=3, text_layers=1)
 
 
-def experiment(
-    task: str, model: ModelSpec, data: DataSpec, dense: int, search: int, retrain: int, **more: Any
-) -> tuple[Recipe, int, int]:
-    """A recipe for the dense model, and how many steps the search and the retraining take."""
-    batch = more.pop("batch_size", 64)
-    recipe = Recipe(
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe for the dense model; steps and learning rate of what follows."""
+
+    recipe: Recipe
+    search: int = 100
+    retrain: int = 100
+    rate: float = 5e-4
+
+
+def dense_recipe(
+    task: str, model: ModelSpec, data: DataSpec, steps: int, options: Any = None
+) -> Recipe:
+    """How the dense model is trained."""
+    return Recipe(
         task=task,
         budget={"params": 1.0},
         method={"name": "random"},
         model=model,
         data=data,
-        train=Training(steps=dense, batch_size=batch, learning_rate=1e-3),
-        **more,
+        options=options or {},
+        train=Training(steps=steps, learning_rate=1e-3),
     )
-    return recipe, search, retrain
 
 
 def scenes(train: int, test: int, root: Path) -> DataSpec:
@@ -72,40 +81,42 @@ def digits(root: Path) -> DataSpec:
     return DataSpec(format="image-folder", folder=str(root / "digits"))
 
 
-def experiments(root: Path) -> dict[str, Any]:
-    """Each by name; made when called, because some write or need data."""
-    return {
-        "vqa-scenes": lambda: experiment("vqa", SMALL, scenes(4000, 600, root), 1200, 100, 100),
-        "retrieval-scenes": lambda: experiment(
-            "retrieval",
-            replace(SMALL, text_layers=2),
-            scenes(4000, 1000, root),
-            1200,
-            100,
-            100,
-        ),
-        "easy-vqa": lambda: experiment(
-            "vqa",
-            SMALL,
-            DataSpec(format="easy-vqa", folder=f"{DATA}/easy-vqa/train", test_items=1500),
-            1500,
-            100,
-            100,
-        ),
-        "nlvr1": lambda: experiment(
-            "reasoning", SMALL, DataSpec(format="nlvr1", folder=f"{DATA}/nlvr1"), 1500, 100, 100
-        ),
-        "digits": lambda: experiment(
-            "classification",
-            ModelSpec(width=96, heads=4, vision_layers=4, image_size=32, patch_size=8),
-            digits(root),
-            800,
-            100,
-            100,
-            options={"mixup": 0.2, "flip": False},
-        ),
-    }
+def vqa_scenes(root: Path) -> Recipe:
+    return dense_recipe("vqa", SMALL, scenes(4000, 600, root), 1200)
 
+
+def retrieval_scenes(root: Path) -> Recipe:
+    sizes = replace(SMALL, text_layers=2)
+    return dense_recipe("retrieval", sizes, scenes(4000, 1000, root), 1200)
+
+
+def easy_vqa(root: Path) -> Recipe:
+    data = DataSpec(format="easy-vqa", folder=f"{DATA}/easy-vqa/train", test_items=1500)
+    return dense_recipe("vqa", SMALL, data, 1500)
+
+
+def nlvr1(root: Path) -> Recipe:
+    return dense_recipe("reasoning", SMALL, DataSpec(format="nlvr1", folder=f"{DATA}/nlvr1"), 1500)
+
+
+def scikit_digits(root: Path) -> Recipe:
+    sizes = ModelSpec(width=96, heads=4, vision_layers=4, image_size=32, patch_size=8)
+    options = {"mixup": 0.2, "flip": False}
+    return dense_recipe("classification", sizes, digits(root), 800, options)
+
+
+EXPERIMENTS: dict[str, tuple[Any, Any]] = {
+    "vqa-scenes": (vqa_scenes, Experiment),
+    "retrieval-scenes": (retrieval_scenes, Experiment),
+    "retrieval-scenes-short": (
+        retrieval_scenes,
+        lambda recipe: Experiment(recipe, search=50, retrain=50, rate=1e-3),
+    ),
+    "easy-vqa": (easy_vqa, Experiment),
+    "nlvr1": (nlvr1, Experiment),
+    "digits": (scikit_digits, lambda recipe: Experiment(recipe, search=50, retrain=50)),
+}
+"""The recipe of the dense model, and what follows it."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -126,24 +137,16 @@ TEACHER = {
 }
 FEW = ("magnitude", "taylor", "upop")
 """What is compared at the ratios of ``--few``."""
-RATE = 5e-4  # of search and retraining
 
 
 def one_run(
-    name: str,
-    dense: Path,
-    start_metrics: dict[str, float],
-    recipe: Recipe,
-    search: int,
-    retrain: int,
-    ratio: float,
-    seed: int,
+    name: str, dense: Path, known: dict[str, float], what: Experiment, ratio: float, seed: int
 ) -> dict[str, Any]:
-    """Compress the dense model by the method ``name``; what it measured."""
+    """Compress the dense model, whose figures are ``known``, by the method ``name``."""
     chosen = dict(METHODS[name])
     watch = chosen.pop("watch", False)
-    batch = recipe.train.batch_size
-    whole = Training(steps=search + retrain, batch_size=batch, learning_rate=RATE, save_steps=0)
+    recipe, search, retrain = what.recipe, what.search, what.retrain
+    whole = Training(steps=search + retrain, learning_rate=what.rate, save_steps=0)
     start = replace(recipe, model=replace(recipe.model, path=str(dense)), seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.monotonic()
@@ -166,7 +169,7 @@ def one_run(
         )
         out = Path(scratch) / "out"  # with the dense model in it, it is not measured again
         shutil.copytree(dense, out / "dense")
-        note = {"key": _dense_key(this), "metrics": start_metrics, "history": []}
+        note = {"key": _dense_key(this), "metrics": known, "history": []}
         (out / "dense" / "vlprune-dense.json").write_text(json.dumps(note))
         report = compress(this, out, Progress())
     metric = report["metric"]
@@ -225,14 +228,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "results.jsonl"
-    known = experiments(options.out)
     for name in options.experiments:
-        recipe, search, retrain = known[name]()
-        folder = options.out / f"dense-{name}"
+        make, follow = EXPERIMENTS[name]
+        what: Experiment = follow(make(options.out))
+        folder = options.out / f"dense-{make.__name__}"
         if not (folder / "report.json").exists():
-            compress(recipe, folder)
+            compress(what.recipe, folder)
         dense = folder / "dense"
-        start = evaluate_folder(dense, recipe)
+        start = evaluate_folder(dense, what.recipe)
+        metric = TASKS[what.recipe.task].metric
         for ratio in options.ratios:
             for seed in options.seeds:
                 for method in FEW if ratio in options.few else options.methods:
@@ -242,10 +246,9 @@ def main() -> None:
                     done = [json.loads(line) for line in log.open()] if log.exists() else []
                     if any(key.items() <= row.items() for row in done):
                         continue
-                    row = one_run(method, dense, start, recipe, search, retrain, ratio, seed)
-                    first = next(iter(start)) if recipe.task != "retrieval" else "recall_mean"
+                    row = one_run(method, dense, start, what, ratio, seed)
                     with log.open("a") as file:
-                        file.write(json.dumps({**key, "start": start[first], **row}) + "\n")
+                        file.write(json.dumps({**key, "start": start[metric], **row}) + "\n")
                     print(name, method, ratio, seed, f"{row['metric']:.3f}", flush=True)
     print(table([json.loads(line) for line in log.open()]))
 

@@ -83,13 +83,21 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
         raise CheckpointError(f"{out} is a file: choose a folder for the result")
     try:
         return _compress(recipe, out, progress, started)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if _disk_is_full(error, out):
             raise CheckpointError(
                 f"the disk of {out} is full: free some space and run the same command again, it "
                 "goes on from the last complete checkpoint"
             ) from None
         raise
+
+
+def _disk_is_full(error: Exception, out: Path) -> bool:
+    """Whether that is the reason; torch reports a full disk as an unexpected file position."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return True
+    place = next((path for path in (out, *out.parents) if path.exists()), Path("."))
+    return shutil.disk_usage(place).free < 2**20
 
 
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
