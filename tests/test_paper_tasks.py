@@ -349,9 +349,37 @@ def test_unknown_options_are_refused(tmp_path: Path) -> None:
         SegmentationTask(SMALL, FEW, tmp_path, {"multi_scale": 1})
 
 
-def test_the_result_file_of_the_vqa_server(tmp_path: Path) -> None:
+def test_results_are_what_the_servers_take(tmp_path: Path) -> None:
     task = VqaTask(SMALL, FEW, tmp_path)
-    task.write_results(task.new_model(), tmp_path / "results.json")
-    rows = json.loads((tmp_path / "results.json").read_text())
+    rows = task.results(task.new_model())
     assert [row["question_id"] for row in rows] == [q.id for q in task.test]
     assert all(set(row) == {"question_id", "answer"} for row in rows)
+    captions = CaptioningTask(SMALL, FEW, tmp_path)
+    (row, *_) = captions.results(captions.new_model())
+    assert set(row) == {"image_id", "caption"}
+    assert row["image_id"] == 6  # the first test scene follows six for training
+    classes = ClassificationTask(SMALL, FEW, tmp_path)
+    (row, *_) = classes.results(classes.new_model())
+    assert row["prediction"] in classes.classes
+
+
+@pytest.mark.parametrize("family", ["blip_nlvr", "segmenter"])
+def test_auto_classes_know_our_models(family: str, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    import vlprune
+    from vlprune.testing import build
+
+    model = build(family).model
+    vlprune.save(vlprune.Compressor(model, vlprune.Magnitude(), {"params": 0.7}).finish(), tmp_path)
+    code = (
+        "import vlprune\nfrom transformers import AutoConfig, AutoModel\n"
+        f"model = AutoModel.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(model).__name__, sum(p.numel() for p in model.parameters()))\n"
+        f"assert type(model.config) is type(AutoConfig.from_pretrained({str(tmp_path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count = sum(p.numel() for p in model.parameters())
+    assert done.stdout.split() == [type(model).__name__, str(count)]

@@ -103,16 +103,20 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file for what the model says, as evaluation servers take it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a saved model on the test data of its recipe.
 
-    Example: vlprune evaluate small
+    Example: vlprune evaluate small --results answers.json
     """
     chosen = load_recipe(recipe or folder / "recipe.yaml", overrides or [])
     from .run import evaluate_folder
 
-    metrics = evaluate_folder(folder, chosen, _Shown())
+    metrics = evaluate_folder(folder, chosen, _Shown(), results)
     if as_json:
         print(json.dumps(metrics))
         return

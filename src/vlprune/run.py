@@ -121,7 +121,13 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
 
     def refuse_early(model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
-        compressor_for(model, method).detach()
+        intended = compressor_for(model, method)
+        intended.detach()
+        if intended.search.uses_gates and not recipe.search.on:
+            raise RecipeError(
+                f"the method {recipe.method['name']} watches a training: give search.steps or "
+                "search.epochs"
+            )
         rehearsal = compressor_for(model, Random(round_to=getattr(method, "round_to", 1)))
         rehearsal.plan()
         rehearsal.detach()
@@ -290,16 +296,26 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def evaluate_folder(
-    folder: Path, recipe: Recipe, progress: Progress | None = None
+    folder: Path, recipe: Recipe, progress: Progress | None = None, results: Path | None = None
 ) -> dict[str, float]:
-    """The metrics of the model in ``folder`` on the test data of ``recipe``."""
+    """The metrics of the model in ``folder`` on the test data of ``recipe``.
+
+    ``results`` is a JSON file for what the model says about each item, in the format of the
+    task's evaluation server where there is one.
+    """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     prepare(recipe.seed, recipe.threads)
     task = make_task(recipe, folder / "data")
     check_weights(folder)
     model = task.load(folder)
-    return _evaluate(task, model, "evaluating", progress)
+    metrics = _evaluate(task, model, "evaluating", progress)
+    if results is not None:
+        try:
+            results.write_text(json.dumps(task.results(model)) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {results}: {error.strerror}") from None
+    return metrics
 
 
 def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:

@@ -153,6 +153,7 @@ def fit(
             logging_nan_inf_filter=False,  # it would log a NaN as a good loss
             report_to=report_to,
             remove_unused_columns=False,
+            ddp_broadcast_buffers=False,  # every rank makes the same ones
             dataloader_drop_last=len(items) >= spec.batch_size,
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),

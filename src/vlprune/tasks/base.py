@@ -151,6 +151,17 @@ class Task(ABC):
     def predict(self, model: Any, items: list[Any]) -> list[str]:
         """What the model says about each item, for a person to compare."""
 
+    def results(self, model: Any) -> list[dict[str, Any]]:
+        """What the model says about each test item, as the task's evaluation server takes it."""
+        said: list[str] = []
+        for start in range(0, len(self.test), 64):
+            said += self.predict(model, list(self.test[start : start + 64]))
+        return [self.result(item, text) for item, text in zip(self.test, said, strict=True)]
+
+    def result(self, item: Any, said: str) -> dict[str, Any]:
+        """One entry of :meth:`results`."""
+        return {"item": str(getattr(item, "image", getattr(item, "id", ""))), "prediction": said}
+
     def auto_processor(self, path: str) -> Any:
         """The processor that belongs to a saved model."""
         return AutoProcessor.from_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -86,6 +87,11 @@ class CaptioningTask(Task):
             said += self.predict(model, items)
             advance(len(items))
         return caption_scores(said, [item.captions for item in self.test])
+
+    def result(self, item: CaptionedImage, said: str) -> dict[str, Any]:
+        """COCO's: the number at the end of the file's name, and the caption."""
+        digits = re.search(r"(\d+)$", item.image.stem)
+        return {"image_id": int(digits[1]) if digits else item.image.name, "caption": said}
 
     @torch.no_grad()
     def predict(self, model: Any, items: list[CaptionedImage]) -> list[str]:
