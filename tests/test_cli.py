@@ -163,6 +163,7 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
     refused("Did you mean 'interval'", "compress", DEMO, "method.intervall=5", "-o", out)
     refused("Did you mean 'logits'", "compress", DEMO, *TINY, "teacher.logit=1", "-o", out)
     refused("no option 'queue'", "compress", DEMO, "options.queue=5", "-o", out)
+    refused("fp16 needs a GPU", "compress", DEMO, *TINY, "search.fp16=true", "-o", out)
     refused("give search.steps", "compress", DEMO, *TINY, "search.steps=0", "-o", out)
     refused("must be a list", "compress", DEMO, "skip=text", "-o", out)
     refused("look like", "compress", DEMO, *TINY, "skip=[nothing.*]", "-o", out)

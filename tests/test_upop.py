@@ -403,6 +403,15 @@ def test_a_trainer_in_fp16_passes_the_scale_on() -> None:
     assert seen == [64.0]
 
 
+def test_gates_follow_the_model_to_another_device() -> None:
+    sample = build("vit")
+    compressor = vlprune.Compressor(sample.model, vlprune.UPop(), {"params": 0.7})
+    sample.model.to("meta")  # as a Trainer moves it to a GPU, after the compressor was made
+    sample.model(pixel_values=sample.inputs["pixel_values"].to("meta"))
+    assert {gate.device.type for gate in compressor._gates.values()} == {"meta"}
+    assert all(gate.is_leaf and gate.requires_grad for gate in compressor._gates.values())
+
+
 def test_a_structure_without_gradient_is_named() -> None:
     sample = build("clip")
     compressor = vlprune.Compressor(sample.model, vlprune.UPop(), {"params": 0.7})

@@ -100,7 +100,7 @@ class Compressor:
         self._verification: Any = None
         self._gates: dict[str, Tensor] = {}
         self._unreached = {s.name for s in structures} if self.search.uses_gates else set()
-        self._hooks = ExitStack()
+        self._hooks, self._gating = ExitStack(), ExitStack()
         self._seen: dict[str, Any] | None = None
         self._attached = False
         self.attach()
@@ -119,7 +119,8 @@ class Compressor:
             for structure in self.structures:
                 gate = torch.ones(structure.size, device=device, requires_grad=True)
                 self._gates.setdefault(structure.name, gate)
-            self._hooks.enter_context(gated(self.model, self.structures, self._gates))
+            self._hooks.callback(self._gating.close)
+            self._gating.enter_context(gated(self.model, self.structures, self._gates))
             self._set_gates(0.0)
 
     def detach(self) -> None:
@@ -197,12 +198,24 @@ class Compressor:
             self._gates[name].copy_(values)
 
     def _remember(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the first batch as the probe for the proof at the end."""
+        """Keep the first batch as the probe for the proof at the end; gates follow the model."""
+        self._follow()
         if self._seen is None and not args:
             self._seen = {
                 name: value.detach().clone() if isinstance(value, Tensor) else value
                 for name, value in kwargs.items()
             }
+
+    def _follow(self) -> None:
+        """Move the gates to where the model is now: a Trainer moves it after we have seen it."""
+        device = next(self.model.parameters()).device
+        if all(gate.device == device for gate in self._gates.values()):
+            return
+        self._gating.close()
+        self._gates = {
+            name: gate.detach().to(device).requires_grad_() for name, gate in self._gates.items()
+        }
+        self._gating.enter_context(gated(self.model, self.structures, self._gates))
 
     def callback(self) -> TrainerCallback:
         """The same as :meth:`step`, for the Hugging Face Trainer."""

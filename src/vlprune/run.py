@@ -103,6 +103,9 @@ def _disk_is_full(error: Exception, out: Path) -> bool:
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
     prepare(recipe.seed, recipe.threads)
     method = make_method(recipe.method)
+    for spec in (recipe.train, recipe.search, recipe.retrain):
+        if spec.fp16 and not torch.cuda.is_available():
+            raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
     processes = PartialState(cpu=not torch.cuda.is_available())
     progress.phase("reading data")
     with processes.main_process_first():
