@@ -1,6 +1,6 @@
 """UPop against one-shot baselines, with the same number of training steps for each.
 
-    python benchmarks/upop.py vqa-scenes retrieval-scenes retrieval-scenes-short easy-vqa digits
+    python benchmarks/upop.py vqa-scenes retrieval-scenes easy-vqa digits -o upop-runs
 
 For every experiment a dense model is trained once (seed 0). Every method then starts from it
 and takes search + retrain optimizer steps in all, whatever it does with them: Random and
@@ -42,7 +42,8 @@ class Experiment:
     recipe: Recipe
     search: int = 100
     retrain: int = 100
-    rate: float = 5e-4
+    rate: float = 1e-3
+    decay: str = "constant"  # of the search; retraining decays by a cosine
 
 
 def dense_recipe(
@@ -106,12 +107,8 @@ def scikit_digits(root: Path) -> Recipe:
 
 
 EXPERIMENTS: dict[str, tuple[Any, Any]] = {
-    "vqa-scenes": (vqa_scenes, Experiment),
+    "vqa-scenes": (vqa_scenes, lambda recipe: Experiment(recipe, rate=5e-4, decay="cosine")),
     "retrieval-scenes": (retrieval_scenes, Experiment),
-    "retrieval-scenes-short": (
-        retrieval_scenes,
-        lambda recipe: Experiment(recipe, search=50, retrain=50, rate=1e-3),
-    ),
     "easy-vqa": (easy_vqa, Experiment),
     "nlvr1": (nlvr1, Experiment),
     "digits": (scikit_digits, lambda recipe: Experiment(recipe, search=50, retrain=50)),
@@ -163,7 +160,7 @@ def one_run(
             budget={"params": ratio},
             method=method,
             train=Training(),
-            search=replace(whole, steps=search) if watch else Training(),
+            search=replace(whole, steps=search, decay=what.decay) if watch else Training(),
             retrain=replace(whole, steps=retrain if watch else search + retrain),
             teacher=TEACHER[recipe.task] if chosen.get("teacher") else {},
         )

@@ -53,9 +53,12 @@ class DataSpec:
     test_items: int = 0
 
 
+DECAYS = ("cosine", "constant")
+
+
 @dataclass(frozen=True)
 class Training:
-    """One phase of training: AdamW with warm-up and cosine decay, by the Trainer.
+    """One phase of training by the Trainer: AdamW, warm-up, ``cosine`` or ``constant`` decay.
 
     It takes ``steps`` optimizer steps, or ``epochs`` passes over the data where ``steps`` is 0.
     ``warmup`` is a fraction of them; ``batch_size`` is per process, and ``accumulate`` batches
@@ -71,11 +74,19 @@ class Training:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
+    decay: str = "cosine"
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     save_steps: int = 500
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise RecipeError(
+                f"decay must be one of {', '.join(DECAYS)}, not {self.decay!r}."
+                f"{did_you_mean(self.decay, DECAYS)}"
+            )
 
     @property
     def on(self) -> bool:

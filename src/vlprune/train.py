@@ -139,7 +139,7 @@ def fit(
             learning_rate=spec.learning_rate,
             weight_decay=spec.weight_decay,
             warmup_steps=round(spec.warmup * steps),
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="cosine" if spec.decay == "cosine" else "constant_with_warmup",
             max_grad_norm=1.0,
             bf16=spec.bf16,
             fp16=spec.fp16,
