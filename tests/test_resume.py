@@ -101,7 +101,12 @@ def whole(recipe: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("place", PLACES)
+SLOW = ("training, step 3", "while the cut model is evaluated", "after the last step")
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PLACES]
+)
 def test_a_killed_run_ends_with_the_same_bits(
     place: str, recipe: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -343,10 +343,9 @@ def test_gradient_checkpointing_makes_the_same_decisions() -> None:
     assert thrifty.plan() == plain.plan()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_makes_the_same_decisions(backend: str) -> None:
+def test_torch_compile_makes_the_same_decisions() -> None:
     plain, _ = searched("vit_labelled")
-    compiled, _ = searched("vit_labelled", wrap=lambda m: torch.compile(m, backend=backend))
+    compiled, _ = searched("vit_labelled", wrap=lambda m: torch.compile(m, backend="aot_eager"))
     assert relative(compiled, plain) < 1e-5
     assert compiled.plan() == plain.plan()
 

@@ -368,6 +368,7 @@ class CompressorCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.attach()
+        self.compressor._follow()  # an objective may never call the model's own forward
         if state.global_step > 0:  # the Trainer goes on from a checkpoint
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is None:
