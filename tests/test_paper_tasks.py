@@ -322,6 +322,16 @@ def test_momentum_features_pass_through_the_gates(tmp_path: Path) -> None:
     compressor.detach()
 
 
+def test_a_batch_of_one_image_teaches_no_false_negatives(tmp_path: Path) -> None:
+    task, _, objective = contrast(tmp_path, BlipRetrievalTask)
+    asked = []
+    match = objective.features.match
+    objective.features.match = lambda *args: asked.append(args) or match(*args)
+    for items, pairs in ((list(task.train[:1]) * 2, 2), (list(task.train[:2]), 6)):
+        objective(**task.collate(items, random.Random(0)))["loss"].backward()
+        assert len(asked.pop()[0]) == pairs  # each pair, and two negatives where there are any
+
+
 def test_reranking_uses_the_matching_head(tmp_path: Path) -> None:
     task, model, _ = contrast(tmp_path, BlipRetrievalTask)
     plain = BlipRetrievalTask(SMALL, FEW, tmp_path, {"rerank": 1})

@@ -298,6 +298,15 @@ def _read_note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
+def _open_folder(folder: Path, recipe: Recipe) -> tuple[Task, Any]:
+    """The task of ``recipe`` and the model in ``folder``."""
+    transformers.utils.logging.disable_progress_bar()
+    prepare(recipe.seed, recipe.threads)
+    task = make_task(recipe, folder / "data")
+    check_weights(folder)
+    return task, task.load(folder)
+
+
 def evaluate_folder(
     folder: Path, recipe: Recipe, progress: Progress | None = None, results: Path | None = None
 ) -> dict[str, float]:
@@ -307,11 +316,7 @@ def evaluate_folder(
     task's evaluation server where there is one.
     """
     progress = progress or Progress()
-    transformers.utils.logging.disable_progress_bar()
-    prepare(recipe.seed, recipe.threads)
-    task = make_task(recipe, folder / "data")
-    check_weights(folder)
-    model = task.load(folder)
+    task, model = _open_folder(folder, recipe)
     metrics = _evaluate(task, model, "evaluating", progress)
     if results is not None:
         try:
@@ -324,11 +329,7 @@ def evaluate_folder(
 def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """What each part of the model in ``folder`` is worth, on the data of ``recipe``."""
     progress = progress or Progress()
-    transformers.utils.logging.disable_progress_bar()
-    prepare(recipe.seed, recipe.threads)
-    task = make_task(recipe, folder / "data")
-    check_weights(folder)
-    model = task.load(folder)
+    task, model = _open_folder(folder, recipe)
     towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
     with progress.count("measuring", (len(towers) + 1) * len(SHARES)) as advance:
         return scan(task, model, recipe.attention, advance=advance)

@@ -162,10 +162,6 @@ class Task(ABC):
         """One entry of :meth:`results`."""
         return {"item": str(getattr(item, "image", getattr(item, "id", ""))), "prediction": said}
 
-    def auto_processor(self, path: str) -> Any:
-        """The processor that belongs to a saved model."""
-        return AutoProcessor.from_pretrained(path)
-
     def load(self, path: str | Path) -> Any:
         """The model in a folder or on the hub, for this task."""
         return self.model_type().from_pretrained(path)
@@ -185,7 +181,7 @@ class Task(ABC):
         if not self.model_spec.path:
             return self.new_processor()
         try:
-            return self.auto_processor(self.model_spec.path)
+            return AutoProcessor.from_pretrained(self.model_spec.path)
         except (OSError, ValueError) as error:
             raise UnsupportedError(
                 f"cannot load a processor from {self.model_spec.path}: {_first_line(error)}"

@@ -16,7 +16,7 @@ from ..data.pictures import LabelledImage, read_image_folder
 from ..errors import DataError, UnsupportedError
 from ..trainee import Trainee
 from .base import Advance, Task
-from .new_models import vit_settings
+from .new_models import vit_processor, vit_settings
 
 __all__ = ["ClassificationTask", "SoftTargets"]
 
@@ -53,15 +53,7 @@ class ClassificationTask(Task):
             raise DataError(f"the test images have a class without training images: {min(unknown)}")
 
     def new_processor(self) -> Any:
-        from transformers import ViTImageProcessor
-
-        side = self.model_spec.image_size
-        return ViTImageProcessor(size={"height": side, "width": side})
-
-    def auto_processor(self, path: str) -> Any:
-        from transformers import AutoImageProcessor
-
-        return AutoImageProcessor.from_pretrained(path)
+        return vit_processor(self.model_spec)
 
     def model_type(self) -> Any:
         from transformers import DeiTForImageClassification

@@ -169,16 +169,17 @@ class MomentumContrast(Trainee):
         """The matching loss on each pair, and on a hard negative either way."""
         with torch.no_grad():
             other = keys[:, None] != keys[None]
-            if not bool(other.any(1).all()):  # a batch of one image has no negatives
-                wrong_text = wrong_image = torch.arange(len(keys), device=keys.device).roll(1)
+            if not bool(other.any()):  # a batch of one image has no negatives
+                wrong_text = wrong_image = keys.new_zeros(0)
             else:
                 wrong_text = (similarities.softmax(1) * other + 1e-9 * other).multinomial(1)[:, 0]
                 weights = similarities.T.softmax(1) * other + 1e-9 * other
                 wrong_image = weights.multinomial(1)[:, 0]
+        kept = len(wrong_text)
         logits = self.features.match(
-            torch.cat([ids, ids[wrong_text], ids]),
-            torch.cat([mask, mask[wrong_text], mask]),
-            torch.cat([states, states, states[wrong_image]]),
+            torch.cat([ids, ids[wrong_text], ids[:kept]]),
+            torch.cat([mask, mask[wrong_text], mask[:kept]]),
+            torch.cat([states, states[:kept], states[wrong_image]]),
         )
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         labels[: len(ids)] = 1

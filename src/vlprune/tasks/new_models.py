@@ -14,6 +14,7 @@ __all__ = [
     "blip_processor",
     "clip_config",
     "clip_processor",
+    "vit_processor",
     "vit_settings",
     "word_tokenizer",
 ]
@@ -29,6 +30,13 @@ def vit_settings(spec: ModelSpec) -> dict[str, Any]:
         "image_size": spec.image_size,
         "patch_size": spec.patch_size,
     }
+
+
+def vit_processor(spec: ModelSpec) -> Any:
+    """An image processor for a vision transformer alone."""
+    from transformers import ViTImageProcessor
+
+    return ViTImageProcessor(size={"height": spec.image_size, "width": spec.image_size})
 
 
 def blip_config(spec: ModelSpec, tokenizer: Any) -> Any:

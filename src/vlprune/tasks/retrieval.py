@@ -181,10 +181,16 @@ class BlipRetrievalTask(RetrievalTask):
         """Scores (images, texts) for each way, with the best ordered by matching as well."""
         captions = [caption for item in self.test for caption in item.captions]
         features = BlipFeatures(model).to(model.device)
+        # every image is looked at once; its states wait in the main memory
+        seen = [
+            model.vision_model(self.pixels([item.image]).to(model.device))
+            .last_hidden_state[0]
+            .cpu()
+            for item in self.test
+        ]
 
         def matched(images: Sequence[int], texts: Sequence[int]) -> Tensor:
-            chosen = [self.test[i].image for i in images]
-            states = model.vision_model(self.pixels(chosen).to(model.device)).last_hidden_state
+            states = torch.stack([seen[i] for i in images]).to(model.device)
             ids = {
                 k: v.to(model.device) for k, v in self._text([captions[t] for t in texts]).items()
             }

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from ..data.files import open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from .base import Advance, Task
-from .new_models import vit_settings
+from .new_models import vit_processor, vit_settings
 
 __all__ = ["SegmentationTask", "windows"]
 
@@ -45,15 +45,7 @@ class SegmentationTask(Task):
         return read_ade20k(part["images"], part["masks"])
 
     def new_processor(self) -> Any:
-        from transformers import ViTImageProcessor
-
-        side = self.model_spec.image_size
-        return ViTImageProcessor(size={"height": side, "width": side})
-
-    def auto_processor(self, path: str) -> Any:
-        from transformers import AutoImageProcessor
-
-        return AutoImageProcessor.from_pretrained(path)
+        return vit_processor(self.model_spec)
 
     def model_type(self) -> Any:
         from ..models import SegmenterForSemanticSegmentation
