@@ -67,7 +67,11 @@ def _register_configs(auto: Any) -> None:
         auto.CONFIG_MAPPING.register(model_type, _Later(name), exist_ok=True)
 
 
-MODEL_TYPES = {"blip_nlvr": "BlipNlvrConfig", "segmenter": "SegmenterConfig"}
+MODEL_TYPES = {
+    "blip_nlvr": "BlipNlvrConfig",
+    "mdetr": "MdetrConfig",
+    "segmenter": "SegmenterConfig",
+}
 
 
 class _Later:

@@ -11,6 +11,11 @@ Split = Mapping[str, str]
 
 STANDARD: dict[str, tuple[Split, Split]] = {
     "easy-vqa": ({"folder": ".", "split": "train"}, {"folder": ".", "split": "test"}),
+    "coco2017": (
+        {"instances": "annotations/instances_train2017.json", "images": "train2017"},
+        {"instances": "annotations/instances_val2017.json", "images": "val2017"},
+    ),
+    "nlvr1-objects": ({"folder": ".", "split": "train"}, {"folder": ".", "split": "test"}),
     "nlvr1": ({"folder": ".", "split": "train"}, {"folder": ".", "split": "test"}),
     "image-folder": ({"folder": "train"}, {"folder": "val"}),
     "ade20k": (
@@ -36,6 +41,28 @@ def _generated(split: str, subtype: str, pairs: str, part: str, classes: str) ->
             "questions": f"annotations/questions_{subtype}.json",
             "annotations": f"annotations/answers_{subtype}.json",
             "images": "images",
+        },
+        "mdetr": {
+            "annotations": f"annotations/mdetr_{subtype}.json",
+            "images": f"images/{subtype}",
+        },
+        "mdetr-captions": {
+            "annotations": f"annotations/captions_mdetr_{subtype}.json",
+            "images": f"images/{subtype}",
+        },
+        "refer": {
+            "refs": f"annotations/refs_{subtype}.json",
+            "instances": f"annotations/instances_{subtype}.json",
+            "images": f"images/{subtype}",
+            "split": split,
+        },
+        "coco-instances": {
+            "instances": f"annotations/instances_{subtype}.json",
+            "images": f"images/{subtype}",
+        },
+        "gqa": {
+            "questions": f"annotations/gqa_{subtype}.json",
+            "images": f"images/{subtype}",
         },
         "nlvr2": {"statements": f"nlvr2/{pairs}.json", "images": f"nlvr2/{pairs}"},
         "ade20k": {

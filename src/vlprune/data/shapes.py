@@ -8,6 +8,9 @@ Deterministic by seed. One call writes, for a train and a test split:
     annotations/questions_{subtype}.json        VQAv2 questions
     annotations/answers_{subtype}.json          VQAv2 annotations, ten answers each
     annotations/refs_{subtype}.json             referring expressions, refer layout
+    annotations/mdetr_{subtype}.json            the same in MDETR's layout
+    annotations/captions_mdetr_{subtype}.json   captions whose every phrase has its box, the same
+    annotations/gqa_{subtype}.json              questions in GQA's layout
     annotations/dataset_shapes.json             Karpathy split file for both splits
     ade20k/images/{training|validation}/{id:012d}.jpg        ADE20K layout: pictures,
     ade20k/annotations/{training|validation}/{id:012d}.png   one class a pixel (0: none)
@@ -211,7 +214,7 @@ def write_shapes(
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
     root = Path(folder)
-    made = {"version": 3, "train": train, "test": test, "seed": seed, "side": side, "most": most}
+    made = {"version": 4, "train": train, "test": test, "seed": seed, "side": side, "most": most}
     note = root / "shapes.json"
     if note.exists() and note.read_text(encoding="utf-8") == json.dumps(made):
         return root  # nothing to do: same arguments, same bytes
@@ -264,6 +267,7 @@ def _write_split(
         (classes / f"{size}-{shape}").mkdir(parents=True, exist_ok=True)
     listed, texts, boxes, asked, answered, refs, lines = [], [], [], [], [], [], []
     sentence_ids, before = itertools.count(), None
+    named, told, gqa = _MdetrFile(), _MdetrFile(), {}
     for image_id in ids:
         rng = random.Random(f"{seed}/{image_id}")
         scene = make_scene(rng, side, most)
@@ -290,9 +294,12 @@ def _write_split(
         for number, (question, answer, kind) in enumerate(questions(scene, rng)):
             key = image_id * 100 + number
             asked.append({"image_id": image_id, "question": question, "question_id": key})
+            gqa[str(key)] = _gqa_entry(name, question, answer, kind)
             answered.append(_vqa_annotation(key, image_id, question, answer, kind))
         for number, text in references(scene):
             refs.append(_reference(image_id, number, text, split, next(sentence_ids)))
+            named.add(listed[-1], text, [(number, 0, len(text))], boxes)
+        told.add(listed[-1], *_told(scene, random.Random(f"{seed}/{image_id}/told")), boxes)
         if before is not None and image_id % 2 == 1:
             sentence, truth = statement(before[0], scene, rng)
             lines.append(
@@ -316,8 +323,77 @@ def _write_split(
     _dump(notes / f"questions_{subtype}.json", {"data_subtype": subtype, "questions": asked})
     _dump(notes / f"answers_{subtype}.json", {"data_subtype": subtype, "annotations": answered})
     _dump(notes / f"refs_{subtype}.json", refs)
+    _dump(notes / f"mdetr_{subtype}.json", named.body(categories))
+    _dump(notes / f"captions_mdetr_{subtype}.json", told.body(categories))
+    _dump(notes / f"gqa_{subtype}.json", gqa)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (pairs / f"{pair_split}.json").write_text(text, encoding="utf-8")
+
+
+class _MdetrFile:
+    """Texts and the boxes that their characters name, in MDETR's annotation layout."""
+
+    def __init__(self) -> None:
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        image: dict[str, Any],
+        text: str,
+        spans: list[tuple[int, int, int]],
+        instances: list[dict[str, Any]],
+    ) -> None:
+        """A text about ``image``; ``spans`` are (object number, first character, end)."""
+        key = len(self.images)
+        entry = {**image, "id": key, "original_img_id": image["id"], "caption": text}
+        self.images.append({**entry, "dataset_name": "shapes", "tokens_negative": [[0, len(text)]]})
+        boxes = {b["id"]: b for b in instances[-8:]}
+        for number, start, end in spans:
+            box = boxes[image["id"] * 10 + number]
+            part = {k: box[k] for k in ("area", "iscrowd", "category_id", "bbox")}
+            own = {"id": len(self.annotations), "image_id": key, "original_id": box["id"]}
+            self.annotations.append({**part, **own, "tokens_positive": [[start, end]]})
+
+    def body(self, categories: list[dict[str, Any]]) -> dict[str, Any]:
+        """The file."""
+        return {
+            "info": {},
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": categories,
+        }
+
+
+def _told(scene: Scene, rng: random.Random) -> tuple[str, list[tuple[int, int, int]]]:
+    """A caption that names every object, and (object number, first character, end) of each."""
+    text, spans = "", []
+    for number in rng.sample(range(len(scene.things)), len(scene.things)):
+        text += " and a " if text else "a "
+        start, phrase = len(text), scene.things[number].phrase
+        text += phrase
+        spans.append((number, start, len(text)))
+    return text, spans
+
+
+def _gqa_entry(name: str, question: str, answer: str, kind: str) -> dict[str, Any]:
+    """A question as GQA has it; semantic types by what is asked for."""
+    if kind == "yes/no":
+        structural, semantic = "verify", "obj"
+    else:
+        structural = "query"
+        semantic = {"what color": "attr", "what shape": "cat"}.get(
+            " ".join(question.split()[:2]), "global"
+        )
+    return {
+        "imageId": name.removesuffix(".jpg"),
+        "question": question,
+        "answer": answer,
+        "isBalanced": True,
+        "types": {"structural": structural, "semantic": semantic, "detailed": semantic},
+        "fullAnswer": answer,
+        "semantic": [],
+    }
 
 
 def _dump(path: Path, value: Any) -> None:

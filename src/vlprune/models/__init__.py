@@ -11,19 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .blip_nlvr import BlipForVisualReasoning
-    from .configs import BlipNlvrConfig, SegmenterConfig
+    from .configs import BlipNlvrConfig, MdetrConfig, SegmenterConfig
+    from .mdetr import MdetrForGrounding
     from .segmenter import SegmenterForSemanticSegmentation
 
 __all__ = [
     "MODELS",
     "BlipForVisualReasoning",
     "BlipNlvrConfig",
+    "MdetrConfig",
+    "MdetrForGrounding",
     "SegmenterConfig",
     "SegmenterForSemanticSegmentation",
 ]
 
-_HOME = {"BlipForVisualReasoning": "blip_nlvr", "SegmenterForSemanticSegmentation": "segmenter"}
-_CONFIGS = ("BlipNlvrConfig", "SegmenterConfig")
+_HOME = {
+    "BlipForVisualReasoning": "blip_nlvr",
+    "MdetrForGrounding": "mdetr",
+    "SegmenterForSemanticSegmentation": "segmenter",
+}
+_CONFIGS = ("BlipNlvrConfig", "MdetrConfig", "SegmenterConfig")
 
 
 class _Models(Mapping[str, Any]):

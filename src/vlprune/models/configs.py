@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
+from transformers.configuration_utils import SubConfigSpec
 from transformers.models.blip.configuration_blip import BlipConfig
+from transformers.models.detr.configuration_detr import DetrConfig
 from transformers.models.vit.configuration_vit import ViTConfig
 
-__all__ = ["BlipNlvrConfig", "SegmenterConfig"]
+__all__ = ["BlipNlvrConfig", "MdetrConfig", "SegmenterConfig"]
 
 
 class BlipNlvrConfig(BlipConfig):
@@ -29,6 +31,34 @@ class SegmenterConfig(ViTConfig):
     semantic_loss_ignore_index: int = 255
 
 
+class MdetrConfig(DetrConfig):
+    """A DetrConfig, the text encoder, and what MDETR adds.
+
+    ``backbone_config`` is a convolutional backbone (ResNet) or a vision transformer (DeiT, ViT:
+    ViTMDETR). ``text_positions`` are the tokens a query can stand for, the last one meaning "no
+    object". ``answer_heads`` maps each answer head of question answering to its number of classes.
+    """
+
+    model_type = "mdetr"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="resnet", init_kwargs={"out_features": ["stage4"]}
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="roberta"),
+    }
+
+    text_config: dict | Any | None = None
+    text_positions: int = 256
+    alignment_size: int = 64
+    alignment_temperature: float = 0.07
+    answer_heads: dict | None = None
+    auxiliary_loss: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.answer_heads = self.answer_heads or {}
+        super().__post_init__(use_timm_backbone=False, **kwargs)
+
+
 class _Later:
     """Stands for a model class that is imported when it is used."""
 
@@ -42,5 +72,6 @@ class _Later:
 for _config, _name in (
     (BlipNlvrConfig, "BlipForVisualReasoning"),
     (SegmenterConfig, "SegmenterForSemanticSegmentation"),
+    (MdetrConfig, "MdetrForGrounding"),
 ):
     AutoModel.register(_config, _Later(_name, _config), exist_ok=True)
