@@ -42,9 +42,13 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
     own = {structure.name: structure for structure in description}
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     cut, keep, unknown = [], {}, []
-    for name, units in record.plan.keep.items():
+
+    def find(name: str) -> Structure | None:
         candidates = (name, prefix + name, name.removeprefix(prefix))
-        found = next((own[c] for c in candidates if c in own), None)
+        return next((own[c] for c in candidates if c in own), None)
+
+    for name, units in record.plan.keep.items():
+        found = find(name)
         if found is None:
             unknown.append(name)
             continue
@@ -60,7 +64,17 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
             f"this {type(model).__name__} has no {unknown[0]!r}, which its vlprune section cuts: "
             "it was written by another version of transformers or vlprune; use that one"
         )
-    return cut, replace(record.plan, keep=keep)
+    share = {}
+    for name, (source, *units) in record.plan.share.items():
+        target, giver = find(name), find(source)
+        if target is not None and giver is None:
+            raise CheckpointError(
+                f"{name} takes weights from {source}, which a {type(model).__name__} does not "
+                "have: load the whole model, call vlprune.materialize on it, and save that"
+            )
+        if target is not None and giver is not None:
+            share[target.name] = (giver.name, *units)
+    return cut, replace(record.plan, keep=keep, share=share)
 
 
 def save(

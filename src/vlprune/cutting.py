@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError, UnsupportedError, VerificationError
+from .errors import PlanError, VerificationError
 from .gate import evaluating, gated
 from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
 from .record import read_record, record_of, write_record
 from .registry import native_forward
+from .share import Tie, check_shares, is_shared, mixed, moved, tie, ties_of, untie
 from .structure import Description, Structure
 from .units import owner_of, positions, span
 
@@ -43,7 +44,8 @@ def rewrite(
     """The same model object, really smaller.
 
     Everything is checked before the first weight is touched. Parameters are replaced one
-    by one, so no second copy of the model is held. With ``verify`` (inputs for one forward
+    by one, so no second copy of the model is held. Units that the plan shares are stored once
+    afterwards (:mod:`vlprune.share`). With ``verify`` (inputs for one forward
     pass) the masked and the cut model must give the same output, in float64 for models of
     up to 100 M parameters, in float32 above; otherwise the model is put back as it was and
     VerificationError is raised. Verifying holds on to the old weights until it is done.
@@ -58,16 +60,22 @@ def rewrite(
     )
     known = description.fingerprint if isinstance(structures, Description) else ""
     plan.check(description.structures, known)
-    if plan.share:
-        raise UnsupportedError("this plan shares units, which rewrite cannot do yet: clear 'share'")
+    check_shares(model, description.structures, plan)
     before = read_record(model)
-    cut = [s for s in description if len(plan.kept(s)) < s.size]
+    sharing = {*plan.share, *(source for source, *_ in plan.share.values())}
+    cut = [s for s in description if len(plan.kept(s)) < s.size or s.name in sharing]
     record = record_of(description, plan, before, cut)
-    if verify is not None:
-        verification = _verified_cut(model, description, plan, cut, verify)
-        model._vlprune_verification = verification  # type: ignore[assignment]
-    else:
-        apply_plan(model, cut, plan)
+    ties = untie(model)  # a second cut works on whole weights; what was tied is tied again
+    try:
+        if verify is not None:
+            verification = _verified_cut(model, description, plan, cut, verify, ties)
+            model._vlprune_verification = verification  # type: ignore[assignment]
+        else:
+            apply_plan(model, cut, plan, ties=ties)
+    except BaseException:
+        if not is_shared(model):
+            tie(model, ties)
+        raise
     write_record(model, record)
     return model
 
@@ -78,6 +86,7 @@ def _verified_cut(
     plan: Plan,
     cut: Sequence[Structure],
     inputs: Mapping[str, Any],
+    ties: Sequence[Tie],
 ) -> Verification:
     """Cut, compare with the masked model, and put everything back if they differ."""
     count = sum(p.numel() for p in model.parameters())
@@ -87,9 +96,9 @@ def _verified_cut(
     undo: list[Any] = []
     with evaluating(model), _in_dtype(model, probe):
         try:
-            with gated(model, description.structures, plan):
+            with mixed(model, cut, plan), gated(model, description.structures, plan):
                 masked = _run(model, inputs, probe)
-            apply_plan(model, cut, plan, undo)
+            apply_plan(model, cut, plan, undo, ties)
             result = _compare(masked, _run(model, inputs, probe), probe, tolerance)
         except Exception as error:
             _roll_back(model, undo)
@@ -123,13 +132,22 @@ def _compare(
 
 
 def apply_plan(
-    model: nn.Module, cut: Sequence[Structure], plan: Plan, undo: list[Any] | None = None
+    model: nn.Module,
+    structures: Sequence[Structure],
+    plan: Plan,
+    undo: list[Any] | None = None,
+    ties: Sequence[Tie] = (),
 ) -> None:
-    """Cut without any check. Works on a model of meta tensors, which is how loading uses it.
+    """Cut and share without any check. Works on meta tensors, which is how loading uses it.
 
-    With ``undo``, what was there before is appended to it.
+    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are those
+    that the model had before and that go on. With ``undo``, what was there before is appended
+    to it.
     """
     log = undo if undo is not None else _Forget()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ties = [*ties, *ties_of(structures, plan, shapes)]
+    cut = [s for s in structures if len(plan.kept(s)) < s.size]
     for structure in cut:
         if structure.swap is not None:
             path, key = structure.swap
@@ -164,6 +182,9 @@ def apply_plan(
             module = model.get_submodule(attr.module)
             log.append(("attr", module, attr.name, getattr(module, attr.name)))
             setattr(module, attr.name, attr.per_unit * len(plan.kept(structure)))
+    if ties:
+        log.append(("tie", model, "", None))
+        tie(model, moved(ties, index, scale))
 
 
 class _Forget(list[Any]):
@@ -255,6 +276,8 @@ def _roll_back(model: nn.Module, log: list[Any]) -> None:
             module._modules[name] = old
         elif kind == "attr":
             setattr(module, name, old)
+        elif kind == "tie":
+            untie(module)
         else:
             module.__class__ = name
             module.__dict__.clear()

@@ -19,26 +19,50 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Which units of which structures stay.
+    """Which units of which structures stay, and which take their weights from another's.
 
     ``keep`` maps a structure's name to the units that stay, ascending; a structure that
-    is absent stays whole. ``share`` maps a structure to ``(source, units)`` whose weights
-    it takes from the source. ``fingerprint`` names the dense model the plan was made for
-    (``Description.fingerprint``); empty means "do not check".
+    is absent stays whole. ``share`` maps a structure to ``(source, units)``: each of these units
+    takes its weights from the unit of the same number in the source, and keeps its own bias; or to
+    ``(source, units, source units)`` where the numbers differ. A source may share in its turn. A
+    unit shared from one that does not stay does not stay either. ``fingerprint`` names the
+    dense model the plan was made for (``Description.fingerprint``); empty means "do not check".
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    share: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    share: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     attention: str = "head_dim"
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
         keep = {name: _units(name, units) for name, units in self.keep.items()}
         object.__setattr__(self, "keep", keep)
+        share = {name: _share(name, entry) for name, entry in self.share.items()}
+        object.__setattr__(self, "share", share)
 
     def kept(self, structure: Structure) -> tuple[int, ...]:
-        """The units of ``structure`` that stay."""
-        return self.keep.get(structure.name, tuple(range(structure.size)))
+        """The units of ``structure`` that stay, its own and those it shares."""
+        units = self.keep.get(structure.name, tuple(range(structure.size)))
+        if structure.name not in self.share:
+            return units
+        gone = set(self.share[structure.name][1]) - self.shared(structure).keys()
+        return tuple(unit for unit in units if unit not in gone)
+
+    def shared(self, structure: Structure) -> dict[int, int]:
+        """The units of ``structure`` that stay with another's weights: {unit: source's unit}."""
+        return self._alive(structure.name) if structure.name in self.share else {}
+
+    def _alive(self, name: str, below: tuple[str, ...] = ()) -> dict[int, int]:
+        """The shared units of a structure that it keeps and its source has."""
+        if name in below:
+            raise PlanError(f"the plan shares in a circle: {' from '.join([*below, name])}")
+        source, units, theirs = self.share[name]
+        kept = set(self.keep.get(name, units))
+        there = set(self.keep.get(source, theirs))
+        if source in self.share:
+            there -= set(self.share[source][1]) - self._alive(source, (*below, name)).keys()
+        pairs = zip(units, theirs, strict=True)
+        return {unit: other for unit, other in pairs if unit in kept and other in there}
 
     def check(self, structures: Sequence[Structure], fingerprint: str = "") -> None:
         """Raise PlanError unless every entry fits ``structures``."""
@@ -59,6 +83,25 @@ class Plan:
                     f"the plan keeps unit {units[-1]} of {name!r}, which has only "
                     f"{sizes[name]} units (0 to {sizes[name] - 1})"
                 )
+        for name, (source, units, theirs) in self.share.items():
+            for one in (name, source):
+                if one not in sizes:
+                    raise PlanError(
+                        f"the plan shares with the structure {one!r}, which this model does not "
+                        f"have.{did_you_mean(one, sizes)}"
+                    )
+            for one, last in ((name, units[-1]), (source, max(theirs))):
+                if last >= sizes[one]:
+                    raise PlanError(
+                        f"the plan shares units of {name!r} from {source!r} up to number {last}, "
+                        f"but {one!r} has only {sizes[one]} units (0 to {sizes[one] - 1})"
+                    )
+        for structure in structures:
+            if structure.name in self.share and not self.kept(structure):
+                raise PlanError(
+                    f"the plan leaves nothing of {structure.name!r}: every unit that stays is "
+                    f"shared from one of {self.share[structure.name][0]!r} that does not"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -69,7 +112,8 @@ class Plan:
             "fingerprint": self.fingerprint,
             "keep": {name: list(self.keep[name]) for name in sorted(self.keep)},
             "share": {
-                name: [src, list(units)] for name, (src, units) in sorted(self.share.items())
+                name: [source, list(units)] + ([] if units == theirs else [list(theirs)])
+                for name, (source, units, theirs) in sorted(self.share.items())
             },
         }
         return json.dumps(body)
@@ -94,13 +138,9 @@ class Plan:
         keep, share = body.get("keep", {}), body.get("share", {})
         if not isinstance(keep, dict) or not isinstance(share, dict):
             raise PlanError("the plan's 'keep' and 'share' must be JSON objects")
-        try:
-            shared = {name: (src, tuple(units)) for name, (src, units) in share.items()}
-        except (TypeError, ValueError):
-            raise PlanError("each entry of the plan's 'share' must be [source, units]") from None
         return cls(
             keep=keep,
-            share=shared,
+            share=share,
             attention=str(body.get("attention", "head_dim")),
             fingerprint=str(body.get("fingerprint", "")),
         )
@@ -127,6 +167,25 @@ class Plan:
             return cls.from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
+
+
+def _share(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """``(source, units, source units)``, by ascending units. Raises PlanError."""
+    if isinstance(entry, str) or not hasattr(entry, "__len__") or not 2 <= len(entry) <= 3:
+        raise PlanError(
+            f"what the plan shares of {name!r} must be [source, units] or [source, units, source "
+            f"units], not {entry!r}"
+        )
+    source, listed = str(entry[0]), list(entry[1])
+    units = _units(name, listed)
+    others = list(entry[2]) if len(entry) == 3 else listed
+    if len(others) != len(listed):
+        raise PlanError(
+            f"the plan shares {len(listed)} units of {name!r} from {len(others)} of {source!r}"
+        )
+    _units(source, set(others))
+    pairing = dict(zip(listed, others, strict=True))
+    return source, units, tuple(pairing[unit] for unit in units)
 
 
 def _units(name: str, units: Any) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from .structure import Description, Structure
 __all__ = ["METHOD", "Record", "read_record", "record_of", "write_record"]
 
 METHOD = "vlprune"
-VERSION = 1
+VERSIONS = (1, 2)
+"""1: units that stay. 2: also units that are shared; written only where there are some."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Record:
     sizes: Mapping[str, int]
     layouts: Mapping[str, str] = field(default_factory=dict)
 
+    def alive(self) -> dict[str, tuple[int, ...]]:
+        """{structure: units that stay}, without those shared from a unit that does not."""
+        sizes = self.sizes.items()
+        bare = [Structure(name, "", size, "", (), ()) for name, size in sizes]
+        return {structure.name: self.plan.kept(structure) for structure in bare}
+
     def section(self, prefix: str = "") -> dict[str, Any]:
         """The record as a config section, for the sub-model at ``prefix``."""
         keep = {
@@ -51,21 +58,31 @@ class Record:
             for name, units in self.plan.keep.items()
             if name.startswith(prefix)
         }
+        share = {
+            name.removeprefix(prefix): {
+                "from": source.removeprefix(prefix),
+                "mask": _pack(units, self.sizes[name]),
+                **({} if units == theirs else {"units": list(theirs)}),
+            }
+            for name, (source, units, theirs) in self.plan.share.items()
+            if name.startswith(prefix)
+        }
         return {
             "quant_method": METHOD,
-            "version": VERSION,
+            "version": 2 if share else 1,
             "attention": self.plan.attention,
             "fingerprint": self.plan.fingerprint,
             "keep": keep,
+            **({"share": share} if share else {}),
         }
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any]) -> Record:
         """The record in a config section. Raises CheckpointError if it is damaged."""
-        if section.get("version") != VERSION:
+        if section.get("version") not in VERSIONS:
             raise CheckpointError(
                 f"this folder was written by another version of vlprune (format "
-                f"{section.get('version')!r}, this one reads {VERSION}): update vlprune"
+                f"{section.get('version')!r}, this one reads up to {VERSIONS[-1]}): update vlprune"
             )
         try:
             entries = dict(section["keep"])
@@ -73,8 +90,13 @@ class Record:
             for name, entry in entries.items():
                 if len(keep[name]) != entry["kept"]:
                     raise ValueError(f"{name} keeps {len(keep[name])}, not {entry['kept']}")
+            share = {
+                name: _unshare(entry, entries[name]["of"])
+                for name, entry in section.get("share", {}).items()
+            }
             plan = Plan(
                 keep=keep,
+                share=share,
                 attention=section["attention"],
                 fingerprint=section["fingerprint"],
             )
@@ -96,27 +118,59 @@ def record_of(
     """The record after cutting ``plan``; ``before`` is the record of an earlier cut, if any.
 
     A second cut is expressed in units of the original dense model, so that loading needs
-    one step however often a model was cut.
+    one step however often a model was cut. Structures that share, and their sources, are listed
+    even where all of their units stay.
     """
-    keep = dict(before.plan.keep) if before else {}
+    keep = before.alive() if before else {}
+    share = dict(before.plan.share) if before else {}
     sizes = dict(before.sizes) if before else {}
     layouts = dict(before.layouts) if before else {}
+    after: dict[str, tuple[int, ...]] = {}
     if before and before.plan.attention != plan.attention:
         raise UnsupportedError(
             f"this model was cut with attention={before.plan.attention!r} before: "
             f"cut it again with the same choice, not {plan.attention!r}"
         )
     for structure in cut:
-        units = plan.kept(structure)
-        if structure.name in keep:
-            dense = keep[structure.name]
-            units = tuple(dense[unit] for unit in units)
-        else:
+        if structure.name not in keep:
+            keep[structure.name] = tuple(range(structure.size))
             sizes[structure.name] = structure.size
-        keep[structure.name] = units
+    for structure in cut:
         layouts[structure.name] = structure.layout
+        if plan.shared(structure):
+            share[structure.name] = _composed(structure, plan, share, keep)
+    for structure in cut:
+        dense = keep[structure.name]
+        after[structure.name] = tuple(dense[unit] for unit in plan.kept(structure))
     first = before.plan.fingerprint if before else description.fingerprint
-    return Record(Plan(keep=keep, attention=plan.attention, fingerprint=first), sizes, layouts)
+    made = Plan(keep={**keep, **after}, share=share, attention=plan.attention, fingerprint=first)
+    bare = {name: Structure(name, "", size, "", (), ()) for name, size in sizes.items()}
+    alive = {name: made.shared(bare[name]) for name in made.share}
+    tidy = {n: (made.share[n][0], [*p], [*p.values()]) for n, p in alive.items() if p}
+    return Record(replace(made, share=tidy), sizes, layouts)
+
+
+def _composed(
+    structure: Structure,
+    plan: Plan,
+    share: Mapping[str, tuple[Any, ...]],
+    keep: Mapping[str, tuple[int, ...]],
+) -> tuple[str, list[int], list[int]]:
+    """What ``plan`` shares of a structure, in dense units, joined with what it shared before.
+
+    Raises UnsupportedError if the structure shares with another source already.
+    """
+    source = plan.share[structure.name][0]
+    ours, theirs = keep[structure.name], keep[source]
+    pairs = {ours[unit]: theirs[other] for unit, other in plan.shared(structure).items()}
+    before = share.get(structure.name)
+    if before is not None:
+        if before[0] != source:
+            raise UnsupportedError(
+                f"{structure.name} shares with {before[0]} already, so not with {source} as well"
+            )
+        pairs |= dict(zip(before[1], before[2], strict=True))
+    return source, [*pairs], [*pairs.values()]
 
 
 def read_record(model: nn.Module) -> Record | None:
@@ -152,6 +206,12 @@ def write_record(model: nn.Module, record: Record) -> None:
         if path and id(sub) in own and hasattr(module, "base_model_prefix"):
             own.discard(id(sub))
             sub.quantization_config = record.section(prefix=path + ".")
+
+
+def _unshare(entry: Mapping[str, Any], size: int) -> tuple[Any, ...]:
+    """``(source, units, source units)`` as a section has it."""
+    units = _unpack(entry["mask"], size)
+    return entry["from"], units, entry.get("units", units)
 
 
 def _pack(units: Sequence[int], size: int) -> str:

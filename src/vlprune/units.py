@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .structure import Gate, Slot, Structure
 
-__all__ = ["owner_of", "positions", "spread", "unit_squares"]
+__all__ = ["named_weights", "owner_of", "positions", "span", "spread", "unit_squares"]
 
 
 def owner_of(name: str) -> tuple[str, str]:
@@ -44,6 +45,23 @@ def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
     return torch.cat([block.new_ones(before), block, block.new_ones(after)])
 
 
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under the name that a forward pass knows it by.
+
+    A weight that is put together from shared parts appears whole, under its own name, instead of
+    the part that is stored; a parameter that several modules hold appears under its first name.
+    """
+    found: dict[str, Tensor] = {}
+    ending = ".original"
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.removesuffix(ending).rpartition(".parametrizations.")
+        if name.endswith(ending) and parametrize.is_parametrized(model.get_submodule(path), leaf):
+            found[f"{path}.{leaf}"] = getattr(model.get_submodule(path), leaf)
+        else:
+            found[name] = parameter
+    return found
+
+
 @torch.no_grad()
 def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[str, Tensor]:
     """Sum of squared weights of every unit, float32: {structure: (size,)}.
@@ -51,7 +69,7 @@ def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[s
     Summed over all slots of the unit, biases included; computed one parameter at a time,
     so no copy of the model is made.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **named_weights(model)}
     sums: dict[tuple[str, int], Tensor] = {}
     totals = {}
     for structure in structures:

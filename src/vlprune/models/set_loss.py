@@ -19,7 +19,7 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from ..errors import UnsupportedError
 
-__all__ = ["SetWeights", "assign", "paired_giou", "set_losses"]
+__all__ = ["SetWeights", "assign", "focal_loss", "focal_set_losses", "paired_giou", "set_losses"]
 
 Targets = Sequence[Mapping[str, Tensor]]
 """For each image ``boxes`` (n, 4) and ``tokens`` (n, positions): rows that sum to 1 over the
@@ -42,12 +42,14 @@ class SetWeights:
 
 
 @torch.no_grad()
-def assign(logits: Tensor, boxes: Tensor, targets: Targets, weights: SetWeights) -> Pairs:
+def assign(
+    logits: Tensor, boxes: Tensor, targets: Targets, weights: SetWeights, focal: bool = False
+) -> Pairs:
     """The cheapest one-to-one pairs of queries and targets of every image.
 
     ``logits`` (batch, queries, positions), ``boxes`` (batch, queries, 4). A pair costs the
-    probability it lacks on the phrase's tokens, the L1 distance and the GIoU of its boxes.
-    Raises UnsupportedError without scipy.
+    probability it lacks on the phrase's tokens (``focal``: what focal loss changes there), the L1
+    distance and the GIoU of its boxes. Raises UnsupportedError without scipy.
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -55,9 +57,9 @@ def assign(logits: Tensor, boxes: Tensor, targets: Targets, weights: SetWeights)
         raise UnsupportedError(
             "matching boxes needs scipy: pip install 'vlprune[grounding]'"
         ) from None
-    probabilities = logits.float().softmax(-1)
+    fit = _focal_fit(logits.float()) if focal else logits.float().softmax(-1)
     pairs = []
-    for own, found, target in zip(probabilities, boxes.float(), targets, strict=True):
+    for own, found, target in zip(fit, boxes.float(), targets, strict=True):
         wanted = target["boxes"].float()
         cost = (
             -weights.tokens * own @ target["tokens"].float().T
@@ -102,6 +104,50 @@ def set_losses(
         loss = _alignment_loss(outputs["queries"], outputs["text"], targets, pairs, weights)
         losses["alignment"] = weights.alignment * loss / count
     return losses
+
+
+def focal_loss(logits: Tensor, goal: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Sigmoid focal loss (Lin et al., ICCV 2017), elementwise; ``goal`` is 0 or 1."""
+    plain = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
+    missed = (logits.sigmoid() - goal).abs()
+    return (alpha * goal + (1 - alpha) * (1 - goal)) * missed**gamma * plain
+
+
+def focal_set_losses(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    text_mask: Tensor,
+    weights: SetWeights,
+    count: float,
+) -> dict[str, Tensor]:
+    """``{"tokens", "l1", "giou"}`` of Grounding DINO: every token is a yes or a no, by focal loss.
+
+    ``text_mask`` (batch, positions) or (batch, queries, positions) says which tokens exist.
+    """
+    pairs = assign(logits, boxes, targets, weights, focal=True)
+    goal = torch.zeros_like(logits, dtype=torch.float32)
+    for i, (target, (queries, matched)) in enumerate(zip(targets, pairs, strict=True)):
+        goal[i, queries.to(goal.device)] = (target["tokens"][matched] > 0).float().to(goal.device)
+    there = (text_mask if text_mask.dim() == 3 else text_mask[:, None]).expand_as(logits)
+    tokens = focal_loss(logits[there].float(), goal[there]).sum()
+    image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)]).to(logits.device)
+    query = torch.cat([q for q, _ in pairs]).to(logits.device)
+    found = boxes[image, query].float()
+    wanted = torch.cat([t["boxes"][m] for t, (_, m) in zip(targets, pairs, strict=True)]).float()
+    return {
+        "tokens": 2 * weights.tokens * tokens / count,
+        "l1": weights.l1 * F.l1_loss(found, wanted, reduction="sum") / count,
+        "giou": weights.giou * (1 - paired_giou(found, wanted)).sum() / count,
+    }
+
+
+def _focal_fit(logits: Tensor, alpha: float = 0.25) -> Tensor:
+    """How much less focal loss a token costs as a yes than as a no."""
+    p = logits.sigmoid()
+    yes = alpha * (1 - p) ** 2 * -(p + 1e-8).log()
+    no = (1 - alpha) * p**2 * -(1 - p + 1e-8).log()
+    return no - yes
 
 
 def _token_loss(logits: Tensor, targets: Targets, pairs: Pairs, weights: SetWeights) -> Tensor:

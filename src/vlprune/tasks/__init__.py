@@ -3,6 +3,7 @@
 from .base import Task
 from .captioning import CaptioningTask
 from .classification import ClassificationTask
+from .grounding import GroundingTask
 from .reasoning import ReasoningTask
 from .retrieval import BlipRetrievalTask, RetrievalTask
 from .segmentation import SegmentationTask
@@ -13,6 +14,7 @@ __all__ = [
     "BlipRetrievalTask",
     "CaptioningTask",
     "ClassificationTask",
+    "GroundingTask",
     "ReasoningTask",
     "RetrievalTask",
     "SegmentationTask",
@@ -26,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
         BlipRetrievalTask,
         CaptioningTask,
         ClassificationTask,
+        GroundingTask,
         ReasoningTask,
         RetrievalTask,
         SegmentationTask,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -10,9 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from ..recipe import ModelSpec
 
 __all__ = [
+    "bert_settings",
     "blip_config",
     "blip_processor",
     "clip_config",
+    "clip_image_processor",
     "clip_processor",
     "vit_processor",
     "vit_settings",
@@ -39,6 +42,24 @@ def vit_processor(spec: ModelSpec) -> Any:
     return ViTImageProcessor(size={"height": spec.image_size, "width": spec.image_size})
 
 
+def bert_settings(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
+    """Sizes of a text encoder, under the names that BERT's kin share."""
+    return {
+        "hidden_size": spec.width,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": 4 * spec.width,
+        "num_hidden_layers": spec.text_layers,
+        "initializer_range": 0.8 * spec.width**-0.5,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "max_position_embeddings": 66,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def blip_config(spec: ModelSpec, tokenizer: Any) -> Any:
     """A BlipConfig of these sizes."""
     from transformers import BlipConfig
@@ -48,20 +69,9 @@ def blip_config(spec: ModelSpec, tokenizer: Any) -> Any:
     return BlipConfig(
         vision_config={**vit_settings(spec), "initializer_range": deviation},
         text_config={
-            "hidden_size": spec.width,
-            "num_attention_heads": spec.heads,
-            "intermediate_size": 4 * spec.width,
-            "num_hidden_layers": spec.text_layers,
-            "initializer_range": deviation,
-            "vocab_size": len(tokenizer),
+            **bert_settings(spec, tokenizer),
             "encoder_hidden_size": spec.width,
-            "max_position_embeddings": 64,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
             "sep_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
         },
         projection_dim=spec.width,
         image_text_hidden_size=spec.width,
@@ -101,14 +111,29 @@ def clip_config(spec: ModelSpec, tokenizer: Any) -> Any:
 
 def clip_processor(spec: ModelSpec, texts: Sequence[str]) -> Any:
     """A CLIPProcessor with a vocabulary of the words in ``texts``."""
-    from transformers import CLIPImageProcessor, CLIPProcessor
+    from transformers import CLIPProcessor
+
+    return CLIPProcessor(clip_image_processor(spec), word_tokenizer(texts))
+
+
+def clip_image_processor(spec: ModelSpec) -> Any:
+    """An image processor that makes every image a square of the model's size."""
+    from transformers import CLIPImageProcessor
 
     side = {"height": spec.image_size, "width": spec.image_size}
-    return CLIPProcessor(CLIPImageProcessor(size=side, crop_size=side), word_tokenizer(texts))
+    return CLIPImageProcessor(size=side, crop_size=side)
 
 
-def word_tokenizer(texts: Sequence[str], max_length: int = 64) -> PreTrainedTokenizerFast:
-    """A lower-casing tokenizer with one token a word of ``texts``: [BOS] words [EOS]."""
+SPECIAL = {"[PAD]": 0, "[BOS]": 1, "[UNK]": 2, "[EOS]": 3}
+
+
+def word_tokenizer(
+    texts: Sequence[str], max_length: int = 64, special: Mapping[str, int] = SPECIAL
+) -> PreTrainedTokenizerFast:
+    """A lower-casing tokenizer with one token a word of ``texts``: [BOS] words [EOS].
+
+    ``special`` fixes the numbers of some tokens; words take the others.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
@@ -118,11 +143,15 @@ def word_tokenizer(texts: Sequence[str], max_length: int = 64) -> PreTrainedToke
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     }
     # [EOS] must not be 2: transformers' CLIP then pools in a way kept for old checkpoints.
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[BOS]", "[UNK]", "[EOS]", *sorted(words)])}
+    taken = set(special.values())
+    numbers = (i for i in itertools.count() if i not in taken)
+    others = sorted(w for w in {"[UNK]", *words} if w not in special)
+    vocabulary = {**special, **dict(zip(others, numbers, strict=False))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 3)]
+        single="[BOS] $A [EOS]",
+        special_tokens=[(name, vocabulary[name]) for name in ("[BOS]", "[EOS]")],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,0 +1,228 @@
+"""The model families that find boxes for words, behind one face.
+
+A grounder builds a small new model, says how its text is put, trains it on boxes and token maps,
+and reads its output as one probability for each query and token.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import RecipeError, did_you_mean
+from ..models.set_loss import SetWeights, focal_set_losses
+from ..recipe import ModelSpec
+from .new_models import bert_settings, clip_image_processor, vit_settings, word_tokenizer
+
+__all__ = ["GROUNDERS", "Grounder", "grounder_of"]
+
+NEW_POSITIONS = 32
+"""Text positions of a small new MDETR."""
+
+
+class Grounder(ABC):
+    """One family of models."""
+
+    model_types: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
+        """The config of a small new model."""
+
+    @abstractmethod
+    def model_class(self) -> Any:
+        """The class of the family's models."""
+
+    def new_processor(self, spec: ModelSpec, texts: Sequence[str]) -> Any:
+        """A processor for a small new model."""
+        from transformers import CLIPProcessor
+
+        return CLIPProcessor(clip_image_processor(spec), word_tokenizer(texts))
+
+    def positions(self, config: Any) -> int:
+        """How many tokens of text a query can stand for."""
+        return int(config.max_text_len)
+
+    def prompt(self, text: str) -> str:
+        """The text as the family wants to read it; begins with ``text``, letter by letter."""
+        return text
+
+    def ready(self, model: Any) -> Any:
+        """The model, whose forward takes ``labels`` of boxes and token maps."""
+        return model
+
+    @abstractmethod
+    def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Probabilities (batch, queries, positions) and boxes (batch, queries, 4)."""
+
+    def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
+        """How well each query fits a phrase: (queries,), from (queries, positions), (positions,).
+
+        The mean over the phrase's tokens, which are independent of each other here.
+        """
+        return probabilities @ tokens
+
+
+class MdetrGrounder(Grounder):
+    """MDETR and ViTMDETR; a query's probabilities sum to 1 over all tokens and "no object"."""
+
+    model_types = ("mdetr",)
+
+    def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
+        from transformers import DeiTConfig, RobertaConfig
+
+        from ..models import MdetrConfig
+
+        return MdetrConfig(
+            backbone_config=DeiTConfig(
+                **vit_settings(spec), initializer_range=0.8 * spec.width**-0.5
+            ),
+            text_config=RobertaConfig(**bert_settings(spec, tokenizer)),
+            d_model=spec.width,
+            encoder_layers=options["fusion_layers"],
+            decoder_layers=options["decoder_layers"],
+            encoder_attention_heads=spec.heads,
+            decoder_attention_heads=spec.heads,
+            encoder_ffn_dim=4 * spec.width,
+            decoder_ffn_dim=4 * spec.width,
+            dropout=0.0,
+            num_queries=options["queries"],
+            text_positions=NEW_POSITIONS,
+            alignment_size=min(64, spec.width),
+        )
+
+    def model_class(self) -> Any:
+        from ..models import MdetrForGrounding
+
+        return MdetrForGrounding
+
+    def positions(self, config: Any) -> int:
+        return int(config.text_positions)
+
+    def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        return outputs.logits.float().softmax(-1), outputs.pred_boxes.float()
+
+    def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
+        return probabilities @ (tokens > 0).to(probabilities)
+
+
+class GroundingDinoGrounder(Grounder):
+    """Grounding DINO and MM Grounding DINO of transformers: every token is a yes or a no."""
+
+    model_types = ("grounding-dino", "mm-grounding-dino")
+
+    def new_processor(self, spec: ModelSpec, texts: Sequence[str]) -> Any:
+        from transformers import CLIPProcessor
+
+        return CLIPProcessor(clip_image_processor(spec), _bert_like(texts))
+
+    def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
+        from transformers import GroundingDinoConfig, SwinConfig
+
+        width = spec.width // 4
+        return GroundingDinoConfig(
+            backbone_config=SwinConfig(
+                embed_dim=width,
+                depths=[1, 1, max(1, spec.vision_layers - 2), 1],
+                num_heads=[1, 2, 4, 8],
+                window_size=4,
+                image_size=spec.image_size,
+                patch_size=2,
+                out_features=["stage2", "stage3", "stage4"],
+            ),
+            text_config={"model_type": "bert", **bert_settings(spec, tokenizer)},
+            d_model=spec.width,
+            encoder_layers=options["fusion_layers"],
+            decoder_layers=options["decoder_layers"],
+            encoder_attention_heads=spec.heads,
+            decoder_attention_heads=spec.heads,
+            encoder_ffn_dim=4 * spec.width,
+            decoder_ffn_dim=4 * spec.width,
+            dropout=0.0,
+            fusion_droppath=0.0,
+            num_queries=options["queries"],
+            max_text_len=NEW_POSITIONS,
+            auxiliary_loss=True,
+        )
+
+    def model_class(self) -> Any:
+        from transformers import GroundingDinoForObjectDetection
+
+        return GroundingDinoForObjectDetection
+
+    def prompt(self, text: str) -> str:
+        return text if text.endswith(".") else text + " ."
+
+    def ready(self, model: Any) -> Any:
+        model.loss_function = grounding_dino_loss
+        return model
+
+    def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        return outputs.logits.float().sigmoid(), outputs.pred_boxes.float()
+
+
+def grounding_dino_loss(
+    logits: Tensor,
+    labels: Sequence[Mapping[str, Tensor]],
+    device: Any,
+    pred_boxes: Tensor,
+    config: Any,
+    label_maps: Any,
+    text_mask: Tensor,
+    outputs_class: Tensor | None = None,
+    outputs_coord: Tensor | None = None,
+    encoder_logits: Tensor | None = None,
+    encoder_pred_boxes: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor], None]:
+    """Grounding DINO's loss on token maps; stands where transformers' own loss is called.
+
+    transformers 5.23 finds the label map of an image by adding the number of its own classes, not
+    of those of all images before it, so from the third image of a batch on it reads another
+    image's map wherever their texts differ. ``labels`` here hold the maps themselves.
+    """
+    weights = SetWeights(
+        tokens=config.class_cost,
+        l1=config.bbox_loss_coefficient,
+        giou=config.giou_loss_coefficient,
+    )
+    count = max(1.0, float(sum(len(target["boxes"]) for target in labels)))
+    layers = [("", logits, pred_boxes)]
+    if config.auxiliary_loss and outputs_class is not None and outputs_coord is not None:
+        earlier = zip(outputs_class[:-1], outputs_coord[:-1], strict=True)
+        layers += [(f"_{i}", c, b) for i, (c, b) in enumerate(earlier)]
+    if config.two_stage and encoder_logits is not None and encoder_pred_boxes is not None:
+        layers.append(("_encoder", encoder_logits, encoder_pred_boxes))
+    losses = {}
+    for suffix, said, boxes in layers:
+        mask = text_mask[:, :1] if text_mask.dim() == 3 else text_mask
+        part = focal_set_losses(said, boxes, labels, mask, weights, count)
+        losses |= {name + suffix: value for name, value in part.items()}
+    return torch.stack([*losses.values()]).sum(), losses, None
+
+
+def _bert_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word tokenizer whose special tokens have BERT's numbers, on which Grounding DINO relies."""
+    return word_tokenizer(texts, special={"[PAD]": 0, "[BOS]": 101, "[EOS]": 102, ".": 1012})
+
+
+GROUNDERS: dict[str, Grounder] = {
+    "mdetr": MdetrGrounder(),
+    "grounding-dino": GroundingDinoGrounder(),
+}
+"""What a recipe may write under ``options: model:``."""
+
+
+def grounder_of(name: str) -> Grounder:
+    """The grounder of that name, or the one whose models have that ``model_type``."""
+    for key, grounder in GROUNDERS.items():
+        if name == key or name in grounder.model_types:
+            return grounder
+    raise RecipeError(
+        f"options.model must be one of {', '.join(GROUNDERS)}, not {name!r}."
+        f"{did_you_mean(name, GROUNDERS)}"
+    )

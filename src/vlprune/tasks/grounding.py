@@ -1,0 +1,226 @@
+"""Grounding: which box does a phrase name? Referring expressions, and phrases of captions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
+from ..errors import DataError
+from .base import Advance, Task
+from .grounders import Grounder, grounder_of
+
+__all__ = ["GroundingTask", "RegionTask", "as_fractions", "overlaps"]
+
+HITS = (1, 5, 10)
+
+
+class RegionTask(Task):
+    """What tasks with boxes share: the grounder, texts as tokens, pictures of any shape."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model": "mdetr",
+        "queries": 16,
+        "fusion_layers": 2,
+        "decoder_layers": 3,
+    }
+
+    @property
+    def grounder(self) -> Grounder:
+        """The family of the model: what ``model.path`` holds, or ``options.model``."""
+        if not self.model_spec.path:
+            return grounder_of(self.options["model"])
+        return grounder_of(AutoConfig.from_pretrained(self.model_spec.path).model_type)
+
+    def texts(self) -> list[str]:
+        """Every text of the training set, for the vocabulary of a new model."""
+        raise NotImplementedError
+
+    def new_processor(self) -> Any:
+        return self.grounder.new_processor(self.model_spec, self.texts())
+
+    def new_config(self) -> Any:
+        """The config of a small new model."""
+        return self.grounder.new_config(self.model_spec, self.processor.tokenizer, self.options)
+
+    def model_type(self) -> Any:
+        return self.grounder.model_class()
+
+    def new_model(self) -> Any:
+        return self.grounder.ready(self.model_type()(self.new_config()))
+
+    def load(self, path: str | Path) -> Any:
+        return self.grounder.ready(self.load_by_name(path))
+
+    @property
+    def positions(self) -> int:
+        """How many text positions a query can stand for."""
+        path = self.model_spec.path
+        return self.grounder.positions(
+            AutoConfig.from_pretrained(path) if path else self.new_config()
+        )
+
+    # -- one batch ---------------------------------------------------------------------
+
+    def words(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Token ids and mask, and the characters of every token: (texts, tokens, 2)."""
+        prompts = [self.grounder.prompt(text) for text in texts]
+        limit = min(self.positions, int(self.processor.tokenizer.model_max_length))
+        told = self.processor.tokenizer(
+            prompts,
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        )
+        ids = {"input_ids": told["input_ids"], "attention_mask": told["attention_mask"]}
+        return ids, told["offset_mapping"]
+
+    def token_map(self, offsets: Tensor, phrase: Phrase) -> Tensor:
+        """1 / n at the n tokens of a phrase, 0 elsewhere: (positions,)."""
+        found = torch.zeros(len(offsets), dtype=torch.bool)
+        for start, end in phrase.spans:
+            found |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        row = torch.zeros(self.positions)
+        row[: len(found)] = found.float()
+        if not found.any():  # truncated away
+            raise DataError(
+                f"a phrase lies beyond the {len(offsets)} tokens that the model reads: shorten "
+                "its text, or use a model with more text positions"
+            )
+        return row / row.sum()
+
+    def looks(self, paths: Sequence[Path]) -> dict[str, Tensor]:
+        """``pixel_values``, padded to the largest picture, with ``pixel_mask`` where padded."""
+        return pad_pictures([self.pixels([path])[0] for path in paths])
+
+
+class GroundingTask(RegionTask):
+    """Phrases and the boxes they name, found by MDETR, Grounding DINO or GLIP.
+
+    ``accuracy`` is R@1: the best query's box has an IoU of at least 0.5 with one of the phrase's
+    boxes. For a referring expression the phrase is the whole text, and that is the usual figure of
+    RefCOCO, RefCOCO+ and RefCOCOg.
+    """
+
+    name: ClassVar[str] = "grounding"
+    metric: ClassVar[str] = "accuracy"
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "mdetr": ("annotations", "images"),
+        "mdetr-captions": ("annotations", "images"),
+        "refer": ("refs", "instances", "images", "split"),
+    }
+    train: Sequence[Grounding]
+    test: Sequence[Grounding]
+
+    def read(self, form: str, part: Mapping[str, str]) -> list[Grounding]:
+        if form == "refer":
+            return read_refer(part["refs"], part["instances"], part["images"], part["split"])
+        return read_mdetr(part["annotations"], part["images"])
+
+    def texts(self) -> list[str]:
+        return [item.text for item in self.train] + ["."]
+
+    def collate(
+        self, items: Sequence[Grounding], rng: random.Random | None = None
+    ) -> dict[str, Any]:
+        words, offsets = self.words([item.text for item in items])
+        labels = []
+        for item, places in zip(items, offsets, strict=True):
+            pairs = [(phrase, box) for phrase in item.phrases for box in phrase.boxes]
+            maps = [self.token_map(places, phrase) for phrase, _ in pairs]
+            boxes = as_fractions([box for _, box in pairs], item.size)
+            labels.append({"boxes": boxes, "tokens": torch.stack(maps)})
+        return {**words, **self.looks([item.image for item in items]), "labels": labels}
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
+        model.eval()
+        hits, count = dict.fromkeys(HITS, 0), 0
+        for start in range(0, len(self.test), batch_size):
+            items = self.test[start : start + batch_size]
+            for item, ranked in zip(items, self._ranked(model, items), strict=True):
+                for phrase, boxes in zip(item.phrases, ranked, strict=True):
+                    best = overlaps(boxes, _corners(phrase.boxes)).max(1).values
+                    count += 1
+                    for k in HITS:
+                        hits[k] += bool((best[:k] >= 0.5).any())
+            advance(len(items))
+        accuracy = {"accuracy": hits[1] / count}
+        return accuracy | {f"recall_at_{k}": hits[k] / count for k in HITS[1:]}
+
+    def _ranked(self, model: Any, items: Sequence[Grounding]) -> list[list[Tensor]]:
+        """For each phrase of each item, all boxes in pixels (left, top, right, bottom), best first."""
+        words, offsets = self.words([item.text for item in items])
+        inputs = {**words, **self.looks([item.image for item in items])}
+        outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+        fit, found = (x.cpu() for x in self.grounder.read(outputs))
+        result = []
+        for item, places, own, boxes in zip(items, offsets, fit, found, strict=True):
+            corners = in_pixels(boxes, item.size)
+            scores = [
+                self.grounder.score(own, self.token_map(places, phrase)) for phrase in item.phrases
+            ]
+            result.append([corners[s.argsort(descending=True, stable=True)] for s in scores])
+        return result
+
+    @torch.no_grad()
+    def predict(self, model: Any, items: list[Grounding]) -> list[str]:
+        model.eval()
+        best = [[boxes[0] for boxes in ranked] for ranked in self._ranked(model, items)]
+        return ["; ".join(_say(box) for box in boxes) for boxes in best]
+
+
+# -- boxes -----------------------------------------------------------------------------
+
+
+def as_fractions(boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:
+    """COCO boxes as (centre x, centre y, width, height) in fractions of the image: (n, 4)."""
+    found = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    centred = torch.cat([found[:, :2] + found[:, 2:] / 2, found[:, 2:]], dim=1)
+    return centred / torch.tensor([*size, *size], dtype=torch.float32)
+
+
+def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fractions (centre x, centre y, width, height) as (left, top, right, bottom) in pixels."""
+    half = boxes[..., 2:] / 2
+    corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
+    return corners * torch.tensor([*size, *size], dtype=boxes.dtype)
+
+
+def overlaps(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of every box with every other, both (left, top, right, bottom): (n, 4), (m, 4): (n, m)."""
+    low = torch.maximum(first[:, None, :2], second[None, :, :2])
+    high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
+    inter = (high - low).clamp(min=0).prod(-1)
+    areas = [(x[:, 2:] - x[:, :2]).clamp(min=0).prod(-1) for x in (first, second)]
+    return inter / (areas[0][:, None] + areas[1][None] - inter).clamp(min=1e-9)
+
+
+def pad_pictures(pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Pictures (3, height, width) in one batch, padded on the right and below."""
+    height, width = (max(p.shape[axis] for p in pictures) for axis in (1, 2))
+    if all(p.shape[1:] == (height, width) for p in pictures):
+        return {"pixel_values": torch.stack(list(pictures))}
+    values = torch.zeros(len(pictures), 3, height, width)
+    mask = torch.zeros(len(pictures), height, width, dtype=torch.long)
+    for i, picture in enumerate(pictures):
+        values[i, :, : picture.shape[1], : picture.shape[2]] = picture
+        mask[i, : picture.shape[1], : picture.shape[2]] = 1
+    return {"pixel_values": values, "pixel_mask": mask}
+
+
+def _corners(boxes: Sequence[Box]) -> Tensor:
+    return torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes])
+
+
+def _say(box: Tensor) -> str:
+    left, top, right, bottom = (round(float(value), 1) for value in box)
+    return f"[{left}, {top}, {round(right - left, 1)}, {round(bottom - top, 1)}]"
