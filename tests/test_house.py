@@ -16,7 +16,7 @@ import vlprune
 SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
     0: "errors structure plan budget schedule registry recipe report progress",
-    1: "trainee units gate layers cost record cutting",
+    1: "trainee units gate layers cost record share vectors cutting",
     2: "architectures models",
     3: "methods data tasks checkpoint",
     4: "compressor teacher train bench probe scan run testing",

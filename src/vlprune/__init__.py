@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from .cutting import rewrite
     from .errors import VlpruneError
     from .gate import gated
-    from .methods import Magnitude, Random, Taylor, UPop
+    from .methods import JSP, Magnitude, Random, Taylor, UPop
     from .plan import Plan
+    from .share import materialize
     from .structure import Attr, Description, Gate, Slot, Structure
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "JSP",
     "Attr",
     "Compressor",
     "Description",
@@ -45,6 +47,7 @@ __all__ = [
     "errors",
     "gated",
     "load",
+    "materialize",
     "rewrite",
     "save",
     "select",
@@ -58,8 +61,9 @@ _HOME = {
     "compressor": ("Compressor",),
     "errors": ("VlpruneError",),
     "gate": ("gated",),
-    "methods": ("Magnitude", "Random", "Taylor", "UPop"),
+    "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
     "plan": ("Plan",),
+    "share": ("materialize",),
     "cutting": ("rewrite",),
     "structure": ("Attr", "Description", "Gate", "Slot", "Structure"),
 }

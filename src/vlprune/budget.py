@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -32,24 +32,47 @@ class Budget:
 class Prices:
     """The price list of a model: ``fixed`` for what always stays, ``unit`` for each unit.
 
-    ``what`` is ``"params"`` or ``"macs"``; ``sizes`` are the units of each structure.
+    ``what`` is ``"params"`` or ``"macs"``; ``sizes`` are the units of each structure. A unit whose
+    weights are stored elsewhere (sharing) costs ``borrowed`` instead; ``elsewhere`` lists those of
+    a model that shares already.
     """
 
     what: str
     unit: Mapping[str, float]
     sizes: Mapping[str, int]
     fixed: float
+    borrowed: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def of(self, name: str) -> np.ndarray[Any, Any]:
+        """What each unit of a structure costs: (size,)."""
+        prices = np.full(self.sizes[name], self.unit[name], dtype=np.float64)
+        if name in self.elsewhere:
+            prices[list(self.elsewhere[name])] = self.borrowed[name]
+        return prices
+
+    def whole(self, name: str) -> float:
+        """What all units of a structure cost together."""
+        return float(self.of(name).sum())
 
     @property
     def total(self) -> float:
         """What the uncut model costs."""
-        return self.fixed + sum(self.unit[name] * self.sizes[name] for name in self.unit)
+        return self.fixed + sum(self.whole(name) for name in self.unit)
 
-    def cost(self, kept: Mapping[str, int]) -> float:
-        """What the model costs with ``kept`` units of each structure (absent: all)."""
-        return self.fixed + sum(
-            price * kept.get(name, self.sizes[name]) for name, price in self.unit.items()
-        )
+    def cost(self, kept: Mapping[str, int | Sequence[int]]) -> float:
+        """What the model costs when these units of each structure stay (absent: all).
+
+        A number of units stands for any so many of a structure whose units cost the same.
+        """
+        total = self.fixed
+        for name, price in self.unit.items():
+            units = kept.get(name, self.sizes[name])
+            if isinstance(units, int):
+                total += price * units if name not in self.elsewhere else self.whole(name)
+            else:
+                total += float(self.of(name)[list(units)].sum())
+        return total
 
 
 @dataclass(frozen=True)
@@ -88,19 +111,22 @@ def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> fl
 
     With ``floors`` a lower bound: units are whole, so a plan may have to stay above it.
     """
-    kept = {name: min(size, max(1, round_to)) for name, size in prices.sizes.items()}
-    lowest = prices.cost(kept)
+    cheapest = {
+        name: float(np.sort(prices.of(name))[: max(1, round_to)].sum()) for name in prices.sizes
+    }
+    lowest = prices.fixed + sum(cheapest.values())
     for floor in floors:
-        lowest += max(0.0, _floor_cost(floor, prices) - _cost(floor.structures, kept, prices))
+        own = sum(cheapest[name] for name in floor.structures)
+        lowest += max(0.0, _floor_cost(floor, prices) - own)
     return lowest / prices.total
 
 
-def _cost(names: Sequence[str], kept: Mapping[str, int], prices: Prices) -> float:
-    return sum(prices.unit[name] * kept[name] for name in names)
+def _whole(names: Sequence[str], prices: Prices) -> float:
+    return sum(prices.whole(name) for name in names)
 
 
 def _floor_cost(floor: Floor, prices: Prices) -> float:
-    return floor.share * _cost(floor.structures, prices.sizes, prices)
+    return floor.share * _whole(floor.structures, prices)
 
 
 def select(
@@ -127,7 +153,7 @@ def select(
     if budget < lowest:
         raise _unreachable(prices, budget, lowest, round_to, floors)
     orders: dict[str, np.ndarray[Any, Any]] = {}
-    block_scores, block_structure, block_size = [], [], []
+    block_scores, block_structure, block_size, block_price = [], [], [], []
     for number, (name, values) in enumerate(scores.items()):
         array = np.asarray(values, dtype=np.float64)
         if array.shape != (prices.sizes[name],):
@@ -137,11 +163,12 @@ def select(
         order = orders[name] = np.argsort(array, kind="stable")
         first = array.size % round_to or round_to
         edges = [0, *range(first, array.size, round_to)]
-        ascending = array[order]
+        ascending, costs = array[order], prices.of(name)[order]
         for start, stop in pairwise(edges):  # the last block always stays
             block_scores.append(ascending[start:stop].mean())
             block_structure.append(number)
             block_size.append(stop - start)
+            block_price.append(float(costs[start:stop].sum()))
     names = list(scores)
     cost, target = prices.total, budget * prices.total * (1 + 1e-12)
     removed = dict.fromkeys(names, 0)
@@ -152,7 +179,7 @@ def select(
         if cost <= target:
             break
         name = names[block_structure[block]]
-        price = prices.unit[name] * block_size[block]
+        price = block_price[block]
         floor_name = guarded.get(name)
         if name in closed or (floor_name is not None and price > room[floor_name]):
             closed.add(name)  # its higher-scored blocks stay as well
@@ -170,7 +197,7 @@ def select(
 
 def _room(floor: Floor, prices: Prices) -> float:
     """How much of a floor's structures may go, with room for rounding."""
-    whole = _cost(floor.structures, prices.sizes, prices)
+    whole = _whole(floor.structures, prices)
     return (1 - floor.share) * whole + 1e-9 * whole
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatchcase
 from math import isclose
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ from .architectures import discover
 from .budget import parse_budget
 from .cutting import rewrite
 from .errors import BudgetError, UnsupportedError, VlpruneError
-from .gate import gated
-from .methods import Method, Problem
+from .gate import evaluating, gated
+from .methods import Alternating, Method, Problem
 from .plan import Plan
 from .record import read_record
+from .share import is_shared, mixed, settled, shareable, similarity
 from .structure import AttentionUnit, Structure
-from .units import unit_squares
+from .units import named_weights, unit_squares
+from .vectors import Vectors, alignment, draw_near
 
 __all__ = ["Compressor", "CompressorCallback"]
 
@@ -46,6 +49,10 @@ class Compressor:
     own, call :meth:`step` after every backward. Then :meth:`finish` cuts. ``skip`` leaves
     structures dense whose names match one of these patterns, as in ``("text_model.*",)``.
 
+    A method that learns in turn with the weights (``JSP``) needs ``held_out``: a list or any other
+    sequence of batches (keywords of one forward pass) that are not trained on. ``loss`` turns
+    one into its loss; by default it is what the model's own forward returns as ``loss``.
+
     Raises BudgetError, UnsupportedError (nothing to prune, another quantizer).
     """
 
@@ -58,6 +65,8 @@ class Compressor:
         attention: AttentionUnit = "head_dim",
         example_inputs: Mapping[str, Any] | None = None,
         skip: Sequence[str] = (),
+        held_out: Sequence[Mapping[str, Any]] = (),
+        loss: Callable[[Mapping[str, Any]], Tensor] | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise UnsupportedError(
@@ -89,12 +98,27 @@ class Compressor:
             prices = self._macs.prices
         else:
             prices = self._param_prices
+        shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
         self.search = method.start(
             Problem(
-                structures, prices, self.budget.fraction, lambda: unit_squares(model, structures)
+                structures,
+                prices,
+                self.budget.fraction,
+                squares=lambda: unit_squares(model, structures),
+                shareable=lambda target, source: shareable(target, source, shapes),
+                similarity=lambda target, source: similarity(model, target, source),
             )
         )
         self.prices = prices
+        self.held_out, self._loss = held_out, loss or self._own_loss
+        self.autocast: torch.dtype | None = None
+        self._held_out_seen = 0
+        if self.search.alternates and is_shared(model):
+            raise UnsupportedError(
+                "this model shares weights already: call vlprune.materialize on it before it is "
+                f"searched by {type(method).__name__} again"
+            )
+        self._after = 0
         self._plan: Plan | None = None
         self._finished = False
         self._verification: Any = None
@@ -128,12 +152,15 @@ class Compressor:
         self._hooks.close()
         self._attached = False
 
-    def step(self, progress: float, scale: float = 1.0) -> None:
+    def step(self, progress: float, scale: float = 1.0, weight_scale: float | None = None) -> None:
         """Tell the search that one backward pass is done; call before ``optimizer.step()``.
 
         ``progress`` runs from 0 to 1 over the search. ``scale`` is what the loss was multiplied
-        with before the backward pass: ``scaler.get_scale()`` where a GradScaler is in use.
+        with before the backward pass: ``scaler.get_scale()`` where a GradScaler is in use, and
+        ``weight_scale`` is that factor where the weights' gradients still carry it, 1 after
+        ``scaler.unscale_(optimizer)`` (default: ``scale``).
         """
+        weight_scale = scale if weight_scale is None else weight_scale
         if not 0 <= progress <= 1:
             raise VlpruneError(f"progress runs from 0 to 1, not {progress!r}")
         if self.search.uses_gates:
@@ -154,6 +181,95 @@ class Compressor:
             for gate in self._gates.values():
                 gate.grad = None
         self._set_gates(progress)
+        if isinstance(self.search, Alternating):
+            self._align(self.search, progress, weight_scale)
+            if self.search.due(progress):
+                self._look(self.search, progress)
+
+    def _align(self, search: Alternating, progress: float, scale: float) -> None:
+        """Draw the weights towards the wanted structure, by their gradients and directly."""
+        wanted = search.alignment(progress)
+        if wanted is None:
+            return
+        if wanted.strength > 0:
+            distance = alignment(self.model, self.structures, wanted.vectors)
+            if distance.requires_grad:
+                (wanted.strength * scale * distance).backward()  # type: ignore[no-untyped-call]
+        if wanted.factor < 1:
+            draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
+
+    def _look(self, search: Alternating, progress: float) -> None:
+        """The loss of a held-out batch with and without the vectors; and let the search learn.
+
+        The weights are constants here, the model is in eval mode, and training's random numbers
+        are left alone.
+        """
+        batch = self._next_held_out()
+        vectors = search.draw(progress)
+        learns = search.learns(progress)
+        keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
+        share = {
+            n: (source, values.detach().clone().requires_grad_(learns), units)
+            for n, (source, values, units) in vectors.share.items()
+        }
+        device = next(self.model.parameters()).device
+        live = Vectors(keep, share)
+        with (
+            evaluating(self.model),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            self._autocast(device),
+        ):
+            with torch.no_grad():
+                full = float(self._loss(batch))
+            with (
+                torch.set_grad_enabled(learns),
+                mixed(self.model, self.structures, live.share),
+                gated(self.model, self.structures, live.alive()),
+            ):
+                loss = self._loss(batch)
+            if learns:
+                leaves = [*keep.values(), *(values for _, values, _ in share.values())]
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        search.watch(progress, float(loss.detach()), full)
+        if learns:
+            names = [*(f"keep/{n}" for n in keep), *(f"share/{n}" for n in share)]
+            found = {
+                name: torch.zeros_like(leaf) if grad is None else grad.float()
+                for name, leaf, grad in zip(names, leaves, grads, strict=True)
+            }
+            found = _averaged(found)
+            search.learn(
+                progress,
+                {n: found[f"keep/{n}"].cpu() for n in keep},
+                {n: found[f"share/{n}"].cpu() for n in share},
+            )
+
+    def _next_held_out(self) -> Any:
+        """The next held-out batch, on the model's device; another one in every process."""
+        if not len(self.held_out):
+            raise VlpruneError(
+                f"{type(self.method).__name__} learns on batches that are not trained on: give "
+                "Compressor(..., held_out=[batch, ...]) some"
+            )
+        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
+            raise UnsupportedError(
+                f"the weights are sharded (FSDP), which {type(self.method).__name__} cannot search: "
+                "use DistributedDataParallel"
+            )
+        several = dist.is_available() and dist.is_initialized()
+        world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
+        number = (self._held_out_seen * world + rank) % len(self.held_out)
+        self._held_out_seen += 1
+        return send_to_device(self.held_out[number], next(self.model.parameters()).device)
+
+    def _own_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        loss: Tensor = self.model(**batch)["loss"]
+        return loss
+
+    def _autocast(self, device: torch.device) -> Any:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
 
     def _refuse_unreached(self) -> None:
         names = [s.name for s in self.structures if s.name in self._unreached]
@@ -171,6 +287,7 @@ class Compressor:
             **{f"search/{name}": value for name, value in self.search.state().items()},
             **{f"gate/{name}": gate.detach().cpu() for name, gate in self._gates.items()},
             "reached": torch.tensor(reached),
+            "held_out_seen": torch.tensor(self._held_out_seen),
         }
 
     @torch.no_grad()
@@ -186,6 +303,7 @@ class Compressor:
         )
         for name, gate in self._gates.items():
             gate.copy_(state[f"gate/{name}"])
+        self._held_out_seen = int(state["held_out_seen"])
         self._unreached = {
             s.name
             for s, reached in zip(self.structures, state["reached"].tolist(), strict=True)
@@ -227,11 +345,13 @@ class Compressor:
         """The plan as the search sees it now."""
         if self._plan is not None:
             return self._plan
-        return Plan(
+        plan = Plan(
             keep=self.search.keep(),
+            share=self.search.share(),
             attention=self.description.attention,
             fingerprint=self.description.fingerprint,
         )
+        return settled(self.model, self.description.structures, plan)
 
     def finish(self, verify: bool = True) -> Any:
         """The same model object, really smaller.
@@ -251,6 +371,7 @@ class Compressor:
                 "with vlprune.rewrite(model, vlprune.discover(model), plan)"
             )
         self.detach()
+        self._after = int(cost.params(self.model, self.description.structures, plan))
         probe = self.example_inputs or self._seen
         rewrite(self.model, self.description, plan, verify=probe if verify else None)
         self._verification = self.model.__dict__.pop("_vlprune_verification", None)
@@ -262,13 +383,18 @@ class Compressor:
         """What was asked and reached, by tower and kind: plain values, ready for JSON."""
         plan = self.plan()
         structures = self.structures
-        kept = {s.name: len(plan.kept(s)) for s in structures}
+        units = {s.name: plan.kept(s) for s in structures}
+        kept = {name: len(listed) for name, listed in units.items()}
         groups: dict[tuple[str, str], list[Structure]] = defaultdict(list)
         for structure in structures:
             groups[structure.tower, structure.kind].append(structure)
-        unit = self._param_prices.unit
         total = self._params_before
-        after = total - round(sum(unit[s.name] * (s.size - kept[s.name]) for s in structures))
+        after = self._after or int(cost.params(self.model, self.description.structures, plan))
+        reached = (
+            after / total
+            if self.budget.what == "params"
+            else self.prices.cost(units) / self.prices.total
+        )
         report: dict[str, Any] = {
             "method": type(self.method).__name__,
             "options": asdict(self.method) if is_dataclass(self.method) else {},
@@ -276,7 +402,7 @@ class Compressor:
             "budget": {
                 "what": self.budget.what,
                 "asked": self.budget.fraction,
-                "reached": self.prices.cost(kept) / self.prices.total,
+                "reached": reached,
             },
             "params": {"before": total, "after": after},
             "groups": [
@@ -286,12 +412,14 @@ class Compressor:
                     "structures": len(members),
                     "units": sum(s.size for s in members),
                     "kept": sum(kept[s.name] for s in members),
+                    "shared": sum(len(plan.shared(s)) for s in members),
                     "padded": sum(s.layout == "padded" for s in members),
                 }
                 for (tower, kind), members in groups.items()
             ],
             "verified": asdict(self._verification) if self._verification else None,
             "search": self.search.facts(),
+            "search_history": self.search.history(),
         }
         if self._macs is not None:
             report["macs"] = {
@@ -368,6 +496,8 @@ class CompressorCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.attach()
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.compressor.autocast = half
         self.compressor._follow()  # an objective may never call the model's own forward
         if state.global_step > 0:  # the Trainer goes on from a checkpoint
             saved = state.stateful_callbacks.get(type(self).__name__)
@@ -389,9 +519,12 @@ class CompressorCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         self.compressor.step(
             min(1.0, (state.global_step + 1) / max(1, state.max_steps)),
-            scale=scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0,
+            scale=scale,
+            # clipping has unscaled the weights' gradients before this is called
+            weight_scale=1.0 if args.max_grad_norm else scale,
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

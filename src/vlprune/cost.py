@@ -22,7 +22,9 @@ from .budget import Prices
 from .gate import Gates, evaluating
 from .layers import is_linear
 from .plan import Plan
+from .share import Tie, settled, ties_in, ties_of
 from .structure import Structure
+from .units import named_weights, positions
 
 __all__ = ["MacsProfile", "Prices", "macs", "macs_of", "measure_macs", "param_prices", "params"]
 
@@ -39,12 +41,15 @@ def _kept(structure: Structure, choice: Plan | Gates | None) -> int | Tensor:
 def params(
     model: nn.Module, structures: Sequence[Structure], plan_or_gates: Plan | Gates | None = None
 ) -> int | Tensor:
-    """Parameters of the whole model after the cut.
+    """Parameters of the whole model after the cut, as they are stored.
 
     An int for a plan (or for nothing: the model as it is), a differentiable scalar for
-    gates. Parameters shared by several modules count once; buffers do not count.
+    gates. Parameters shared by several modules count once, and so do units that a plan shares;
+    buffers do not count. A plan's sharing adds to that which the model has already.
     """
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    if isinstance(plan_or_gates, Plan):
+        plan_or_gates = settled(model, structures, plan_or_gates)
+    shapes = {name: list(p.shape) for name, p in named_weights(model).items()}
     removed: dict[str, dict[int, Any]] = defaultdict(dict)
     for structure in structures:
         gone = structure.size - _kept(structure, plan_or_gates)
@@ -62,29 +67,90 @@ def params(
             if name in removed
             else total + math.prod(shape)
         )
+    return total - _stored_elsewhere(model, structures, plan_or_gates, shapes)
+
+
+def _stored_elsewhere(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    choice: Plan | Gates | None,
+    shapes: Mapping[str, Sequence[int]],
+) -> int:
+    """Numbers in weights that take them from another weight, now or after the plan."""
+    ties = ties_in(model)
+    if isinstance(choice, Plan):
+        ties = [*ties, *ties_of(structures, choice, shapes)]
+    if not ties:
+        return 0
+    gone: dict[str, set[int]] = defaultdict(set)
+    if isinstance(choice, Plan):
+        for structure in structures:
+            dead = sorted(set(range(structure.size)) - set(choice.kept(structure)))
+            for slot in structure.slots:
+                gone[slot.param].update(positions(slot, structure.size, dead).tolist())
+    total = 0
+    for target, group in _by_target(ties).items():
+        alive = sum(
+            a not in gone[target] and b not in gone[one.source]
+            for one in group
+            for a, b in zip(one.into, one.out_of, strict=True)
+        )
+        total += alive * math.prod(shapes[target]) // shapes[target][group[0].axis]
     return total
+
+
+def _by_target(ties: Sequence[Tie]) -> dict[str, list[Tie]]:
+    groups: dict[str, list[Tie]] = defaultdict(list)
+    for one in ties:
+        groups[one.target].append(one)
+    return groups
 
 
 def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
     """The price of one unit of each structure in parameters.
 
-    Linear in the number of kept units, because no parameter has two pruned axes.
+    Linear in the number of kept units, because no parameter has two pruned axes. A unit whose
+    weights are stored elsewhere costs its bias alone (``Prices.borrowed``).
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    unit = {}
+    weights = named_weights(model)
+    shapes = {name: tuple(p.shape) for name, p in weights.items()}
+    unit, borrowed = {}, {}
     for structure in structures:
-        unit[structure.name] = float(
-            sum(
-                slot.repeat
-                * slot.inner
-                * math.prod(shapes[slot.param])
-                // shapes[slot.param][slot.axis]
-                for slot in structure.slots
-            )
-        )
+        costs = [
+            (slot.repeat * slot.inner * math.prod(shape) // shape[slot.axis], len(shape) > 1)
+            for slot in structure.slots
+            for shape in (shapes[slot.param],)
+        ]
+        unit[structure.name] = float(sum(cost for cost, _ in costs))
+        borrowed[structure.name] = float(sum(cost for cost, weight in costs if not weight))
     sizes = {s.name: s.size for s in structures}
     whole = sum(math.prod(shape) for shape in shapes.values())
-    return Prices("params", unit, sizes, whole - sum(unit[n] * sizes[n] for n in unit))
+    fixed = whole - sum(unit[n] * sizes[n] for n in unit)
+    elsewhere = _units_elsewhere(model, structures)
+    inside = sum((unit[n] - borrowed[n]) * len(units) for n, units in elsewhere.items())
+    fixed -= _stored_elsewhere(model, (), None, shapes) - inside
+    return Prices("params", unit, sizes, fixed, borrowed, elsewhere)
+
+
+def _units_elsewhere(
+    model: nn.Module, structures: Sequence[Structure]
+) -> dict[str, tuple[int, ...]]:
+    """{structure: its units that take their weights from another}, of a model that shares."""
+    tied: dict[str, set[int]] = defaultdict(set)
+    for one in ties_in(model):
+        tied[one.target].update(one.into)
+    found = {}
+    for structure in structures:
+        slots = [s for s in structure.slots if s.param in tied]
+        if slots:
+            slot = slots[0]
+            every = positions(slot, structure.size, range(structure.size)).reshape(
+                slot.repeat, structure.size, slot.inner
+            )
+            units = [u for u in range(structure.size) if int(every[0, u, 0]) in tied[slot.param]]
+            if units:
+                found[structure.name] = tuple(units)
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +170,7 @@ class MacsProfile:
     def prices(self) -> Prices:
         """The profile as a price list."""
         fixed = self.total - sum(self.unit[n] * self.sizes[n] for n in self.unit)
-        return Prices("macs", self.unit, self.sizes, fixed)
+        return Prices("macs", self.unit, self.sizes, fixed, self.unit)
 
 
 def macs(
@@ -227,7 +293,7 @@ def measure_macs(
         core: done - sum(n for path, n in linear_macs.items() if path.startswith(core + "."))
         for core, done in counter.core.items()
     }
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in named_weights(model).items()}
     unit = {}
     for structure in structures:
         price = 0.0

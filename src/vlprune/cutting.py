@@ -17,7 +17,7 @@ from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
 from .record import read_record, record_of, write_record
 from .registry import native_forward
-from .share import Tie, check_shares, is_shared, mixed, moved, tie, ties_of, untie
+from .share import Tie, check_shares, is_shared, mixed, moved, settled, tie, ties_of, untie
 from .structure import Description, Structure
 from .units import owner_of, positions, span
 
@@ -61,6 +61,7 @@ def rewrite(
     known = description.fingerprint if isinstance(structures, Description) else ""
     plan.check(description.structures, known)
     check_shares(model, description.structures, plan)
+    plan = settled(model, description.structures, plan)
     before = read_record(model)
     sharing = {*plan.share, *(source for source, *_ in plan.share.values())}
     cut = [s for s in description if len(plan.kept(s)) < s.size or s.name in sharing]

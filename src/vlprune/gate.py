@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from .errors import PlanError, did_you_mean
+from .errors import PlanError, UnsupportedError, did_you_mean
 from .plan import Plan
 from .structure import Gate, Structure
 from .units import spread
@@ -213,6 +214,12 @@ def _attach(module: nn.Module, gate: Gate, values: Tensor) -> list[Callable[[], 
             return (first * _like(first, spread(values, gate, first.shape[-1])), *rest)
 
         return [module.register_forward_pre_hook(scale_input).remove]
+
+    if any(parametrize.is_parametrized(module, name) for name in gate.params):
+        raise UnsupportedError(
+            "the projections of an nn.MultiheadAttention share their weights, so they cannot be "
+            "gated: call vlprune.materialize on the model first, or skip this module"
+        )
 
     # at == "weight": shadow the parameter with its gated product for one forward pass. An
     # entry in __dict__ is found before nn.Module looks into _parameters, so the parameter

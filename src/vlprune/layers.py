@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["PaddedLinear", "is_linear", "linear_axes"]
+__all__ = ["PaddedLinear", "is_linear", "linear_axes", "stock_name"]
+
+
+def stock_name(module: nn.Module) -> str:
+    """The name of the stock class, also where a cut or sharing has put another in its place."""
+    return type(module).__name__.removeprefix("Parametrized").removeprefix("Cut")
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is ``y = x W + b`` with a plain dense weight."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or stock_name(module) == "Conv1D"
 
 
 def linear_axes(module: nn.Module) -> tuple[int, int]:
     """``(output axis, input axis)`` of the module's weight; Conv1D stores it transposed."""
-    return (1, 0) if type(module).__name__ == "Conv1D" else (0, 1)
+    return (1, 0) if stock_name(module) == "Conv1D" else (0, 1)
 
 
 class PaddedLinear(nn.Linear):

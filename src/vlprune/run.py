@@ -6,7 +6,9 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +29,7 @@ from .budget import least
 from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
 from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
-from .methods import METHODS, Method, Random
+from .methods import JSP, METHODS, Method, Random
 from .plan import Plan
 from .progress import Progress
 from .recipe import Recipe, Training
@@ -111,8 +113,11 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
     example = task.example_inputs()
+    searched, held_out = list(task.train), _HeldOut(task, [], 1)
+    if issubclass(type(method), JSP):
+        searched, held_out = _split(task, recipe)
 
-    def compressor_for(model: Any, chosen: Method) -> Compressor:
+    def compressor_for(model: Any, chosen: Method, loss: Any = None) -> Compressor:
         return Compressor(
             model,
             chosen,
@@ -120,13 +125,15 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
             attention=recipe.attention,  # type: ignore[arg-type]
             example_inputs=example,
             skip=recipe.skip,
+            held_out=held_out,
+            loss=loss,
         )
 
     def refuse_early(model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
         intended = compressor_for(model, method)
         intended.detach()
-        if intended.search.uses_gates and not recipe.search.on:
+        if intended.search.needs_training and not recipe.search.on:
             raise RecipeError(
                 f"the method {recipe.method['name']} watches a training: give search.steps or "
                 "search.epochs"
@@ -162,9 +169,12 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     else:
         progress.phase("searching" if recipe.search.on else "planning")
         model = copy.deepcopy(dense)
-        compressor = compressor_for(model, method)
+        trainee = phase.trainee(model)
+        compressor = compressor_for(model, method, lambda batch: trainee(**batch)["loss"])
         watcher = [compressor.callback()]
-        history["search"] = phase.fit(f"search-{key}", recipe.search, model, watcher)
+        history["search"] = phase.fit(
+            f"search-{key}", recipe.search, model, watcher, searched, trainee
+        )
         small = compressor.finish()
         plan, report = compressor.plan(), compressor.report()
         cut_metrics = _evaluate(task, small, "evaluating cut", progress)
@@ -216,24 +226,36 @@ class _Phases:
     checkpoints: Path
     teacher: Any = None
 
+    def trainee(self, model: Any) -> nn.Module:
+        """What is trained for ``model``: its task's objective, with a teacher if there is one."""
+        recipe, trainee = self.recipe, self.task.objective(model)
+        if self.teacher is not None and recipe.teacher:
+            structures = discover(self.teacher, recipe.attention).structures  # type: ignore[arg-type]
+            return Taught(trainee, model, self.teacher, recipe.teacher, structures)
+        return trainee
+
     def fit(
-        self, name: str, spec: Training, model: Any, callbacks: Sequence[Any] = ()
+        self,
+        name: str,
+        spec: Training,
+        model: Any,
+        callbacks: Sequence[Any] = (),
+        items: Sequence[Any] | None = None,
+        trainee: nn.Module | None = None,
     ) -> list[dict[str, float]]:
-        """Train ``model`` in place, by the teacher where the recipe wants one."""
+        """Train ``model`` in place, on all training items or on ``items``."""
         if not spec.on:
             return []
         recipe, task = self.recipe, self.task
-        trainee = task.objective(model)
-        if self.teacher is not None and recipe.teacher:
-            structures = discover(self.teacher, recipe.attention).structures  # type: ignore[arg-type]
-            trainee = Taught(trainee, model, self.teacher, recipe.teacher, structures)
+        trainee = trainee if trainee is not None else self.trainee(model)
+        items = task.train if items is None else items
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        steps = spec.count(len(task.train), PartialState().num_processes)
+        steps = spec.count(len(items), PartialState().num_processes)
         with self.progress.count("training", steps) as advance:
             history = fit(
                 trainee,
-                task.train,
+                items,
                 task.collate,
                 spec,
                 seed=recipe.seed,
@@ -245,6 +267,36 @@ class _Phases:
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         return history
+
+
+class _HeldOut(Sequence[Any]):
+    """Batches of items that the search does not train on, collated when they are asked for."""
+
+    def __init__(self, task: Task, items: Sequence[Any], batch_size: int) -> None:
+        self.task, self.items, self.batch_size = task, items, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.items) / self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        start = number * self.batch_size
+        batch = list(self.items[start : start + self.batch_size])
+        return self.task.collate(batch, random.Random(f"held out/{number}"))
+
+
+HELD_OUT = 0.05
+
+
+def _split(task: Task, recipe: Recipe) -> tuple[list[Any], _HeldOut]:
+    """The training items in two: nineteen twentieths to train on, the rest to learn from."""
+    order = list(range(len(task.train)))
+    random.Random(f"{recipe.seed}/held out").shuffle(order)
+    count = max(1, round(HELD_OUT * len(order)))
+    aside = sorted(order[:count])
+    rest = sorted(order[count:])
+    items = [task.train[i] for i in aside]
+    size = min(recipe.search.batch_size, len(items))
+    return [task.train[i] for i in rest], _HeldOut(task, items, size)
 
 
 def _evaluate(task: Task, model: Any, title: str, progress: Progress) -> dict[str, float]:

@@ -33,10 +33,15 @@ __all__ = [
     "materialize",
     "mixed",
     "moved",
+    "pairing",
+    "settled",
     "shareable",
+    "similarity",
+    "slot_pairs",
     "tie",
     "ties_in",
     "ties_of",
+    "unit_weights",
     "untie",
 ]
 
@@ -112,10 +117,43 @@ def _times(widths: Sequence[int]) -> str:
     return " x ".join(str(n) for n in widths)
 
 
-def _slot_pairs(
-    target: Structure, source: Structure, shapes: Mapping[str, Sequence[int]]
+def slot_pairs(
+    target: Structure, source: Structure, weights: Mapping[str, Any]
 ) -> list[tuple[Slot, Slot]]:
+    """The slots of two structures that are shared with each other.
+
+    ``weights`` are parameters, or their shapes, by name.
+    """
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in weights.items()}
     return list(zip(_weights(target, shapes), _weights(source, shapes), strict=True))
+
+
+def unit_weights(
+    structure: Structure, units: Tensor, parameters: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The weights of some units, one matrix a slot: (units, numbers of a unit) each."""
+    found = []
+    for slot in structure.slots:
+        weight = parameters[slot.param]
+        if weight.dim() < 2:
+            continue
+        ordered = positions(slot, structure.size, units.cpu()).to(weight.device)
+        part = weight.index_select(slot.axis, ordered).movedim(slot.axis, 0)
+        part = part.reshape(slot.repeat, len(units), slot.inner, -1)
+        found.append(part.transpose(0, 1).reshape(len(units), -1))
+    return found
+
+
+@torch.no_grad()
+def similarity(model: nn.Module, target: Structure, source: Structure) -> Tensor:
+    """Cosine between every unit of two structures, over all their weights: (target, source)."""
+    weights = named_weights(model)
+    sides = []
+    for structure in (target, source):
+        every = torch.arange(structure.size)
+        whole = torch.cat(unit_weights(structure, every, weights), dim=1).float()
+        sides.append(nn.functional.normalize(whole, dim=1))
+    return (sides[0] @ sides[1].T).cpu()
 
 
 # -- before the cut --------------------------------------------------------------------
@@ -139,7 +177,7 @@ def mixed(
     if isinstance(shares, Plan):
         plan = shares
         shares = {
-            s.name: (plan.share[s.name][0], *_pairing(s.size, plan.shared(s)))
+            s.name: (plan.share[s.name][0], *pairing(s.size, plan.shared(s)))
             for s in structures
             if s.name in plan.share
         }
@@ -160,7 +198,7 @@ def mixed(
             module.__dict__.pop(leaf, None)
 
 
-def _pairing(size: int, shared: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+def pairing(size: int, shared: Mapping[int, int]) -> tuple[Tensor, Tensor]:
     """1 for the units that share, and which unit each takes; both (size,)."""
     values, taken = torch.zeros(size), torch.zeros(size, dtype=torch.long)
     for unit, other in shared.items():
@@ -187,7 +225,7 @@ def _mixtures(
         source, values, units = shares[name]
         mix(source)
         target, giver = by_name[name], by_name[source]
-        for ours, theirs in _slot_pairs(target, giver, shapes):
+        for ours, theirs in slot_pairs(target, giver, shapes):
             own = done.get(ours.param, parameters[ours.param])
             taken = done.get(theirs.param, parameters[theirs.param])
             into = positions(ours, target.size, range(target.size)).to(own.device)
@@ -221,7 +259,7 @@ def ties_of(
         shared = plan.shared(target)
         if not shared:
             continue
-        for ours, theirs in _slot_pairs(target, giver, shapes):
+        for ours, theirs in slot_pairs(target, giver, shapes):
             into = positions(ours, target.size, [*shared]).tolist()
             out_of = positions(theirs, giver.size, [*shared.values()]).tolist()
             ties.append(Tie(ours.param, theirs.param, ours.axis, tuple(into), tuple(out_of)))
@@ -260,6 +298,32 @@ def moved(
             factor = one.scale * scale.get(one.target, 1.0) / scale.get(one.source, 1.0)
             result.append(replace(one, into=into, out_of=out_of, scale=factor))
     return result
+
+
+def settled(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> Plan:
+    """The plan with what follows from the sharing that the model has already.
+
+    A unit whose weights are stored in one that goes, goes with it.
+    """
+    record = read_record(model)
+    if record is None or not record.plan.share:
+        return plan
+    sizes, alive = {s.name: s.size for s in structures}, record.alive()
+    share = dict(plan.share)
+    for name, (source, units, theirs) in record.plan.share.items():
+        if name not in sizes or source not in sizes or name in plan.share:
+            continue
+        now, there = ({u: i for i, u in enumerate(alive[n])} for n in (name, source))
+        share[name] = (source, [now[u] for u in units], [there[u] for u in theirs])
+    whole = replace(plan, share=share)
+    keep = {s.name: whole.kept(s) for s in structures if s.name in share or s.name in plan.keep}
+    empty = next((name for name, units in keep.items() if not units), "")
+    if empty:
+        raise PlanError(
+            f"the plan leaves nothing of {empty!r}: the units it keeps are stored in "
+            f"{share[empty][0]!r}, where they go; keep one of them there"
+        )
+    return replace(plan, keep=keep)
 
 
 class SharedWeight(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import is_linear, linear_axes
+from ..layers import is_linear, linear_axes, stock_name
 from ..structure import Attr, Gate, Slot, Structure
 from ..units import owner_of
 from . import layouts
@@ -344,15 +344,11 @@ def measure_multihead(path: str, module: Any, tower: str) -> Block:
     )
 
 
-def stock_name(module: nn.Module) -> str:
-    """The name of the stock class, also for a module whose class a cut has swapped."""
-    return type(module).__name__.removeprefix("Cut")
-
-
 def _native(core: nn.Module, name: str) -> Native:
     """What the forward accepts; nothing for a class that only shares a known one's name."""
     nothing = Native(head=False, head_dim=False)
-    known = type(core).__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
+    home = next(c for c in type(core).__mro__ if not c.__name__.startswith("Parametrized"))
+    known = home.__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
     return NATIVE.get(name, nothing) if known else nothing
 
 

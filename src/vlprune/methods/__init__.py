@@ -1,13 +1,16 @@
 """The methods, one small file each."""
 
-from .base import Method, OneShot, Problem, Search
+from .base import Alternating, Method, OneShot, Problem, Search
+from .jsp import JSP
 from .magnitude import Magnitude
 from .random import Random
 from .taylor import Taylor
 from .upop import UPop
 
 __all__ = [
+    "JSP",
     "METHODS",
+    "Alternating",
     "Magnitude",
     "Method",
     "OneShot",
@@ -19,6 +22,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
+    "jsp": JSP,
     "magnitude": Magnitude,
     "random": Random,
     "taylor": Taylor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from ..budget import Prices, select
 from ..errors import RecipeError
 from ..structure import Structure
+from ..vectors import Vectors
 
-__all__ = ["Method", "OneShot", "Problem", "Search", "family", "standardised"]
+__all__ = ["Alignment", "Alternating", "Method", "OneShot", "Problem", "Search", "family", "standardised"]
 
 SCOPES = ("global", "uniform")
 
@@ -28,21 +29,35 @@ SCOPES = ("global", "uniform")
 class Problem:
     """What a search is given.
 
-    ``budget`` is the fraction of ``prices.total`` that stays. ``squares()`` gives the sum of
-    squared weights of every unit, {structure: (size,)}, computed when called.
+    ``budget`` is the fraction of ``prices.total`` that stays. Three functions look at the model,
+    which a search never sees: ``squares()`` gives the sum of squared weights of every unit,
+    {structure: (size,)}; ``shareable(target, source)`` says why units of one structure cannot take
+    the weights of another, "" if they can; ``similarity(target, source)`` gives the cosines of
+    their weights, (target's units, source's units).
     """
 
     structures: tuple[Structure, ...]
     prices: Prices
     budget: float
     squares: Callable[[], Mapping[str, Tensor]]
+    shareable: Callable[[Structure, Structure], str] = lambda target, source: ""
+    similarity: Callable[[Structure, Structure], Tensor] = lambda target, source: torch.eye(
+        target.size, source.size
+    )
 
 
 class Search(ABC):
     """The state of one search."""
 
     uses_gates: ClassVar[bool] = False
-    """Whether training must run with gates; if not, a plan can be made at any time."""
+    """Whether training must run with gates."""
+    alternates: ClassVar[bool] = False
+    """Whether it learns in turn with the weights (:class:`Alternating`)."""
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether it must watch a training; if not, a plan can be made at any time."""
+        return self.uses_gates or self.alternates
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -59,6 +74,10 @@ class Search(ABC):
     def keep(self) -> dict[str, tuple[int, ...]]:
         """The units that stay, within the budget."""
 
+    def share(self) -> dict[str, tuple[Any, ...]]:
+        """The units that take another's weights, as in :class:`vlprune.Plan`."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for :meth:`restore` to go on exactly from here."""
         return {}
@@ -70,6 +89,60 @@ class Search(ABC):
     def facts(self) -> dict[str, float]:
         """Figures about the search as it stands, for logs and the report."""
         return {}
+
+    def history(self) -> list[dict[str, float]]:
+        """Figures noted while it ran, first to last."""
+        return []
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The structure that weights are drawn to, and how.
+
+    ``strength`` times the distance (:func:`vlprune.vectors.alignment`) is added to the loss;
+    then the distance is multiplied by ``factor`` (:func:`vlprune.vectors.draw_near`).
+    """
+
+    vectors: Vectors
+    strength: float
+    factor: float = 1.0
+
+
+class Alternating(Search):
+    """A search that learns in turn with the weights, on held-out batches.
+
+    After each backward pass it is asked whether a structure step is :meth:`due`. If so, the loss
+    of a held-out batch is taken with the vectors it draws; if it :meth:`learns`, it is handed the
+    gradients. In between, the weights are drawn towards the wanted structure.
+    """
+
+    alternates: ClassVar[bool] = True
+
+    @abstractmethod
+    def due(self, progress: float) -> bool:
+        """Whether a held-out batch should be looked at now; called once a weight step."""
+
+    @abstractmethod
+    def learns(self, progress: float) -> bool:
+        """Whether :meth:`learn` should follow."""
+
+    @abstractmethod
+    def draw(self, progress: float) -> Vectors:
+        """The vectors to take the loss with."""
+
+    @abstractmethod
+    def learn(
+        self, progress: float, keep: Mapping[str, Tensor], share: Mapping[str, Tensor]
+    ) -> None:
+        """Take a step, from the gradients of the loss by the vectors drawn last."""
+
+    @abstractmethod
+    def alignment(self, progress: float) -> Alignment | None:
+        """How the weights are drawn to the structure; None: not at all. Called once a step."""
+
+    @abstractmethod
+    def watch(self, progress: float, masked: float, full: float) -> None:
+        """Note the loss of a held-out batch with and without the vectors."""
 
 
 class Method(ABC):

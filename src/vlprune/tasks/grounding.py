@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ class RegionTask(Task):
         "decoder_layers": 3,
     }
 
-    @property
+    @cached_property
     def grounder(self) -> Grounder:
         """The family of the model: what ``model.path`` holds, or ``options.model``."""
         if not self.model_spec.path:
@@ -58,7 +59,7 @@ class RegionTask(Task):
     def load(self, path: str | Path) -> Any:
         return self.grounder.ready(self.load_by_name(path))
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """How many text positions a query can stand for."""
         path = self.model_spec.path
@@ -157,7 +158,7 @@ class GroundingTask(RegionTask):
         return accuracy | {f"recall_at_{k}": hits[k] / count for k in HITS[1:]}
 
     def _ranked(self, model: Any, items: Sequence[Grounding]) -> list[list[Tensor]]:
-        """For each phrase of each item, all boxes in pixels (left, top, right, bottom), best first."""
+        """For each phrase of each item, all boxes (left, top, right, bottom), best first."""
         words, offsets = self.words([item.text for item in items])
         inputs = {**words, **self.looks([item.image for item in items])}
         outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
@@ -196,7 +197,7 @@ def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of every box with every other, both (left, top, right, bottom): (n, 4), (m, 4): (n, m)."""
+    """IoU of every box with every other: (n, 4) and (m, 4), as corners, to (n, m)."""
     low = torch.maximum(first[:, None, :2], second[None, :, :2])
     high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
     inter = (high - low).clamp(min=0).prod(-1)
