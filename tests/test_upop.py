@@ -390,7 +390,9 @@ def test_a_gradient_scaler_changes_nothing_and_its_overflows_are_left_out() -> N
 def test_a_trainer_in_fp16_passes_the_scale_on() -> None:
     compressor, _ = searched("clip", steps=2)
     seen = []
-    compressor.step = lambda progress, scale=1.0: seen.append(scale)
+    compressor.step = lambda progress, scale=1.0, weight_scale=1.0: seen.append(
+        (scale, weight_scale)
+    )
 
     class Optimizer:
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -398,8 +400,13 @@ def test_a_trainer_in_fp16_passes_the_scale_on() -> None:
     class State:
         global_step, max_steps = 0, 4
 
-    compressor.callback().on_pre_optimizer_step(None, State, None, optimizer=Optimizer)
-    assert seen == [64.0]
+    class Args:
+        max_grad_norm = 1.0
+
+    compressor.callback().on_pre_optimizer_step(Args, State, None, optimizer=Optimizer)
+    Args.max_grad_norm = 0.0  # without clipping nothing has unscaled the weights' gradients
+    compressor.callback().on_pre_optimizer_step(Args, State, None, optimizer=Optimizer)
+    assert seen == [(64.0, 1.0), (64.0, 64.0)]
 
 
 def test_gates_follow_the_model_to_another_device() -> None:

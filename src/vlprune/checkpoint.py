@@ -64,8 +64,8 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
             f"this {type(model).__name__} has no {unknown[0]!r}, which its vlprune section cuts: "
             "it was written by another version of transformers or vlprune; use that one"
         )
-    share = {}
-    for name, (source, *units) in record.plan.share.items():
+    share: dict[str, tuple[Any, ...]] = {}
+    for name, (source, *paired) in record.plan.share.items():
         target, giver = find(name), find(source)
         if target is not None and giver is None:
             raise CheckpointError(
@@ -73,7 +73,7 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
                 "have: load the whole model, call vlprune.materialize on it, and save that"
             )
         if target is not None and giver is not None:
-            share[target.name] = (giver.name, *units)
+            share[target.name] = (giver.name, *paired)
     return cut, replace(record.plan, keep=keep, share=share)
 
 

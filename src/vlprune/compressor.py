@@ -194,7 +194,7 @@ class Compressor:
         if wanted.strength > 0:
             distance = alignment(self.model, self.structures, wanted.vectors)
             if distance.requires_grad:
-                (wanted.strength * scale * distance).backward()  # type: ignore[no-untyped-call]
+                (wanted.strength * scale * distance).backward()
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
 
@@ -253,8 +253,8 @@ class Compressor:
             )
         if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
             raise UnsupportedError(
-                f"the weights are sharded (FSDP), which {type(self.method).__name__} cannot search: "
-                "use DistributedDataParallel"
+                f"the weights are sharded (FSDP), which {type(self.method).__name__} cannot search "
+                "yet: use DistributedDataParallel"
             )
         several = dist.is_available() and dist.is_initialized()
         world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)

@@ -17,9 +17,9 @@ from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
 from .record import read_record, record_of, write_record
 from .registry import native_forward
-from .share import Tie, check_shares, is_shared, mixed, moved, settled, tie, ties_of, untie
+from .share import Tie, check_shares, mixed, moved, settled, tie, ties_of, untie
 from .structure import Description, Structure
-from .units import owner_of, positions, span
+from .units import owner_of, plain_name, positions, span
 
 __all__ = ["Verification", "apply_plan", "rewrite", "tensors_of"]
 
@@ -66,17 +66,11 @@ def rewrite(
     sharing = {*plan.share, *(source for source, *_ in plan.share.values())}
     cut = [s for s in description if len(plan.kept(s)) < s.size or s.name in sharing]
     record = record_of(description, plan, before, cut)
-    ties = untie(model)  # a second cut works on whole weights; what was tied is tied again
-    try:
-        if verify is not None:
-            verification = _verified_cut(model, description, plan, cut, verify, ties)
-            model._vlprune_verification = verification  # type: ignore[assignment]
-        else:
-            apply_plan(model, cut, plan, ties=ties)
-    except BaseException:
-        if not is_shared(model):
-            tie(model, ties)
-        raise
+    if verify is not None:
+        verification = _verified_cut(model, description, plan, cut, verify)
+        model._vlprune_verification = verification  # type: ignore[assignment]
+    else:
+        apply_plan(model, cut, plan, ties=untie(model))
     write_record(model, record)
     return model
 
@@ -87,15 +81,18 @@ def _verified_cut(
     plan: Plan,
     cut: Sequence[Structure],
     inputs: Mapping[str, Any],
-    ties: Sequence[Tie],
 ) -> Verification:
-    """Cut, compare with the masked model, and put everything back if they differ."""
+    """Cut, compare with the masked model, and put everything back if they differ.
+
+    A model that shares already is cut on whole weights; what was tied is tied again.
+    """
     count = sum(p.numel() for p in model.parameters())
     probe, tolerance = (
         (torch.float64, 1e-9) if count <= SMALL_ENOUGH_FOR_FLOAT64 else (torch.float32, 1e-3)
     )
     undo: list[Any] = []
     with evaluating(model), _in_dtype(model, probe):
+        ties = untie(model)
         try:
             with mixed(model, cut, plan), gated(model, description.structures, plan):
                 masked = _run(model, inputs, probe)
@@ -103,6 +100,7 @@ def _verified_cut(
             result = _compare(masked, _run(model, inputs, probe), probe, tolerance)
         except Exception as error:
             _roll_back(model, undo)
+            tie(model, ties)
             raise VerificationError(
                 f"the cut was not proved right ({error}); the model was put back as it was: "
                 "check the probe inputs, or report this architecture"
@@ -293,7 +291,9 @@ class _in_dtype:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self.before = {name: t.dtype for name, t in _floating(model) if t.dtype != dtype}
+        self.before = {
+            plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype
+        }
 
     def __enter__(self) -> None:
         if self.before:
@@ -301,8 +301,8 @@ class _in_dtype:
 
     def __exit__(self, *_exc: object) -> None:
         for name, tensor in _floating(self.model):
-            if name in self.before:
-                tensor.data = tensor.data.to(self.before[name])
+            if plain_name(name) in self.before:
+                tensor.data = tensor.data.to(self.before[plain_name(name)])
 
 
 def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:

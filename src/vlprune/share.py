@@ -169,8 +169,9 @@ def mixed(
 
     ``shares`` maps a structure to its source, to one number a unit, 1 where the unit takes the
     source's weights and 0 where it keeps its own, and to the source's unit that it would take
-    (both (size,)); or it is a plan. A source that shares is mixed first. The mixture is made once, on entering, and is differentiable in the numbers and
-    in the weights of both. Gates (:func:`vlprune.gated`) may be put on top.
+    (both (size,)); or it is a plan. A source that shares is mixed first. The mixture is made once,
+    on entering, and is differentiable in the numbers and in the weights of both. Gates
+    (:func:`vlprune.gated`) may be put on top.
 
     Raises UnsupportedError for a model that shares already: :func:`materialize` it first.
     """
@@ -386,7 +387,7 @@ def tie(model: nn.Module, ties: Sequence[Tie]) -> None:
         shared = SharedWeight(weight, group[0].axis, parts)
         wanted = weight.requires_grad
         parametrize.register_parametrization(module, leaf, shared, unsafe=weight.is_meta)
-        module.parametrizations[leaf].original.requires_grad_(wanted)  # type: ignore[union-attr, index, operator]
+        module.parametrizations[leaf].original.requires_grad_(wanted)  # type: ignore[union-attr, index]
 
 
 def is_shared(model: nn.Module) -> bool:
@@ -417,9 +418,11 @@ def untie(model: nn.Module) -> list[Tie]:
     """Give every module its whole weight as a parameter of its own; returns what was tied."""
     ties = ties_in(model)
     for path, leaf, _ in _shared_weights(model):
-        parametrize.remove_parametrizations(
-            model.get_submodule(path), leaf, leave_parametrized=True
-        )
+        module = model.get_submodule(path)
+        # torch takes the weight's property off the module's class, which copies of it have, too
+        cls = type(module)
+        module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
     return ties
 
 
@@ -427,7 +430,7 @@ def _shared_weights(model: nn.Module) -> list[tuple[str, str, SharedWeight]]:
     found = []
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for leaf, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            for leaf, chain in module.parametrizations.items():
                 found += [(path, leaf, one) for one in chain if isinstance(one, SharedWeight)]
     return found
 
@@ -441,6 +444,6 @@ def materialize(model: Any) -> Any:
     record = read_record(model)
     untie(model)
     if record is not None and record.plan.share:
-        whole = {name: units for name, units in record.alive().items()}
-        write_record(model, replace(record, plan=replace(record.plan, keep=whole, share={})))
+        plan = replace(record.plan, keep=record.alive(), share={})
+        write_record(model, replace(record, plan=plan))
     return model

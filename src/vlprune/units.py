@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from .structure import Gate, Slot, Structure
 
-__all__ = ["named_weights", "owner_of", "positions", "span", "spread", "unit_squares"]
+__all__ = ["named_weights", "owner_of", "plain_name", "positions", "span", "spread", "unit_squares"]
 
 
 def owner_of(name: str) -> tuple[str, str]:
@@ -24,7 +24,7 @@ def span(slot: Slot | Gate, size: int) -> int:
     return slot.repeat * size * slot.inner
 
 
-def positions(slot: Slot | Gate, size: int, units: Sequence[int]) -> Tensor:
+def positions(slot: Slot | Gate, size: int, units: Sequence[int] | Tensor) -> Tensor:
     """Positions on the slot's axis that belong to ``units``, ascending. Shape (n,), int64."""
     layout = torch.arange(span(slot, size), device="cpu").reshape(slot.repeat, size, slot.inner)
     return (
@@ -52,14 +52,19 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     the part that is stored; a parameter that several modules hold appears under its first name.
     """
     found: dict[str, Tensor] = {}
-    ending = ".original"
     for name, parameter in model.named_parameters():
-        path, _, leaf = name.removesuffix(ending).rpartition(".parametrizations.")
-        if name.endswith(ending) and parametrize.is_parametrized(model.get_submodule(path), leaf):
-            found[f"{path}.{leaf}"] = getattr(model.get_submodule(path), leaf)
-        else:
-            found[name] = parameter
+        path, leaf = owner_of(plain_name(name))
+        module = model.get_submodule(path)
+        whole = parametrize.is_parametrized(module, leaf)
+        found[plain_name(name)] = getattr(module, leaf) if whole else parameter
     return found
+
+
+def plain_name(name: str) -> str:
+    """``"a.weight"`` for ``"a.parametrizations.weight.original"``; other names as they are."""
+    if not name.endswith(".original"):
+        return name
+    return name.removesuffix(".original").replace(".parametrizations.", ".")
 
 
 @torch.no_grad()

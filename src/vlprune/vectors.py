@@ -96,7 +96,7 @@ class Vectors:
     def plan(self, structures: Sequence[Structure], attention: str, fingerprint: str) -> Plan:
         """The plan that says the same; values above one half count as 1."""
         alive = self.alive()
-        keep = {s.name: _units(alive[s.name]) for s in structures if s.name in alive}
+        keep = {s.name: tuple(_units(alive[s.name])) for s in structures if s.name in alive}
         share = {}
         for name, (source, values, units) in self.share.items():
             chosen = [u for u in _units(values) if u in set(keep[name])]
@@ -128,23 +128,27 @@ def alignment(
         goes = None if stays is None else 1 - stays
         if share is not None and goes is not None:
             goes = goes * (1 - share)
-        terms = []
+        terms: list[tuple[Tensor, Tensor]] = []
         if goes is not None and bool((goes > 0).any()):
             units = (goes > 0).nonzero()[:, 0]
             mine = unit_weights(target, units, parameters)
-            terms.append((goes[units], sum(w.square().sum(1) for w in mine)))
+            terms.append((goes[units], _total([w.square().sum(1) for w in mine])))
         if share is not None and taken is not None and bool((share > 0).any()):
             units = (share > 0).nonzero()[:, 0]
             mine = unit_weights(target, units, parameters)
             theirs = unit_weights(by_name[source], taken[units], parameters)
             squares = [(a - b).square().sum(1) for a, b in zip(mine, theirs, strict=True)]
-            terms.append((share[units], sum(squares)))
-        for factor, squares in terms:
-            lengths = (squares + epsilon).sqrt() * factor.to(squares)  # type: ignore[union-attr, operator]
+            terms.append((share[units], _total(squares)))
+        for factor, square in terms:
+            lengths = (square + epsilon).sqrt() * factor.to(square)
             total = lengths.sum() if total is None else total + lengths.sum()
     if total is None:
         return torch.zeros(())
     return total / len(structures)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*parts]).sum(0)
 
 
 @torch.no_grad()

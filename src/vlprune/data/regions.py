@@ -93,8 +93,8 @@ def read_refer(
     path, boxes_path, folder = Path(refs), Path(instances), Path(images)
     if path.suffix in (".p", ".pkl", ".pickle"):
         raise DataError(
-            f"{path} is a pickle, which can run code when it is read: convert it to JSON once, with "
-            "python -c \"import json, pickle; json.dump(pickle.load(open('refs.p', 'rb')), "
+            f"{path} is a pickle, which can run code when it is read: convert it to JSON once, "
+            "with python -c \"import json, pickle; json.dump(pickle.load(open('refs.p', 'rb')), "
             "open('refs.json', 'w'))\""
         )
     body = read_json(boxes_path)
@@ -155,7 +155,8 @@ def read_nlvr1_objects(folder: str | Path, split: str) -> list[Scenery]:
     Three grey boxes of 100 pixels lie side by side, 50 apart. Classes are ``yellow square`` and
     the like. Every tenth picture tests.
     """
-    folder, found = Path(folder), []
+    folder = Path(folder)
+    found: list[Scenery] = []
     for part in ("dev", "hidden"):
         path = folder / part / f"{part}.json"
         for number, entry in read_jsonl(path):

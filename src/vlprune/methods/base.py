@@ -20,7 +20,16 @@ from ..errors import RecipeError
 from ..structure import Structure
 from ..vectors import Vectors
 
-__all__ = ["Alignment", "Alternating", "Method", "OneShot", "Problem", "Search", "family", "standardised"]
+__all__ = [
+    "Alignment",
+    "Alternating",
+    "Method",
+    "OneShot",
+    "Problem",
+    "Search",
+    "family",
+    "standardised",
+]
 
 SCOPES = ("global", "uniform")
 

@@ -39,8 +39,8 @@ class JSP(Method):
     ``budget_weight`` times log(max(P, target) / target), P the parameters that the vectors leave.
     The weights are trained whole, and drawn to the wanted structure: ``alignment`` times their
     distance from it (:func:`vlprune.vectors.alignment`) joins the loss, and once the structure is
-    frozen that distance also fades on UPop's schedule, to exactly 0 at the end. Then units go and are
-    shared for real, which changes nothing.
+    frozen that distance also fades on UPop's schedule, to exactly 0 at the end. Then units go and
+    are shared for real, which changes nothing.
 
     Stated in the source: sharing across backbones and inside blocks, pruning in both, one
     hypernetwork, the alignment term, training in turn. Ours, because no code is public: everything
@@ -92,8 +92,8 @@ class JSP(Method):
             raise RecipeError(f"mismatch must be error or skip, not {self.mismatch!r}")
         if not 0 <= self.warmup < self.freeze <= 1 or not 0 <= self.align <= 1:
             raise RecipeError(
-                f"warmup {self.warmup!r} must come before freeze {self.freeze!r}, and both and align "
-                f"{self.align!r} are progress, from 0 to 1"
+                f"warmup {self.warmup!r} must come before freeze {self.freeze!r}, and both and "
+                f"align {self.align!r} are progress, from 0 to 1"
             )
 
     def start(self, problem: Problem) -> Search:
@@ -292,8 +292,14 @@ class _JspSearch(Alternating):
         return Alignment(vectors, method.alignment, factor)
 
     def watch(self, progress: float, masked: float, full: float) -> None:
-        self.watched.append({"progress": progress, "masked_loss": masked, "full_loss": full,
-                             **self._shares(self.now)})
+        self.watched.append(
+            {
+                "progress": progress,
+                "masked_loss": masked,
+                "full_loss": full,
+                **self._shares(self.now),
+            }
+        )
 
     # -- the end ---------------------------------------------------------------------------
 
@@ -302,8 +308,8 @@ class _JspSearch(Alternating):
         if not self.structure_steps:
             raise VlpruneError(
                 "JSP has not made a structure step yet: train with compressor.callback(), or call "
-                f"compressor.step(progress) after each backward, at least {self.method.every} steps "
-                f"of them between {self.method.warmup} and {self.method.freeze} of the search"
+                f"compressor.step(progress) after each backward, at least {self.method.every} of "
+                f"them between {self.method.warmup} and {self.method.freeze} of the search"
                 + (f" ({self.skipped} steps were not finite)" if self.skipped else "")
             )
         return self.frozen if self.frozen is not None else self._fitted()
@@ -475,7 +481,7 @@ def _shared(
         if method.mismatch == "skip":
             return None
         raise UnsupportedError(
-            f"JSP cannot share {structure.name} with {source.name}: {why}; give mismatch=\"skip\" to "
+            f'JSP cannot share {structure.name} with {source.name}: {why}; give mismatch="skip" to '
             "share only where layers are alike, or leave that family out"
         )
     if not method.match:
@@ -485,9 +491,7 @@ def _shared(
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
-        raise UnsupportedError(
-            "match=True needs scipy: pip install 'vlprune[grounding]'"
-        ) from None
+        raise UnsupportedError("match=True needs scipy: pip install 'vlprune[grounding]'") from None
     alike = problem.similarity(structure, source)
     units = torch.full((structure.size,), -1)
     rows, columns = linear_sum_assignment(alike.numpy(), maximize=True)

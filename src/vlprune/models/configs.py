@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import SubConfigSpec
@@ -40,18 +40,18 @@ class MdetrConfig(DetrConfig):
     """
 
     model_type = "mdetr"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig, model_type="resnet", init_kwargs={"out_features": ["stage4"]}
         ),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="roberta"),
     }
 
-    text_config: dict | Any | None = None
+    text_config: Any = None
     text_positions: int = 256
     alignment_size: int = 64
     alignment_temperature: float = 0.07
-    answer_heads: dict | None = None
+    answer_heads: dict[str, int] | None = None
     auxiliary_loss: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

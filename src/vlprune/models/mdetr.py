@@ -28,7 +28,7 @@ from transformers.models.detr.modeling_detr import (
     DetrPreTrainedModel,
     DetrSinePositionEmbedding,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configs import MdetrConfig
 from .set_loss import SetWeights, set_losses
@@ -76,8 +76,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
     config_class = MdetrConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
-    _no_split_modules = ["DetrEncoderLayer", "DetrDecoderLayer"]
+    input_modalities: Any = ("image", "text")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -101,7 +100,9 @@ class MdetrForGrounding(DetrPreTrainedModel):
         self.bbox_embed = DetrMLPPredictionHead(width, width, 4, 3)
         self.align_queries = nn.Linear(width, config.alignment_size)
         self.align_text = nn.Linear(width, config.alignment_size)
-        self.answer_queries = nn.Embedding(len(self.answer_names), width) if config.answer_heads else None
+        self.answer_queries = (
+            nn.Embedding(len(self.answer_names), width) if config.answer_heads else None
+        )
         self.answer_heads = nn.ModuleDict(
             {name: nn.Linear(width, size) for name, size in config.answer_heads.items()}
         )
@@ -134,7 +135,8 @@ class MdetrForGrounding(DetrPreTrainedModel):
             rows, columns = features.shape[-2:]
             tokens = features.flatten(2).transpose(1, 2)
         else:
-            patch = self.config.backbone_config.patch_size
+            vision: Any = self.config.backbone_config
+            patch = vision.patch_size
             rows, columns = height // patch, side // patch
             states = self.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
             tokens = self.input_proj(states[:, states.shape[1] - rows * columns :])
@@ -143,7 +145,9 @@ class MdetrForGrounding(DetrPreTrainedModel):
                 small = F.interpolate(pixel_mask[None].float(), size=(rows, columns))
                 mask = small.to(torch.bool)[0]
         shape = torch.Size((batch, self.config.d_model, rows, columns))
-        places = self.position(shape, tokens.device, tokens.dtype, mask if pixel_mask is not None else None)
+        places = self.position(
+            shape, tokens.device, tokens.dtype, mask if pixel_mask is not None else None
+        )
         return tokens, places.flatten(2).transpose(1, 2), mask.flatten(1)
 
     def forward(
@@ -197,7 +201,9 @@ class MdetrForGrounding(DetrPreTrainedModel):
         if labels is not None:
             layers = decoded.intermediate_hidden_states
             earlier = layers[:-1] if layers is not None else ()
-            losses = self._box_losses(final, [self._read(s[:, :boxed], text) for s in earlier], labels)
+            losses = self._box_losses(
+                final, [self._read(s[:, :boxed], text) for s in earlier], labels
+            )
         if answers is not None:
             losses |= _answer_losses(said, answers)
         return MdetrOutput(
@@ -247,9 +253,7 @@ def _without_pooler(config: Any) -> dict[str, Any]:
     return {} if config.text_config.model_type.startswith("clip") else {"add_pooling_layer": False}
 
 
-def _answer_losses(
-    said: Mapping[str, Tensor], answers: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _answer_losses(said: Mapping[str, Tensor], answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cross-entropy of every answer head over the questions it applies to."""
     losses = {}
     for name, logits in said.items():

@@ -197,7 +197,7 @@ def grounding_dino_loss(
         layers += [(f"_{i}", c, b) for i, (c, b) in enumerate(earlier)]
     if config.two_stage and encoder_logits is not None and encoder_pred_boxes is not None:
         layers.append(("_encoder", encoder_logits, encoder_pred_boxes))
-    losses = {}
+    losses: dict[str, Tensor] = {}
     for suffix, said, boxes in layers:
         mask = text_mask[:, :1] if text_mask.dim() == 3 else text_mask
         part = focal_set_losses(said, boxes, labels, mask, weights, count)

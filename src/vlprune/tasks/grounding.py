@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..errors import DataError
+from ..models.set_loss import corners
 from .base import Advance, Task
 from .grounders import Grounder, grounder_of
 
@@ -165,11 +166,11 @@ class GroundingTask(RegionTask):
         fit, found = (x.cpu() for x in self.grounder.read(outputs))
         result = []
         for item, places, own, boxes in zip(items, offsets, fit, found, strict=True):
-            corners = in_pixels(boxes, item.size)
+            pixels = in_pixels(boxes, item.size)
             scores = [
                 self.grounder.score(own, self.token_map(places, phrase)) for phrase in item.phrases
             ]
-            result.append([corners[s.argsort(descending=True, stable=True)] for s in scores])
+            result.append([pixels[s.argsort(descending=True, stable=True)] for s in scores])
         return result
 
     @torch.no_grad()
@@ -191,9 +192,7 @@ def as_fractions(boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:
 
 def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Fractions (centre x, centre y, width, height) as (left, top, right, bottom) in pixels."""
-    half = boxes[..., 2:] / 2
-    corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
-    return corners * torch.tensor([*size, *size], dtype=boxes.dtype)
+    return corners(boxes) * torch.tensor([*size, *size], dtype=boxes.dtype)
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:

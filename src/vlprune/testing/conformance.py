@@ -29,8 +29,10 @@ from .. import cost
 from ..architectures import discover
 from ..checkpoint import load, save
 from ..cutting import rewrite, tensors_of
+from ..errors import PlanError
 from ..gate import gated, ones, plan_gates
 from ..plan import Plan
+from ..share import materialize, mixed, shareable, ties_in
 from ..structure import AttentionUnit, Description, Structure
 from ..units import positions
 from .families import Sample
@@ -296,6 +298,70 @@ def costs_agree(make: Make, attention: AttentionUnit) -> None:
     assert prices.cost({n: len(u) for n, u in plan.keep.items()}) == exact
     assert exact_macs == cost.measure_macs(small, (), sample.inputs).total
     assert abs(float(soft_macs) - float(exact_macs)) < 1
+
+
+def share_plan(model: nn.Module, description: Description, seed: int = 0) -> Plan:
+    """Half of the units of every structure, and wherever two structures of any towers are alike,
+    some units with the weights of an earlier one, in any pairing; so chains occur."""
+    rng, structures = random.Random(seed), list(description)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    plan, share = make_plan(description, _half, seed), {}
+    for number, target in enumerate(structures):
+        alike = [s for s in structures[:number] if not shareable(target, s, shapes)]
+        if alike and target.size > 2:
+            source = rng.choice(alike)
+            units = rng.sample(range(target.size), target.size // 2)
+            taken = [rng.choice(plan.keep[source.name]) for _ in units]
+            if set(units) != set(plan.keep[target.name]):
+                share[target.name] = (source.name, units, taken)
+    return Plan(plan.keep, share, description.attention, description.fingerprint)
+
+
+@_check
+def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
+    """Mixed and cut model agree; units are stored once, tied after loading and cut again."""
+    sample = _double(make())
+    description = discover(sample.model, attention)
+    structures = description.structures
+    plan = share_plan(sample.model, description)
+    while any(not plan.kept(s) for s in structures):  # all of it was shared from what goes
+        empty = {s.name for s in structures if not plan.kept(s)}
+        share = {name: entry for name, entry in plan.share.items() if name not in empty}
+        plan = Plan(plan.keep, share, attention, description.fingerprint)
+    exact = cost.params(sample.model, structures, plan)
+    small = rewrite(copy.deepcopy(sample.model), description, plan)
+    with mixed(sample.model, structures, plan), gated(sample.model, structures, plan):
+        masked = _forward(sample.model, sample.inputs)
+    cut = _forward(small, sample.inputs)
+    difference = _difference(masked, cut)
+    assert difference <= TOLERANCE, f"{difference:.1e} apart"
+    assert exact == sum(p.numel() for p in small.parameters())
+    assert exact == param_prices_total(small, discover(small, attention))
+    again_plan = make_plan(discover(small, attention), lambda size: max(1, size - 1), seed=1)
+    whole = materialize(copy.deepcopy(small))
+    assert not ties_in(whole)
+    assert _difference(cut, _forward(whole, sample.inputs)) <= 1e-12, "materialising changed it"
+    small.float()
+    inputs = make().inputs
+    before, ties = _forward(small, inputs), ties_in(small)
+    with _quiet(), tempfile.TemporaryDirectory() as scratch:
+        save(small, Path(scratch) / "first")
+        again = load(Path(scratch) / "first")
+        again.save_pretrained(Path(scratch) / "second")
+        last = type(small).from_pretrained(Path(scratch) / "second")  # type: ignore[attr-defined]
+    for model in (again, last):
+        assert ties_in(model) == ties, "other units are tied"
+        assert _same_bits(before, _forward(model.eval(), inputs)), "loading changed the outputs"
+    description = discover(last, attention)
+    with suppress(PlanError):  # the second cut may leave nothing of a structure that shares
+        expected = cost.params(last, description.structures, again_plan)
+        smaller = rewrite(last, description, again_plan, verify=inputs)
+        assert sum(p.numel() for p in smaller.parameters()) == expected
+
+
+def param_prices_total(model: nn.Module, description: Description) -> float:
+    """What the price list of a model adds up to."""
+    return cost.param_prices(model, description.structures).total
 
 
 @_check
