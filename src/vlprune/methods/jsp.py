@@ -132,12 +132,26 @@ class HyperNetwork(nn.Module):
                 if parameter is not self.norm.weight and parameter is not self.norm.bias:
                     width = 128 if parameter.dim() == 2 and parameter.shape[1] == 128 else 64
                     parameter.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+            for head in self.heads:
+                head.weight.mul_(0.1)  # so that no draw removes anything at first
 
     def forward(self) -> list[Tensor]:
         """One row of logits a vector."""
         states, _ = self.rnn(self.inputs)
         states = nn.functional.gelu(self.norm(states))
         return [head(state) for head, state in zip(self.heads, states, strict=True)]
+
+
+class _Rounded(torch.autograd.Function):
+    """Exactly 0 or 1, with the gradient of the number that was rounded (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, soft: Tensor) -> Tensor:
+        return soft.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 class _JspSearch(Alternating):
@@ -245,7 +259,7 @@ class _JspSearch(Alternating):
         for logit in logits:
             uniform = torch.rand(logit.shape, generator=self.generator).clamp(1e-9, 1 - 1e-7)
             soft = ((logit - (-uniform.log()).log()) / self.method.temperature).sigmoid()
-            decided.append(soft.round().detach() + soft - soft.detach())
+            decided.append(_Rounded.apply(soft))
         self._drawn = self._assemble(decided, logits)
         return self._drawn
 
@@ -481,7 +495,7 @@ def _shared(
         if method.mismatch == "skip":
             return None
         raise UnsupportedError(
-            f'JSP cannot share {structure.name} with {source.name}: {why}; give mismatch="skip" to '
+            f"JSP cannot share {structure.name} with {source.name}: {why}; give mismatch='skip' to "
             "share only where layers are alike, or leave that family out"
         )
     if not method.match:

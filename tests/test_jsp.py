@@ -1,0 +1,334 @@
+"""JSP: its vectors by hand, its invariants, and a whole run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import vlprune
+from test_share import clip, inputs
+from vlprune import cost
+from vlprune.budget import Prices
+from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
+from vlprune.gate import gated
+from vlprune.methods import Problem
+from vlprune.share import mixed
+from vlprune.structure import Structure
+from vlprune.vectors import Vectors, alignment, draw_near
+
+
+def structure(name: str, tower: str, size: int = 4, kind: str = "ffn") -> Structure:
+    return Structure(name, kind, size, tower, (), ())
+
+
+TEXT = [structure(f"t{i}", "text") for i in range(6)]
+VISION = [structure(f"v{i}", "vision") for i in range(3)]
+ALL = (*VISION, *TEXT)
+PRICES = Prices(
+    "params",
+    {s.name: 10.0 for s in ALL},
+    {s.name: 4 for s in ALL},
+    fixed=40.0,
+    borrowed={s.name: 1.0 for s in ALL},
+)
+
+
+def search(budget: float = 0.5, prices: Prices = PRICES, **options: Any) -> Any:
+    return vlprune.JSP(**options).start(Problem(ALL, prices, budget, dict))
+
+
+# -- vectors -------------------------------------------------------------------------------
+
+
+def test_which_layer_shares_with_which() -> None:
+    """Vision with the text layer of equal depth, text with the first of its block of four."""
+    found = {v.structure.name: v.source for v in search().vectors if v.source}
+    assert found == {
+        "v0": "t1", "v1": "t3", "v2": "t5",  # ceil(l * 6 / 3)
+        "t1": "t0", "t2": "t0", "t3": "t0", "t5": "t4",
+    }  # fmt: skip
+    assert [v.name for v in search(families=("prune",)).vectors] == [
+        "t0", "t1", "v0", "t2", "t3", "v1", "t4", "t5", "v2"
+    ]  # by depth, the towers taking turns  # fmt: skip
+    only_block = search(families=("block",), block=2, budget=0.8).vectors
+    assert {v.name for v in only_block} == {"t1<t0", "t3<t2", "t5<t4"}
+
+
+def test_alive_own_and_cost_by_hand() -> None:
+    units = torch.arange(4)
+    vectors = Vectors(
+        {"t0": torch.tensor([1.0, 1, 0, 0]), "t1": torch.tensor([1.0, 0, 1, 0])},
+        {"t1": ("t0", torch.tensor([0.0, 1, 0, 1]), units)},
+    )
+    # t1: 0 is its own, 1 is shared from a living unit, 2 its own, 3 shared from one that goes
+    assert vectors.alive()["t1"].tolist() == [1, 1, 1, 0]
+    assert vectors.own()["t1"].tolist() == [1, 0, 1, 0]
+    other = 7 * 40.0  # seven structures that stay whole
+    assert float(vectors.cost(PRICES)) == 40 + other + (2 * 10) + (2 * 10 + 1)
+    plan = vectors.plan(ALL, "head_dim", "")
+    assert plan.keep == {"t0": (0, 1), "t1": (0, 1, 2)}
+    assert plan.share == {"t1": ("t0", (1,), (1,))}
+    again = Vectors.of_plan(TEXT[:2], plan)
+    assert float(again.cost(PRICES)) == float(vectors.cost(PRICES))
+
+
+def test_the_price_of_vectors_is_differentiable() -> None:
+    m = torch.tensor([1.0, 1, 0, 0], requires_grad=True)
+    s = torch.tensor([0.0, 1, 0, 1], requires_grad=True)
+    vectors = Vectors({"t0": m}, {"t1": ("t0", s, torch.arange(4))})
+    vectors.cost(PRICES).backward()
+    # a unit of t0 costs 10, and 1 more for the bias of each unit that shares it
+    assert m.grad.tolist() == [10, 11, 10, 11]
+    # sharing saves 9 of its own weights, and the bias as well where the source goes
+    assert s.grad.tolist() == [-9, -9, -10, -10]
+
+
+# -- invariants ----------------------------------------------------------------------------
+
+
+def test_nothing_changes_at_the_start() -> None:
+    found = search()
+    assert float(found.now.cost(PRICES)) == PRICES.total
+    drawn = [found.draw(0.2) for _ in range(20)]  # with noise
+    assert all(float(v.cost(PRICES).detach()) == PRICES.total for v in drawn)
+
+
+def test_the_gradient_reaches_every_head() -> None:
+    found = search()
+    found.offset = 0.0
+    before = [head.weight.detach().clone() for head in found.network.heads]
+    drawn = found.draw(0.2)
+    ones = lambda values: {n: torch.ones(len(v)) for n, v in values.items()}  # noqa: E731
+    found.learn(0.2, ones(drawn.keep), {n: torch.ones(4) for n in drawn.share})
+    for vector, old, head in zip(found.vectors, before, found.network.heads, strict=True):
+        grad = head.weight.grad
+        assert grad is not None, vector.name
+        assert bool((grad != 0).any()), vector.name
+        assert not torch.equal(old, head.weight), vector.name
+
+
+def test_the_budget_pulls_only_above_the_target() -> None:
+    for budget, pulls in ((1.0, False), (0.6, True)):
+        found = search(budget)
+        drawn = found.draw(0.2)
+        zero = {n: torch.zeros(4) for n in drawn.keep}
+        found.learn(0.2, zero, {n: torch.zeros(4) for n in drawn.share})
+        moved = any(bool((h.weight.grad != 0).any()) for h in found.network.heads)
+        assert moved is pulls
+
+
+def test_no_structure_is_ever_empty() -> None:
+    found = search(0.4)
+    with torch.no_grad():
+        for head in found.network.heads:
+            head.weight.mul_(200)
+    for threshold in (-1e9, -5.0, 0.0, 5.0, math.inf):
+        vectors = found._vectors_at(threshold)
+        for name, alive in vectors.alive().items():
+            assert float(alive.sum()) >= 1, (threshold, name)
+    for _ in range(30):
+        for name, alive in found.draw(0.2).alive().items():
+            assert float(alive.sum()) >= 1, name
+
+
+def test_the_exported_plan_meets_the_budget_and_is_the_closest() -> None:
+    found = search(0.5)
+    with torch.no_grad():
+        for head in found.network.heads:
+            head.weight.mul_(10)
+    chosen = found._fitted()
+    assert float(chosen.cost(PRICES)) <= 0.5 * PRICES.total
+    levels = torch.cat(found._logits()).add(-math.log(math.log(2))).sort().values.tolist()
+    lower = max((x for x in levels if x < found.threshold), default=None)
+    if lower is not None:
+        assert float(found._vectors_at(lower).cost(PRICES)) > 0.5 * PRICES.total
+    assert found._fitted().plan(ALL, "", "") == chosen.plan(ALL, "", "")
+
+
+def test_what_cannot_be_reached_is_said_at_once() -> None:
+    with pytest.raises(BudgetError, match="by block in the towers text and vision: 0.64"):
+        search(0.3, families=("block",))
+    with pytest.raises(UnsupportedError, match="towers are text, vision"):
+        search(base="words")
+    for options, says in (
+        ({"families": ("prone",)}, "Did you mean 'prune'"),
+        ({"families": ()}, "at least one"),
+        ({"every": 0}, "at least 1"),
+        ({"warmup": 0.6}, "must come before freeze"),
+        ({"mismatch": "ignore"}, "error or skip"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            vlprune.JSP(**options)
+    with pytest.raises(VlpruneError, match="not made a structure step"):
+        search().keep()
+
+
+def test_unlike_layers_stop_it_or_are_left_alone() -> None:
+    problem = Problem(
+        ALL, PRICES, 0.5, dict, shareable=lambda t, s: "too wide" if t.name == "v1" else ""
+    )
+    with pytest.raises(UnsupportedError, match="v1 with t3: too wide; give mismatch='skip'"):
+        vlprune.JSP().start(problem)
+    found: Any = vlprune.JSP(mismatch="skip").start(problem)
+    assert {v.structure.name for v in found.vectors if v.source and v.source != "t0"} == {
+        "v0", "v2", "t5"
+    }  # fmt: skip
+
+
+# -- on a model ----------------------------------------------------------------------------
+
+
+def batch(seed: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (8, 6), generator=g)
+    pixels = torch.randn(8, 3, 16, 16, generator=g)
+    return {"input_ids": ids, "pixel_values": pixels, "return_loss": True}
+
+
+HELD_OUT = [batch(100 + i) for i in range(3)]
+STEPS = 60
+FAST = {"every": 2, "learning_rate": 2e-2, "alignment": 1e-3, "budget_weight": 12.0}
+
+
+def run(
+    steps: range = range(STEPS), state: Any = None, model: Any = None, **options: Any
+) -> tuple[Any, Any, Any]:
+    """A search of the model from ``state``; its compressor, model and optimizer."""
+    torch.manual_seed(1)
+    model = model or clip((4, 4))
+    compressor = vlprune.Compressor(
+        model.train(), vlprune.JSP(**{**FAST, **options}), {"params": 0.6}, held_out=HELD_OUT
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if state:
+        compressor.restore(state[0])
+        optimizer.load_state_dict(state[1])
+    for step in steps:
+        optimizer.zero_grad()
+        model(**batch(step % 8)).loss.backward()
+        compressor.step((step + 1) / STEPS)
+        optimizer.step()
+    return compressor, model, optimizer
+
+
+def test_a_whole_run() -> None:
+    compressor, model, _ = run()
+    structures, vectors = compressor.structures, compressor.search.chosen()
+    facts = compressor.search.facts()
+    assert facts["structure_steps"] > 5
+    # P from the vectors is the real number of parameters, before and after the cut
+    plan = compressor.plan()
+    wanted = float(vectors.cost(compressor.prices))
+    assert wanted == cost.params(model, structures, plan)
+    assert plan.share, "nothing is shared"
+    assert any(len(units) < 20 for name, units in plan.keep.items() if "mlp" in name)
+    # the weights have come to the structure, so masked and whole model nearly agree
+    started = clip((4, 4))
+    far, near = (float(alignment(m, structures, vectors)) for m in (started, model))
+    assert near < 0.02 * far
+    assert abs(facts["gap"]) < 0.05
+    model.eval()
+    with mixed(model, structures, plan), gated(model, structures, plan), torch.no_grad():
+        masked = model(**inputs()).logits_per_image
+    small = compressor.finish()
+    report = compressor.report()
+    assert sum(p.numel() for p in small.parameters()) == wanted == report["params"]["after"]
+    assert report["budget"]["reached"] <= 0.6
+    assert report["verified"]["difference"] < 1e-10
+    with torch.no_grad():
+        torch.testing.assert_close(small(**inputs()).logits_per_image, masked, atol=1e-4, rtol=1e-4)
+    towers = {row["tower"]: row["shared"] for row in report["groups"] if row["kind"] == "ffn"}
+    assert sum(towers.values()) > 0
+    assert {"masked_loss", "full_loss", "gap", "remains"} <= report["search_history"][-1].keys()
+
+
+def test_same_seed_same_plan_and_a_stopped_run_is_the_run_it_continues() -> None:
+    first, _, _ = run()
+    again, _, _ = run()
+    other, _, _ = run(seed=5)
+    assert first.plan() == again.plan()
+    assert first.plan() != other.plan()
+    for stop in (17, 41):  # while it learns, and after the freeze
+        half, model, optimizer = run(range(stop))
+        state = copy.deepcopy((half.state(), optimizer.state_dict()))
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        resumed, model, _ = run(range(stop, STEPS), state, model)
+        assert resumed.plan() == first.plan()
+        assert resumed.search.watched == first.search.watched
+        for a, b in zip(model.parameters(), run()[1].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_training_without_structure_steps_is_plain_training() -> None:
+    """Held-out batches touch neither weights nor random numbers nor the mode."""
+    _, searched, _ = run(range(20), warmup=0.9, freeze=1.0, align=1.0)
+    torch.manual_seed(1)
+    plain = clip((4, 4)).train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    for step in range(20):
+        optimizer.zero_grad()
+        plain(**batch(step % 8)).loss.backward()
+        optimizer.step()
+    assert searched.training
+    for a, b in zip(searched.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_families_alone() -> None:
+    prune, _, _ = run(families=("prune",))
+    assert not prune.plan().share
+    torch.manual_seed(0)
+    cross = vlprune.Compressor(
+        clip((4, 4)), vlprune.JSP(families=("cross",)), {"params": 0.9}, held_out=HELD_OUT
+    )
+    assert all(v.source.startswith("text_model") for v in cross.search.vectors)
+
+
+def test_matched_units_share_with_their_likeness() -> None:
+    model = clip((4, 4))
+    texts = [m.mlp for m in model.text_model.encoder.layers]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # the vision layer holds the text layer's neurons in another order
+        for number, layer in enumerate(model.vision_model.encoder.layers):
+            layer.mlp.fc1.weight[:20] = texts[number].fc1.weight[order]
+            layer.mlp.fc2.weight[:, :20] = texts[number].fc2.weight[:, order]
+    compressor = vlprune.Compressor(
+        model, vlprune.JSP(match=True), {"params": 0.6}, held_out=HELD_OUT
+    )
+    found = next(
+        v
+        for v in compressor.search.vectors
+        if v.source and v.name.startswith("vision") and "mlp" in v.name
+    )
+    assert found.units[:20].tolist() == order.tolist()
+    assert found.units[20:].tolist() == [-1] * 12
+
+
+def test_held_out_batches_are_asked_for() -> None:
+    compressor = vlprune.Compressor(clip((4, 4)), vlprune.JSP(every=1), {"params": 0.6})
+    model = compressor.model
+    model(**batch(0)).loss.backward()
+    with pytest.raises(VlpruneError, match="held_out="):
+        compressor.step(0.2)
+
+
+def test_weights_at_distance_zero_are_the_structure() -> None:
+    model = clip((4, 4)).double().eval()
+    compressor, _, _ = run(range(40), model=clip((4, 4)))
+    vectors, structures = compressor.search.chosen(), compressor.structures
+    far = float(alignment(model, structures, vectors))
+    draw_near(model, structures, vectors, 0.5)
+    assert float(alignment(model, structures, vectors)) == pytest.approx(far / 2, rel=0.2)
+    draw_near(model, structures, vectors, 0.0)
+    assert float(alignment(model, structures, vectors, epsilon=0.0)) == 0
+    plan = vectors.plan(structures, "head_dim", "")
+    probe = inputs(torch.float64)
+    with torch.no_grad():
+        whole = model(**probe).logits_per_image
+        with mixed(model, structures, plan), gated(model, structures, plan):
+            masked = model(**probe).logits_per_image
+    assert float((whole - masked).abs().max()) < 1e-12
