@@ -150,7 +150,7 @@ def test_the_exported_plan_meets_the_budget_and_is_the_closest() -> None:
 
 
 def test_what_cannot_be_reached_is_said_at_once() -> None:
-    with pytest.raises(BudgetError, match="by block in the towers text and vision: 0.64"):
+    with pytest.raises(BudgetError, match=r"by block in the towers text and vision: 0.64"):
         search(0.3, families=("block",))
     with pytest.raises(UnsupportedError, match="towers are text, vision"):
         search(base="words")

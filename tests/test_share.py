@@ -232,10 +232,10 @@ def test_half_precision_and_a_copy_stay_tied(tmp_path: Path) -> None:
 def test_unlike_layers_are_refused_with_the_reason() -> None:
     model = clip(widths=(24, 36))
     share = {V.format(0): (TX.format(0), (0,))}
-    with pytest.raises(PlanError, match="36 wide, those of .* 24"):
+    with pytest.raises(PlanError, match=r"36 wide, those of .* 24"):
         rewrite(model, discover(model), Plan(share=share))
     model = clip()
-    with pytest.raises(PlanError, match="laid out unlike|weights a unit"):
+    with pytest.raises(PlanError, match=r"laid out unlike|weights a unit"):
         rewrite(model, discover(model), Plan(share={V.format(0): (VA.format(0), (0,))}))
     assert not is_shared(model)
     # unequal sizes share the block that both have

@@ -132,8 +132,8 @@ class HyperNetwork(nn.Module):
                 if parameter is not self.norm.weight and parameter is not self.norm.bias:
                     width = 128 if parameter.dim() == 2 and parameter.shape[1] == 128 else 64
                     parameter.uniform_(-(width**-0.5), width**-0.5, generator=generator)
-            for head in self.heads:
-                head.weight.mul_(0.1)  # so that no draw removes anything at first
+            for head in self.heads.parameters():
+                head.mul_(0.1)  # so that no draw removes anything at first
 
     def forward(self) -> list[Tensor]:
         """One row of logits a vector."""
@@ -278,11 +278,11 @@ class _JspSearch(Alternating):
             self.skipped += 1
             return
         cost = drawn.cost(self.prices)
-        excess = self.method.budget_weight * torch.log(cost.clamp(min=self.target) / self.target)
         self.optimizer.zero_grad()
-        tensors = [*(v for v, _ in pulled), *([excess] if excess.requires_grad else [])]
-        grads: list[Any] = [*(g for _, g in pulled), *([None] if excess.requires_grad else [])]
-        torch.autograd.backward(tensors, grads)
+        if float(cost.detach()) > self.target:  # no pull at or below the target
+            excess = self.method.budget_weight * torch.log(cost / self.target)
+            pulled.append((excess, torch.ones_like(excess)))
+        torch.autograd.backward([v for v, _ in pulled], [g for _, g in pulled])
         self.optimizer.step()
         self.structure_steps += 1
         self.now = self._vectors_at(0.0)
