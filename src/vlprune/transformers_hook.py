@@ -69,6 +69,7 @@ def _register_configs(auto: Any) -> None:
 
 MODEL_TYPES = {
     "blip_nlvr": "BlipNlvrConfig",
+    "glip": "GlipConfig",
     "mdetr": "MdetrConfig",
     "segmenter": "SegmenterConfig",
 }

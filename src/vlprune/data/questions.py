@@ -8,7 +8,14 @@ from pathlib import Path
 from ..errors import DataError
 from .files import field, read_json
 
-__all__ = ["Question", "read_easy_vqa", "read_visual_genome", "read_vqav2"]
+__all__ = [
+    "Question",
+    "TypedQuestion",
+    "read_easy_vqa",
+    "read_gqa",
+    "read_visual_genome",
+    "read_vqav2",
+]
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,43 @@ class Question:
     image: Path
     text: str
     answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TypedQuestion:
+    """A question of GQA, its answer and its semantic type (obj, rel, attr, cat or global)."""
+
+    id: str
+    image: Path
+    text: str
+    answer: str
+    kind: str
+
+
+def read_gqa(questions: str | Path, images: str | Path) -> list[TypedQuestion]:
+    """The questions of a GQA file such as ``train_balanced_questions.json``.
+
+    The image of ``imageId`` 1234 is ``1234.jpg`` in ``images``. Questions without an answer or a
+    type, as in the test files, are refused.
+    """
+    path, folder, found = Path(questions), Path(images), []
+    body = read_json(path)
+    if not isinstance(body, dict):
+        raise DataError(f"{path} must map question ids to questions, as GQA's files do")
+    for number, (key, entry) in enumerate(body.items()):
+        types = field(entry, "types", path, number)
+        found.append(
+            TypedQuestion(
+                id=str(key),
+                image=folder / f"{field(entry, 'imageId', path, number)}.jpg",
+                text=str(field(entry, "question", path, number)),
+                answer=str(field(entry, "answer", path, number)),
+                kind=str(field(types, "semantic", path, number)),
+            )
+        )
+    if not found:
+        raise DataError(f"{path} holds no question")
+    return found
 
 
 def read_vqav2(

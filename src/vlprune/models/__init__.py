@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .blip_nlvr import BlipForVisualReasoning
-    from .configs import BlipNlvrConfig, MdetrConfig, SegmenterConfig
+    from .configs import BlipNlvrConfig, GlipConfig, MdetrConfig, SegmenterConfig
+    from .glip import GlipForGrounding
     from .mdetr import MdetrForGrounding
     from .segmenter import SegmenterForSemanticSegmentation
 
@@ -19,6 +20,8 @@ __all__ = [
     "MODELS",
     "BlipForVisualReasoning",
     "BlipNlvrConfig",
+    "GlipConfig",
+    "GlipForGrounding",
     "MdetrConfig",
     "MdetrForGrounding",
     "SegmenterConfig",
@@ -27,10 +30,11 @@ __all__ = [
 
 _HOME = {
     "BlipForVisualReasoning": "blip_nlvr",
+    "GlipForGrounding": "glip",
     "MdetrForGrounding": "mdetr",
     "SegmenterForSemanticSegmentation": "segmenter",
 }
-_CONFIGS = ("BlipNlvrConfig", "MdetrConfig", "SegmenterConfig")
+_CONFIGS = ("BlipNlvrConfig", "GlipConfig", "MdetrConfig", "SegmenterConfig")
 
 
 class _Models(Mapping[str, Any]):

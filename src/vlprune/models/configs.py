@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoModel
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.detr.configuration_detr import DetrConfig
 from transformers.models.vit.configuration_vit import ViTConfig
 
-__all__ = ["BlipNlvrConfig", "MdetrConfig", "SegmenterConfig"]
+__all__ = ["BlipNlvrConfig", "GlipConfig", "MdetrConfig", "SegmenterConfig"]
 
 
 class BlipNlvrConfig(BlipConfig):
@@ -59,6 +59,38 @@ class MdetrConfig(DetrConfig):
         super().__post_init__(use_timm_backbone=False, **kwargs)
 
 
+class GlipConfig(PreTrainedConfig):
+    """GLIP-T: a Swin backbone, a BERT, and the sizes of the head.
+
+    ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text; an anchor
+    is ``anchor_scale`` strides wide; ``atss_candidates`` anchors a level compete for a box.
+    """
+
+    model_type = "glip"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="swin",
+            init_kwargs={"out_features": ["stage2", "stage3", "stage4"]},
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    backbone_config: Any = None
+    text_config: Any = None
+    d_model: int = 256
+    fusion_layers: int = 6
+    fusion_size: int = 2048
+    fusion_heads: int = 8
+    fusion_dropout: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    max_text_len: int = 256
+    strides: tuple[int, ...] | list[int] = (8, 16, 32, 64, 128)
+    anchor_scale: float | int = 8
+    atss_candidates: int = 9
+    initializer_range: float = 0.02
+
+
 class _Later:
     """Stands for a model class that is imported when it is used."""
 
@@ -73,5 +105,6 @@ for _config, _name in (
     (BlipNlvrConfig, "BlipForVisualReasoning"),
     (SegmenterConfig, "SegmenterForSemanticSegmentation"),
     (MdetrConfig, "MdetrForGrounding"),
+    (GlipConfig, "GlipForGrounding"),
 ):
     AutoModel.register(_config, _Later(_name, _config), exist_ok=True)

@@ -3,6 +3,8 @@
 from .base import Task
 from .captioning import CaptioningTask
 from .classification import ClassificationTask
+from .detection import DetectionTask
+from .gqa import GqaTask
 from .grounding import GroundingTask
 from .reasoning import ReasoningTask
 from .retrieval import BlipRetrievalTask, RetrievalTask
@@ -14,6 +16,8 @@ __all__ = [
     "BlipRetrievalTask",
     "CaptioningTask",
     "ClassificationTask",
+    "DetectionTask",
+    "GqaTask",
     "GroundingTask",
     "ReasoningTask",
     "RetrievalTask",
@@ -28,6 +32,8 @@ TASKS: dict[str, type[Task]] = {
         BlipRetrievalTask,
         CaptioningTask,
         ClassificationTask,
+        DetectionTask,
+        GqaTask,
         GroundingTask,
         ReasoningTask,
         RetrievalTask,

@@ -56,6 +56,9 @@ class Grounder(ABC):
         """The model, whose forward takes ``labels`` of boxes and token maps."""
         return model
 
+    suppresses: ClassVar[bool] = False
+    """Whether several queries may find the same object, so that detections are suppressed."""
+
     @abstractmethod
     def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Probabilities (batch, queries, positions) and boxes (batch, queries, 4)."""
@@ -65,7 +68,7 @@ class Grounder(ABC):
 
         The mean over the phrase's tokens, which are independent of each other here.
         """
-        return probabilities @ tokens
+        return probabilities @ tokens[: probabilities.shape[-1]]
 
 
 class MdetrGrounder(Grounder):
@@ -78,22 +81,23 @@ class MdetrGrounder(Grounder):
 
         from ..models import MdetrConfig
 
+        width = options["fusion_width"] or spec.width
         return MdetrConfig(
             backbone_config=DeiTConfig(
                 **vit_settings(spec), initializer_range=0.8 * spec.width**-0.5
             ),
             text_config=RobertaConfig(**bert_settings(spec, tokenizer)),
-            d_model=spec.width,
+            d_model=width,
             encoder_layers=options["fusion_layers"],
             decoder_layers=options["decoder_layers"],
             encoder_attention_heads=spec.heads,
             decoder_attention_heads=spec.heads,
-            encoder_ffn_dim=4 * spec.width,
-            decoder_ffn_dim=4 * spec.width,
+            encoder_ffn_dim=4 * width,
+            decoder_ffn_dim=4 * width,
             dropout=0.0,
             num_queries=options["queries"],
             text_positions=NEW_POSITIONS,
-            alignment_size=min(64, spec.width),
+            alignment_size=min(64, width),
         )
 
     def model_class(self) -> Any:
@@ -122,27 +126,19 @@ class GroundingDinoGrounder(Grounder):
         return CLIPProcessor(clip_image_processor(spec), _bert_like(texts))
 
     def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
-        from transformers import GroundingDinoConfig, SwinConfig
+        from transformers import GroundingDinoConfig
 
-        width = spec.width // 4
+        width = max(1, (options["fusion_width"] or spec.width) // 32) * 32  # groups of a norm
         return GroundingDinoConfig(
-            backbone_config=SwinConfig(
-                embed_dim=width,
-                depths=[1, 1, max(1, spec.vision_layers - 2), 1],
-                num_heads=[1, 2, 4, 8],
-                window_size=4,
-                image_size=spec.image_size,
-                patch_size=2,
-                out_features=["stage2", "stage3", "stage4"],
-            ),
+            backbone_config=small_swin(spec),
             text_config={"model_type": "bert", **bert_settings(spec, tokenizer)},
-            d_model=spec.width,
+            d_model=width,
             encoder_layers=options["fusion_layers"],
             decoder_layers=options["decoder_layers"],
             encoder_attention_heads=spec.heads,
             decoder_attention_heads=spec.heads,
-            encoder_ffn_dim=4 * spec.width,
-            decoder_ffn_dim=4 * spec.width,
+            encoder_ffn_dim=4 * width,
+            decoder_ffn_dim=4 * width,
             dropout=0.0,
             fusion_droppath=0.0,
             num_queries=options["queries"],
@@ -164,6 +160,58 @@ class GroundingDinoGrounder(Grounder):
 
     def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
         return outputs.logits.float().sigmoid(), outputs.pred_boxes.float()
+
+
+class GlipGrounder(Grounder):
+    """GLIP: every place of a pyramid is a query, and every token a yes or a no."""
+
+    model_types = ("glip",)
+    suppresses = True
+
+    def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
+        from transformers import BertConfig
+
+        from ..models import GlipConfig
+
+        width = max(1, (options["fusion_width"] or spec.width) // 16) * 16  # groups of a norm
+        return GlipConfig(
+            backbone_config=small_swin(spec),
+            text_config=BertConfig(**bert_settings(spec, tokenizer)),
+            d_model=width,
+            fusion_layers=options["fusion_layers"],
+            fusion_size=width,
+            fusion_heads=spec.heads,
+            fusion_dropout=0.0,
+            max_text_len=NEW_POSITIONS,
+            strides=[4, 8, 16, 32, 64],
+            anchor_scale=4,
+        )
+
+    def model_class(self) -> Any:
+        from ..models import GlipForGrounding
+
+        return GlipForGrounding
+
+    def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        central = outputs.centerness.float().sigmoid()
+        return (outputs.logits.float().sigmoid() * central[..., None]).sqrt(), (
+            outputs.pred_boxes.float()
+        )
+
+
+def small_swin(spec: ModelSpec) -> Any:
+    """The config of a Swin with four stages for a small new model."""
+    from transformers import SwinConfig
+
+    return SwinConfig(
+        embed_dim=spec.width // 4,
+        depths=[1, 1, max(1, spec.vision_layers - 2), 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        image_size=spec.image_size,
+        patch_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )
 
 
 def grounding_dino_loss(
@@ -213,6 +261,7 @@ def _bert_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 GROUNDERS: dict[str, Grounder] = {
     "mdetr": MdetrGrounder(),
     "grounding-dino": GroundingDinoGrounder(),
+    "glip": GlipGrounder(),
 }
 """What a recipe may write under ``options: model:``."""
 

@@ -29,6 +29,7 @@ class RegionTask(Task):
     defaults: ClassVar[Mapping[str, Any]] = {
         "model": "mdetr",
         "queries": 16,
+        "fusion_width": 0,
         "fusion_layers": 2,
         "decoder_layers": 3,
     }

@@ -1,0 +1,373 @@
+"""Joint share and prune against its parts, magnitude pruning and whole-layer sharing.
+
+    python benchmarks/jsp.py rec detection gqa -o jsp-runs
+
+``rec`` is a small ViTMDETR on generated referring expressions, ``gqa`` the same on questions,
+``detection`` a small Grounding DINO. For each, a dense model is trained once (seed 0) and kept in
+OUT; every method then takes search + retrain optimizer steps from it, and ``dense`` as many
+without being cut. Magnitude and whole-layer sharing cut at once and retrain all the while. Seeds
+change the order of the data and the hypernetwork. Results are added to OUT/results.jsonl as
+they come, so a run that is stopped goes on; the tables are printed at the end. ``--costs`` prints
+disk, memory, MACs and latency, tied and materialised, and what a step costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlprune
+from vlprune import JSP, Compressor, Magnitude, Plan, cost, discover, materialize, rewrite
+from vlprune.bench import latencies
+from vlprune.models.set_loss import focal_loss, paired_giou
+from vlprune.recipe import DataSpec, ModelSpec, Training
+from vlprune.share import shareable
+from vlprune.tasks import TASKS
+from vlprune.train import fit, prepare
+from vlprune.trainee import Trainee
+
+TOWERS = ModelSpec(width=128, heads=4, vision_layers=4, text_layers=4, image_size=64, patch_size=16)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task, how long its dense model trains, and what follows."""
+
+    task: str
+    model: ModelSpec = TOWERS
+    options: dict[str, Any] = field(default_factory=dict)
+    start: str = ""  # an experiment whose dense model this one goes on from
+    dense: int = 3000
+    search: int = 300
+    retrain: int = 200
+    rate: float = 5e-4
+    batch: int = 64
+    test: int = 500
+    mismatch: str = "error"
+
+
+MDETR = {
+    "model": "mdetr",
+    "queries": 6,
+    "fusion_layers": 2,
+    "decoder_layers": 3,
+    "fusion_width": 64,
+}
+DINO = {
+    "model": "grounding-dino", "queries": 12, "fusion_layers": 1, "decoder_layers": 2,
+    "fusion_width": 64,
+}  # fmt: skip
+EXPERIMENTS = {
+    "rec": Experiment("grounding", options=MDETR),
+    "gqa": Experiment("gqa", options=MDETR, start="rec", dense=1000),
+    "detection": Experiment(
+        "detection", options=DINO, dense=1500, search=200, retrain=100, batch=16, test=200,
+        model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
+    ),
+}  # fmt: skip
+
+SEARCHES: dict[str, Sequence[str]] = {
+    "jsp": ("prune", "cross", "block"),
+    "prune-only": ("prune",),
+    "share-only": ("cross", "block"),
+    "cross-only": ("cross",),
+    "block-only": ("block",),
+    "prune-cross": ("prune", "cross"),
+    "prune-block": ("prune", "block"),
+}
+METHODS = ("dense", *SEARCHES, "magnitude", "whole-layer")
+
+
+class Guided(Trainee):
+    """A dense MDETR that is also asked, at every image place, for the box: it learns ten times
+    faster so. The extra head is thrown away; nothing that is compared is trained with it."""
+
+    def __init__(self, model: Any, places: int) -> None:
+        super().__init__(model)
+        self.places = places
+        self.head = nn.Linear(model.config.d_model, 5)
+        model.fusion_encoder.register_forward_hook(self._note)
+        self.memory: Tensor | None = None
+
+    def _note(self, _module: Any, _args: Any, output: Any) -> None:
+        self.memory = output.last_hidden_state
+
+    def forward(self, *args: Any, **batch: Any) -> Any:
+        loss = self.model(**batch).loss
+        assert self.memory is not None
+        said = self.head(self.memory[:, : self.places**2])
+        line = (torch.arange(self.places) + 0.5) / self.places
+        y, x = (axis.reshape(-1) for axis in torch.meshgrid(line, line, indexing="ij"))
+        box = torch.stack([target["boxes"][0] for target in batch["labels"]])
+        inside = ((x - box[:, :1]).abs() < box[:, 2:3] / 2) & (
+            (y - box[:, 1:2]).abs() < box[:, 3:4] / 2
+        )
+        score = focal_loss(said[..., 0], inside.float()).sum() / inside.sum().clamp(min=1)
+        found = torch.stack(
+            [x + 0.3 * said[..., 1], y + 0.3 * said[..., 2], *said[..., 3:].sigmoid().unbind(-1)],
+            -1,
+        )[inside]
+        wanted = box[:, None].expand(-1, len(x), 4)[inside]
+        apart = (found - wanted).abs().sum(1).mean()
+        shape = (1 - paired_giou(found, wanted)).mean()
+        return {"loss": loss + 20 * score + 20 * apart + 8 * shape}
+
+
+def task_of(name: str, out: Path) -> Any:
+    """The experiment's task, on scenes kept beside the results."""
+    what = EXPERIMENTS[name]
+    data = DataSpec(train_items=4000, test_items=what.test, folder=str(out / f"scenes-{what.test}"))
+    return TASKS[what.task](what.model, data, out, what.options)
+
+
+def dense_model(name: str, task: Any, out: Path) -> Any:
+    """The trained dense model, from OUT where it is there already."""
+    what, folder = EXPERIMENTS[name], out / f"dense-{name}"
+    if (folder / "config.json").exists():
+        return task.load(folder)
+    prepare(0, torch.get_num_threads())
+    model = task.new_model()
+    if what.start:
+        known = dense_model(what.start, task_of(what.start, out), out).state_dict()
+        own = model.state_dict()
+        same = {n: t for n, t in known.items() if n in own and own[n].shape == t.shape}
+        model.load_state_dict(same, strict=False)
+    steps = what.dense
+    plan = Training(
+        steps=steps, batch_size=what.batch, learning_rate=what.rate, warmup=0.05, save_steps=0
+    )
+    if what.task == "grounding":
+        places = what.model.image_size // what.model.patch_size
+        most = replace(plan, steps=steps * 2 // 3, decay="constant")
+        fit(Guided(model, places), task.train, task.collate, most, seed=0)
+        model.fusion_encoder._forward_hooks.clear()
+        plan = replace(plan, steps=steps - most.steps)
+    fit(model, task.train, task.collate, plan, seed=1)
+    vlprune.save(model, folder, processor=task.processor)
+    return model
+
+
+def whole_layers(model: Any, description: Any, share: float) -> Plan:
+    """The plan that shares whole layers, top ones first, until ``share`` of the params is left."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    towers: dict[tuple[str, str], list[Any]] = {}
+    for structure in description:
+        towers.setdefault((structure.tower, structure.kind), []).append(structure)
+    pairs = []
+    for kind in ("attention", "ffn"):
+        text, vision = towers[("text", kind)], towers.get(("vision", kind), [])
+        pairs += [(n / len(text), s, text[0]) for n, s in enumerate(text) if n % 4]
+        pairs += [
+            (n / len(vision), s, text[min(len(text) - 1, n * len(text) // len(vision))])
+            for n, s in enumerate(vision)
+        ]
+    total, found = cost.params(model, description.structures), {}
+    for _, target, source in sorted(pairs, key=lambda one: -one[0]):
+        plan = Plan(share=found, attention=description.attention)
+        if cost.params(model, description.structures, plan) <= share * total:
+            break
+        if not shareable(target, source, shapes):
+            found[target.name] = (source.name, range(min(target.size, source.size)))
+    return Plan(share=found, attention=description.attention)
+
+
+def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[str, Any]:
+    """Compress the dense model to ``share`` of its parameters by ``method``, and retrain it."""
+    what, task = EXPERIMENTS[name], task_of(name, out)
+    model = dense_model(name, task, out)
+    prepare(seed, torch.get_num_threads())
+    before = sum(p.numel() for p in model.parameters())
+    whole = Training(
+        steps=what.search + what.retrain,
+        batch_size=what.batch,
+        learning_rate=what.rate,
+        save_steps=0,
+    )
+    quiet = lambda done: None  # noqa: E731
+    began, row = time.process_time(), {}
+    if method in SEARCHES:
+        order = list(range(len(task.train)))
+        random.Random(seed).shuffle(order)
+        aside, rest = order[: len(order) // 20], sorted(order[len(order) // 20 :])
+        held_out = [
+            task.collate([task.train[i] for i in aside[start : start + what.batch]])
+            for start in range(0, min(len(aside), 8 * what.batch), what.batch)
+        ]
+        search = JSP(
+            families=SEARCHES[method],
+            every=2,
+            learning_rate=1e-2,
+            mismatch=what.mismatch,
+            seed=seed,
+        )
+        compressor = Compressor(model, search, {"params": share}, held_out=held_out)
+        spec = replace(whole, steps=what.search, decay="constant")
+        watch = [compressor.callback()]
+        items = [task.train[i] for i in rest]
+        fit(model, items, task.collate, spec, seed=seed, callbacks=watch)
+        small = compressor.finish()
+        row["facts"] = compressor.search.facts()
+        whole = replace(whole, steps=what.retrain)
+    elif method == "magnitude":
+        small = Compressor(model, Magnitude(), {"params": share}).finish()
+    elif method == "whole-layer":
+        description = discover(model)
+        small = rewrite(model, description, whole_layers(model, description, share))
+    else:
+        small = model
+    row["cut"] = task.evaluate(small, quiet)
+    fit(small, task.train, task.collate, whole, seed=seed + 100)
+    row["end"] = task.evaluate(small, quiet)
+    row["params"] = sum(p.numel() for p in small.parameters())
+    row["reached"] = row["params"] / before
+    row["seconds"] = round(time.process_time() - began)
+    if seed == 0:
+        vlprune.save(small, out / "small" / f"{name}-{method}-{share}", processor=task.processor)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, a line for each method."""
+    lines = []
+    for name in dict.fromkeys(row["experiment"] for row in rows):
+        metric = TASKS[EXPERIMENTS[name].task].metric
+        mine = [row for row in rows if row["experiment"] == name]
+        lines += [
+            f"\n{name} ({metric})\n",
+            "| asked | method | reached | right after the cut | retrained | seeds |",
+            "|---|---|---|---|---|---|",
+        ]
+        for share in sorted({row["share"] for row in mine}, reverse=True):
+            for method in METHODS:
+                found = [r for r in mine if (r["method"], r["share"]) == (method, share)]
+                if found:
+                    reached = statistics.mean(r["reached"] for r in found)
+                    cut, end = ([r[key][metric] for r in found] for key in ("cut", "end"))
+                    lines.append(
+                        f"| {share:.2f} | {method} | {reached:.3f} | {_spread(cut)} | "
+                        f"{_spread(end)} | {len(found)} |"
+                    )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+
+
+def costs(name: str, share: float, out: Path) -> str:
+    """Disk, memory, MACs and latency of dense and small models, tied and materialised."""
+    task = task_of(name, out)
+    models = {"dense": dense_model(name, task, out)}
+    for method in ("jsp", "prune-only", "magnitude", "whole-layer"):
+        folder = out / "small" / f"{name}-{method}-{share}"
+        if folder.exists():
+            models[method] = vlprune.load(folder)
+            if vlprune.share.is_shared(models[method]):
+                models[f"{method}, materialised"] = materialize(copy.deepcopy(models[method]))
+    example = {k: v for k, v in task.example_inputs().items() if k not in ("labels", "answers")}
+    seconds = latencies(
+        models,
+        lambda size: {
+            k: v for k, v in task.example_inputs(size).items() if k not in ("labels", "answers")
+        },
+    )
+    lines = [
+        f"\n{name}, {share:.0%} of the parameters asked for\n",
+        "| model | params | disk | memory | MACs | batch 1 | batch 16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label, model in models.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            vlprune.save(model, Path(scratch) / "m")
+            disk = (Path(scratch) / "m" / "model.safetensors").stat().st_size
+        held = [*model.parameters(), *model.buffers()]
+        memory = sum(t.numel() * t.element_size() for t in held)
+        params = sum(p.numel() for p in model.parameters())
+        macs = cost.measure_macs(model, (), example).total
+        times = " | ".join(f"{1000 * value:.1f} ms" for value in seconds[label].values())
+        lines.append(
+            f"| {label} | {params / 1e6:.2f} M | {disk / 1e6:.2f} MB | {memory / 1e6:.2f} MB | "
+            f"{macs / 1e6:.1f} M | {times} |"
+        )
+    return "\n".join([*lines, "", step_cost(name, task, models["dense"])])
+
+
+def step_cost(name: str, task: Any, model: Any, every: int = 20, rounds: int = 3) -> str:
+    """CPU seconds of a training step with the search, relative to plain training."""
+    what = EXPERIMENTS[name]
+    batch = task.collate(list(task.train[: what.batch]))
+    search = JSP(every=every, mismatch=what.mismatch)
+    compressor = Compressor(copy.deepcopy(model), search, {"params": 0.6}, held_out=[batch])
+    twins = {"plain": copy.deepcopy(model), "searched": compressor.model}
+    spent: dict[str, list[float]] = {label: [] for label in twins}
+    for _ in range(rounds):
+        for label, twin in twins.items():
+            optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-5)
+            began = time.process_time()
+            for number in range(2 * every):
+                optimizer.zero_grad()
+                twin(**batch).loss.backward()
+                if label == "searched":  # aligned and learning: the dearest part of a search
+                    compressor.step(0.3 + number * 1e-5)
+                optimizer.step()
+            spent[label].append((time.process_time() - began) / (2 * every))
+    plain, searched = (min(spent[label]) for label in twins)
+    return (
+        f"A step of {name}: {plain:.3f} s plain, {searched:.3f} s searched "
+        f"(x {searched / plain:.3f}), one structure step every {every}."
+    )
+
+
+def main() -> None:
+    """Run what is asked for and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiments", nargs="+", choices=list(EXPERIMENTS))
+    parser.add_argument("-o", "--out", type=Path, default=Path("jsp-runs"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.65])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--costs", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "results.jsonl"
+    for name in options.experiments:
+        if options.costs:
+            print(costs(name, options.shares[0], options.out))
+            continue
+        for share in options.shares:
+            for seed in options.seeds:
+                for method in options.methods:
+                    at = 1.0 if method == "dense" else share
+                    key = {"experiment": name, "method": method, "share": at, "seed": seed}
+                    done = [json.loads(line) for line in log.open()] if log.exists() else []
+                    if any(key.items() <= row.items() for row in done):
+                        continue
+                    try:
+                        row = one_run(name, method, at, seed, options.out)
+                    except vlprune.errors.BudgetError as error:  # sharing alone may not suffice
+                        print(name, method, at, seed, error, flush=True)
+                        continue
+                    with log.open("a") as file:
+                        file.write(json.dumps({**key, **row}) + "\n")
+                    print(name, method, at, seed, row["cut"], row["end"], flush=True)
+    if log.exists() and not options.costs:
+        print(table([json.loads(line) for line in log.open()]))
+
+
+if __name__ == "__main__":
+    main()

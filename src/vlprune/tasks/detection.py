@@ -1,0 +1,223 @@
+"""Detection: every object of the known classes, asked for by a prompt of their names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_objects
+from ..errors import DataError, UnsupportedError
+from ..models.atss import suppress
+from .base import Advance
+from .grounding import RegionTask, as_fractions, in_pixels
+
+__all__ = ["DetectionTask"]
+
+MOST = 100
+"""Detections an image, as COCO counts them."""
+
+
+class DetectionTask(RegionTask):
+    """COCO detection with GLIP, Grounding DINO or MDETR; ``ap`` is COCO's, by pycocotools.
+
+    The prompt joins the names of all classes, as in "cat. dog."; a class scores what its words
+    score. Prompts longer than the model reads are split over several passes.
+    """
+
+    name: ClassVar[str] = "detection"
+    metric: ClassVar[str] = "ap"
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "coco-instances": ("instances", "images"),
+        "coco2017": ("instances", "images"),
+        "nlvr1-objects": ("folder", "split"),
+    }
+    defaults: ClassVar[Mapping[str, Any]] = {**RegionTask.defaults, "model": "grounding-dino"}
+    train: Sequence[Scenery]
+    test: Sequence[Scenery]
+    classes: list[str]
+
+    def read(self, form: str, part: Mapping[str, str]) -> list[Scenery]:
+        if form == "nlvr1-objects":
+            return read_nlvr1_objects(part["folder"], part["split"])
+        return read_coco_instances(part["instances"], part["images"])
+
+    def prepare(self) -> None:
+        self.classes = sorted({label for item in self.train for label in item.labels})
+        unknown = {label for item in self.test for label in item.labels} - {*self.classes}
+        if unknown and not self.model_spec.path:
+            first = sorted(unknown)[0]
+            raise DataError(
+                f"the class {first!r} is in the test images only, so a new model cannot know it"
+            )
+        self.classes += sorted(unknown)
+        if not self.classes:
+            raise DataError("no image of the data set has a box")
+
+    def texts(self) -> list[str]:
+        return [". ".join(self.classes) + "."]
+
+    # -- prompts -----------------------------------------------------------------------
+
+    @cached_property
+    def prompts(self) -> list[tuple[str, dict[str, Phrase]]]:
+        """Prompts that together name every class, and where each is named."""
+        found: list[tuple[str, dict[str, Phrase]]] = []
+        waiting = list(self.classes)
+        while waiting:
+            count = len(waiting)
+            while count > 1 and self._length(waiting[:count]) > self.positions:
+                count -= 1
+            text, phrases = "", {}
+            for name in waiting[:count]:
+                phrases[name] = Phrase(((len(text), len(text) + len(name)),), ())
+                text += f"{name}. "
+            found.append((text.rstrip(), phrases))
+            waiting = waiting[count:]
+        return found
+
+    def _length(self, names: Sequence[str]) -> int:
+        return len(self.processor.tokenizer(". ".join(names) + ".")["input_ids"])
+
+    def _maps(self, text: str, phrases: Mapping[str, Phrase]) -> dict[str, Tensor]:
+        _, offsets = self.words([text])
+        return {name: self.token_map(offsets[0], phrase) for name, phrase in phrases.items()}
+
+    # -- one batch ---------------------------------------------------------------------
+
+    def collate(self, items: Sequence[Scenery], rng: random.Random | None = None) -> dict[str, Any]:
+        text, phrases = self.prompts[rng.randrange(len(self.prompts)) if rng else 0]
+        maps = self._maps(text, phrases)
+        words, _ = self.words([text] * len(items))
+        labels = []
+        for item in items:
+            pairs = [
+                (box, maps[label])
+                for box, label in zip(item.boxes, item.labels, strict=True)
+                if label in maps
+            ]
+            tokens = [row for _, row in pairs]
+            labels.append(
+                {
+                    "boxes": as_fractions([box for box, _ in pairs], item.size),
+                    "tokens": torch.stack(tokens) if tokens else torch.zeros(0, self.positions),
+                }
+            )
+        return {**words, **self.looks([item.image for item in items]), "labels": labels}
+
+    # -- evaluation --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, advance: Advance, batch_size: int = 32) -> dict[str, float]:
+        model.eval()
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(self.test), batch_size):
+            items = self.test[start : start + batch_size]
+            for item, said in zip(items, self._detect(model, items), strict=True):
+                found += [{"image_id": item.id, **one} for one in said]
+            advance(len(items))
+        return self._average_precision(found)
+
+    def _detect(self, model: Any, items: Sequence[Scenery]) -> list[list[dict[str, Any]]]:
+        """For each image its best detections, as COCO's result files have them."""
+        looks = self.looks([item.image for item in items])
+        looks = {name: value.to(model.device) for name, value in looks.items()}
+        said: list[list[tuple[float, int, Tensor]]] = [[] for _ in items]
+        for text, phrases in self.prompts:
+            words, _ = self.words([text] * len(items))
+            words = {name: value.to(model.device) for name, value in words.items()}
+            fit, boxes = (x.cpu() for x in self.grounder.read(model(**words, **looks)))
+            for name, row in self._maps(text, phrases).items():
+                number = self.classes.index(name)
+                for i, item in enumerate(items):
+                    scores = self.grounder.score(fit[i], row[: fit.shape[-1]])
+                    best = scores.argsort(descending=True, stable=True)[: 10 * MOST]
+                    places = in_pixels(boxes[i][best], item.size)
+                    scores = scores[best]
+                    if self.grounder.suppresses:
+                        stays = suppress(places, scores)
+                        places, scores = places[stays], scores[stays]
+                    pairs = zip(scores[:MOST].tolist(), places[:MOST], strict=True)
+                    said[i] += [(score, number, place) for score, place in pairs]
+        return [
+            [
+                {"category_id": number + 1, "score": score, "bbox": _coco(place)}
+                for score, number, place in sorted(own, key=lambda one: -one[0])[:MOST]
+            ]
+            for own in said
+        ]
+
+    def _average_precision(self, found: list[dict[str, Any]]) -> dict[str, float]:
+        try:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+        except ImportError:
+            raise UnsupportedError(
+                "average precision needs pycocotools: pip install 'vlprune[grounding]'"
+            ) from None
+        if not found:
+            return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+        boxes = [
+            {
+                "id": number + 1,
+                "image_id": item.id,
+                "category_id": self.classes.index(label) + 1,
+                "bbox": list(box),
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for number, (item, box, label) in enumerate(
+                (item, box, label)
+                for item in self.test
+                for box, label in zip(item.boxes, item.labels, strict=True)
+            )
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):  # it talks while it counts
+            truth = COCO()
+            truth.dataset = {
+                "info": {},
+                "images": [{"id": item.id} for item in self.test],
+                "annotations": boxes,
+                "categories": [{"id": i + 1, "name": n} for i, n in enumerate(self.classes)],
+            }
+            truth.createIndex()
+            scored = COCOeval(truth, truth.loadRes(found), "bbox")
+            scored.evaluate()
+            scored.accumulate()
+            scored.summarize()
+        stats = [max(0.0, float(value)) for value in scored.stats]
+        return {"ap": stats[0], "ap50": stats[1], "ap75": stats[2]}
+
+    @torch.no_grad()
+    def predict(self, model: Any, items: list[Scenery]) -> list[str]:
+        model.eval()
+        return [
+            "; ".join(
+                f"{self.classes[one['category_id'] - 1]} {one['bbox']} {one['score']:.2f}"
+                for one in said
+                if one["score"] >= 0.3
+            )
+            for said in self._detect(model, items)
+        ]
+
+    @torch.no_grad()
+    def results(self, model: Any) -> list[dict[str, Any]]:
+        """COCO's result file: one entry a detection."""
+        model.eval()
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(self.test), 32):
+            items = list(self.test[start : start + 32])
+            for item, said in zip(items, self._detect(model, items), strict=True):
+                found += [{"image_id": item.id, **one} for one in said]
+        return found
+
+
+def _coco(place: Tensor) -> list[float]:
+    left, top, right, bottom = (float(value) for value in place)
+    return [round(value, 2) for value in (left, top, right - left, bottom - top)]

@@ -1,0 +1,117 @@
+"""GQA: compositional questions, answered by MDETR's answer heads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..data.questions import TypedQuestion, read_gqa
+from ..errors import UnsupportedError
+from .base import Advance
+from .grounding import RegionTask
+
+__all__ = ["ANSWER_TYPES", "GqaTask"]
+
+ANSWER_TYPES = ("obj", "rel", "attr", "cat", "global")
+"""GQA's semantic types of questions: each has an answer head of its own."""
+
+
+class GqaTask(RegionTask):
+    """Questions of GQA with an :class:`vlprune.models.MdetrForGrounding`; ``accuracy`` counts.
+
+    As in MDETR: one head says of which type a question is, and one head a type chooses among the
+    answers that questions of this type have in the training set. An answer is right if it is
+    the one in the file. MDETR's heads have 5, 3, 1594, 403, 678 and 111 classes; these have as
+    many as the training file holds.
+    """
+
+    name: ClassVar[str] = "gqa"
+    metric: ClassVar[str] = "accuracy"
+    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"gqa": ("questions", "images")}
+    objects: ClassVar[int] = 2
+    train: Sequence[TypedQuestion]
+    test: Sequence[TypedQuestion]
+    answers: dict[str, list[str]]
+
+    def read(self, form: str, part: Mapping[str, str]) -> list[TypedQuestion]:
+        return read_gqa(part["questions"], part["images"])
+
+    def prepare(self) -> None:
+        self.answers = {
+            kind: sorted({q.answer for q in self.train if q.kind == kind}) for kind in ANSWER_TYPES
+        }
+
+    def texts(self) -> list[str]:
+        return [q.text for q in self.train]
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Classes of each answer head; a type without questions has one, never asked for."""
+        sizes = {f"answer_{kind}": max(1, len(said)) for kind, said in self.answers.items()}
+        return {"answer_type": len(ANSWER_TYPES), **sizes}
+
+    def new_config(self) -> Any:
+        config = super().new_config()
+        if config.model_type != "mdetr":
+            raise UnsupportedError(
+                "GQA needs answer heads, which only MDETR has: options.model=mdetr"
+            )
+        config.answer_heads = self.heads
+        return config
+
+    def load(self, path: Any) -> Any:
+        model = super().load(path)
+        if dict(model.config.answer_heads) != self.heads:
+            raise UnsupportedError(
+                f"the model in {path} has the answer heads {dict(model.config.answer_heads)}, the "
+                f"training questions need {self.heads}: train on the questions it was made for"
+            )
+        return model
+
+    def collate(
+        self, items: Sequence[TypedQuestion], rng: random.Random | None = None
+    ) -> dict[str, Any]:
+        words, _ = self.words([q.text for q in items])
+        answers = {"answer_type": torch.tensor([ANSWER_TYPES.index(q.kind) for q in items])}
+        for kind in ANSWER_TYPES:
+            known = {answer: number for number, answer in enumerate(self.answers[kind])}
+            numbers = [known.get(q.answer, -1) if q.kind == kind else -1 for q in items]
+            answers[f"answer_{kind}"] = torch.tensor(numbers)
+        return {**words, **self.looks([q.image for q in items]), "answers": answers}
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
+        right = kinds = 0
+        for start in range(0, len(self.test), batch_size):
+            items = list(self.test[start : start + batch_size])
+            for item, (kind, said) in zip(items, self._answers(model, items), strict=True):
+                right += said == item.answer
+                kinds += kind == item.kind
+            advance(len(items))
+        count = len(self.test)
+        return {"accuracy": right / count, "accuracy_of_types": kinds / count}
+
+    def _answers(self, model: Any, items: Sequence[TypedQuestion]) -> list[tuple[str, str]]:
+        """The type and the answer that the model gives to each question."""
+        model.eval()
+        inputs = {k: v for k, v in self.collate(items).items() if k != "answers"}
+        said = model(**{name: value.to(model.device) for name, value in inputs.items()}).answers
+        best: dict[str, Tensor] = {name: logits.argmax(-1).cpu() for name, logits in said.items()}
+        found = []
+        for number in range(len(items)):
+            kind = ANSWER_TYPES[int(best["answer_type"][number])]
+            known = self.answers[kind]
+            choice = int(best[f"answer_{kind}"][number])
+            found.append((kind, known[choice] if choice < len(known) else ""))
+        return found
+
+    @torch.no_grad()
+    def predict(self, model: Any, items: list[TypedQuestion]) -> list[str]:
+        return [answer for _, answer in self._answers(model, items)]
+
+    def result(self, item: TypedQuestion, said: str) -> dict[str, Any]:
+        return {"questionId": item.id, "prediction": said}
