@@ -56,7 +56,7 @@ class MdetrConfig(DetrConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.answer_heads = self.answer_heads or {}
-        super().__post_init__(use_timm_backbone=False, **kwargs)
+        super().__post_init__(**{**kwargs, "use_timm_backbone": False})
 
 
 class GlipConfig(PreTrainedConfig):

@@ -172,14 +172,16 @@ class GlipForGrounding(PreTrainedModel):
         pixel_values: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
         labels: Sequence[Mapping[str, Tensor]] | None = None,
         **_kwargs: Any,
     ) -> GlipOutput:
         """Boxes, their centerness and how well each fits each token.
 
-        ``pixel_values`` (batch, 3, height, width), padding included; ``labels`` for each image
-        ``boxes`` (n, 4), as fractions of the padded image, and ``tokens`` (n, positions) whose
-        non-zero entries are the tokens of the phrase that names the box.
+        ``pixel_values`` (batch, 3, height, width) and, where images are padded on the right and
+        below, ``pixel_mask`` (batch, height, width), 1 inside; boxes are fractions of the image
+        without its padding. ``labels`` for each image ``boxes`` (n, 4) and ``tokens`` (n,
+        positions) whose non-zero entries are the tokens of the phrase that names the box.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -204,7 +206,10 @@ class GlipForGrounding(PreTrainedModel):
         grid = anchors(sizes, self.config.strides, self.config.anchor_scale)
         every = torch.cat(grid).to(pixel_values)
         boxes = decode(every, torch.cat(codes, dim=1))
-        side = boxes.new_tensor([width, height, width, height])
+        side = boxes.new_tensor([width, height, width, height]).expand(len(boxes), 1, 4)
+        if pixel_mask is not None:
+            extent = [pixel_mask[:, 0].sum(1), pixel_mask[:, :, 0].sum(1)]
+            side = torch.stack(2 * extent, dim=-1)[:, None].to(boxes)
         middle = torch.cat(central, dim=1)
         losses = None
         if labels is not None:
@@ -242,7 +247,7 @@ class GlipForGrounding(PreTrainedModel):
         goal = torch.zeros_like(logits, dtype=torch.float32)
         image, place, wanted = [], [], []
         for number, target in enumerate(labels):
-            pixels = corners(target["boxes"].float()) * side.float()
+            pixels = corners(target["boxes"].float()) * side[number].float()
             owner = assign_places(grid, pixels.cpu(), self.config.atss_candidates)
             at = (owner >= 0).nonzero()[:, 0]
             which = owner[at].to(logits.device)
@@ -260,7 +265,7 @@ class GlipForGrounding(PreTrainedModel):
         found = boxes[rows, columns].float()
         low, high = found.chunk(2, dim=-1)
         said = torch.cat([(low + high) / 2, high - low], dim=-1)
-        low, high = (right / side.float()).chunk(2, dim=-1)
+        low, high = (right / side[rows, 0].float()).chunk(2, dim=-1)
         true = torch.cat([(low + high) / 2, high - low], dim=-1)
         giou = ((1 - paired_giou(said, true)) * central).sum() / weight
         logit = middle[rows, columns].float()

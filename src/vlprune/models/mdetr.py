@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.detr.modeling_detr import (
     DetrConvEncoder,
     DetrDecoder,
@@ -70,6 +71,31 @@ class MdetrResizer(nn.Module):
         return resized
 
 
+class MdetrDecoder(DetrDecoder):
+    """DETR's decoder, giving the queries after every layer.
+
+    transformers' own, when it is asked for that, feeds each layer the normalised output of the one
+    before, which neither DETR nor MDETR does: a published checkpoint would answer wrongly.
+    """
+
+    def forward(
+        self, queries: Tensor, memory: Tensor, memory_mask: Tensor, places: Tensor
+    ) -> Tensor:
+        """(layers, batch, queries, width), normalised, from query embeddings of that shape."""
+        states = torch.zeros_like(queries)
+        mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=states,
+            attention_mask=memory_mask,
+            encoder_hidden_states=memory,
+        )
+        after = []
+        for layer in self.layers:
+            states = layer(states, None, places, queries, memory, encoder_attention_mask=mask)
+            after.append(self.layernorm(states))
+        return torch.stack(after)
+
+
 class MdetrForGrounding(DetrPreTrainedModel):
     """Finds what a text names in an image, and answers questions where it has answer heads."""
 
@@ -93,8 +119,9 @@ class MdetrForGrounding(DetrPreTrainedModel):
         self.resizer = MdetrResizer(config.text_config.hidden_size, width, config.dropout)
         self.position = DetrSinePositionEmbedding(width // 2, normalize=True)
         self.fusion_encoder = DetrEncoder(config)
-        self.decoder = DetrDecoder(config)
-        self.answer_names = tuple(config.answer_heads)
+        self.decoder = MdetrDecoder(config)
+        # not in the order of the dict, which a saved config does not keep
+        self.answer_names = tuple(sorted(config.answer_heads))
         self.query_embed = nn.Embedding(config.num_queries, width)
         self.class_embed = nn.Linear(width, config.text_positions)
         self.bbox_embed = DetrMLPPredictionHead(width, width, 4, 3)
@@ -104,7 +131,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
             nn.Embedding(len(self.answer_names), width) if config.answer_heads else None
         )
         self.answer_heads = nn.ModuleDict(
-            {name: nn.Linear(width, size) for name, size in config.answer_heads.items()}
+            {name: nn.Linear(width, config.answer_heads[name]) for name in self.answer_names}
         )
         self.post_init()
 
@@ -183,14 +210,8 @@ class MdetrForGrounding(DetrPreTrainedModel):
         if self.answer_queries is not None:
             wanted = torch.cat([wanted, self.answer_queries.weight])
         wanted = wanted.unsqueeze(0).expand(len(image), -1, -1)
-        decoded = self.decoder(
-            inputs_embeds=torch.zeros_like(wanted),
-            encoder_hidden_states=memory,
-            encoder_attention_mask=mask,
-            spatial_position_embeddings=places,
-            object_queries_position_embeddings=wanted,
-        )
-        states, boxed = decoded.last_hidden_state, self.config.num_queries
+        layers = self.decoder(wanted, memory, mask, places)
+        states, boxed = layers[-1], self.config.num_queries
         text = F.normalize(self.align_text(memory[:, image.shape[1] :]), dim=-1)
         said = {
             name: self.answer_heads[name](states[:, boxed + i])
@@ -199,11 +220,9 @@ class MdetrForGrounding(DetrPreTrainedModel):
         final = self._read(states[:, :boxed], text)
         losses = {}
         if labels is not None:
-            layers = decoded.intermediate_hidden_states
-            earlier = layers[:-1] if layers is not None else ()
-            losses = self._box_losses(
-                final, [self._read(s[:, :boxed], text) for s in earlier], labels
-            )
+            earlier = layers[:-1] if self.config.auxiliary_loss else ()
+            said_before = [self._read(layer[:, :boxed], text) for layer in earlier]
+            losses = self._box_losses(final, said_before, labels)
         if answers is not None:
             losses |= _answer_losses(said, answers)
         return MdetrOutput(

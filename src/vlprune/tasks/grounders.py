@@ -128,7 +128,8 @@ class GroundingDinoGrounder(Grounder):
     def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
         from transformers import GroundingDinoConfig
 
-        width = max(1, (options["fusion_width"] or spec.width) // 32) * 32  # groups of a norm
+        # its norms have 32 groups, each of which needs two numbers even in a map of one place
+        width = max(2, (options["fusion_width"] or spec.width) // 32) * 32
         return GroundingDinoConfig(
             backbone_config=small_swin(spec),
             text_config={"model_type": "bert", **bert_settings(spec, tokenizer)},
@@ -173,7 +174,7 @@ class GlipGrounder(Grounder):
 
         from ..models import GlipConfig
 
-        width = max(1, (options["fusion_width"] or spec.width) // 16) * 16  # groups of a norm
+        width = max(2, (options["fusion_width"] or spec.width) // 16) * 16  # as there, 16 groups
         return GlipConfig(
             backbone_config=small_swin(spec),
             text_config=BertConfig(**bert_settings(spec, tokenizer)),

@@ -630,6 +630,72 @@ def segmenter() -> Sample:
     return Sample(SegmenterForSemanticSegmentation(config), {"pixel_values": _pixels()})
 
 
+def _mdetr(backbone: Any, **more: Any) -> Sample:
+    from ..models import MdetrConfig, MdetrForGrounding
+
+    config = MdetrConfig(
+        backbone_config=backbone,
+        text_config=T.RobertaConfig(**_text(max_position_embeddings=16, pad_token_id=1)),
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=20,
+        decoder_ffn_dim=28,
+        num_queries=3,
+        text_positions=12,
+        alignment_size=8,
+        **more,
+    )
+    inputs = {"pixel_values": _pixels(2, 3, 32, 32), "input_ids": _ids(), "attention_mask": _ones()}
+    inputs["attention_mask"][1, 4:] = 0
+    # every query starts as zeros, so in the first layer they all read the same values
+    return Sample(MdetrForGrounding(config), inputs, idle=r"^decoder\.layers\.0\.self_attn\.qk")
+
+
+@_family
+def mdetr() -> Sample:
+    backbone = T.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
+    )
+    return _mdetr(backbone, answer_heads={"answer_type": 3, "answer_obj": 2})
+
+
+@_family
+def vit_mdetr() -> Sample:
+    return _mdetr(T.DeiTConfig(**_vision(image_size=32)))
+
+
+@_family
+def glip() -> Sample:
+    from ..models import GlipConfig, GlipForGrounding
+
+    backbone = T.SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 4],
+        window_size=4,
+        image_size=32,
+        patch_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = GlipConfig(
+        backbone_config=backbone,
+        text_config=T.BertConfig(**_text(max_position_embeddings=16)),
+        d_model=32,
+        fusion_layers=2,
+        fusion_size=24,
+        fusion_heads=4,
+        strides=[4, 8, 16, 32, 64],
+        anchor_scale=4,
+    )
+    inputs = {"pixel_values": _pixels(2, 3, 32, 32), "input_ids": _ids(), "attention_mask": _ones()}
+    inputs["attention_mask"][1, 4:] = 0
+    # the last text layer's states leave the model only through the token scores
+    return Sample(GlipForGrounding(config), inputs)
+
+
 @_family
 def florence2() -> Sample:
     config = T.Florence2Config(
