@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,14 +56,62 @@ if world > 1:
 """
 
 
-def launch(folder: Path, how: str, processes: int) -> list[dict[str, Any]]:
+JSP = """
+import json, os, sys
+import torch, torch.distributed as dist
+import vlprune
+from test_share import clip
+
+how, folder = sys.argv[1], sys.argv[2]
+torch.set_num_threads(1)
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    dist.init_process_group("gloo")
+model = clip((2, 2)).train()
+
+def batch(seed):
+    g = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(3, 60, (4, 6), generator=g), "return_loss": True,
+            "pixel_values": torch.randn(4, 3, 16, 16, generator=g)}
+
+# two processes look at two batches in one structure step, each at its own
+compressor = vlprune.Compressor(
+    model, vlprune.JSP(every=1, learning_rate=0.05), {"params": 0.75},
+    held_out=[batch(100 + i) for i in range(2)])
+run = torch.nn.parallel.DistributedDataParallel(model) if how == "ddp" else model
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(20):
+    run(**batch(step if how != "ddp" else 2 * step + rank)).loss.backward()
+    compressor.step((step + 1) / 20)
+    optimizer.step()
+    optimizer.zero_grad()
+plan = compressor.plan()
+small = compressor.finish()
+again = torch.nn.parallel.DistributedDataParallel(small) if how == "ddp" else small
+again(**batch(7 + rank)).loss.backward()  # tied weights, also those of which nothing is stored
+optimizer = torch.optim.AdamW(small.parameters(), lr=1e-3)
+optimizer.step()
+result = {"plan": plan.to_json(), "params": sum(p.numel() for p in small.parameters()),
+          "sum": sum(float(p.double().abs().sum()) for p in small.parameters())}
+with open(f"{folder}/{how}-{rank}.json", "w") as file:
+    json.dump(result, file)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def launch(folder: Path, how: str, processes: int, code: str = SCRIPT) -> list[dict[str, Any]]:
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(code)
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     done = subprocess.run(
-        [*start, str(script), how, str(folder)], capture_output=True, text=True, timeout=300
+        [*start, str(script), how, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{how}-{r}.json").read_text()) for r in range(processes)]
@@ -91,3 +140,11 @@ def test_every_rank_decides_as_one_process_does(
 def test_ranks_that_disagree_are_stopped(tmp_path: Path) -> None:
     for result in launch(tmp_path, "apart", 2):
         assert "different plans" in result["error"]
+
+
+def test_every_rank_shares_alike(tmp_path: Path) -> None:
+    """One hypernetwork in two processes, whose held-out batches differ; then tied training."""
+    first, second = launch(tmp_path, "ddp", 2, JSP)
+    assert first["plan"] == second["plan"]
+    assert json.loads(first["plan"])["share"]
+    assert first["sum"] == second["sum"]  # the same tied weights after a step

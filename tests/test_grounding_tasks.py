@@ -274,7 +274,7 @@ def test_joint_share_and_prune_from_data_to_folder(
 ) -> None:
     recipe = Recipe(
         task=task,
-        budget={"params": 0.75},
+        budget={"params": 0.9 if skips else 0.75},
         method={
             "name": "jsp", "every": 1, "learning_rate": 0.05,
             **({"mismatch": "skip"} if skips else {}),
@@ -287,7 +287,7 @@ def test_joint_share_and_prune_from_data_to_folder(
         retrain=SHORT,
     )  # fmt: skip
     report = compress(recipe, tmp_path / "out")
-    assert report["budget"]["reached"] <= 0.75
+    assert report["budget"]["reached"] <= (0.9 if skips else 0.75)
     assert report["verified"]["difference"] < 1e-9
     assert sum(group["shared"] for group in report["groups"]) > 0
     assert report["search_history"][-1]["progress"] == 1.0

@@ -29,6 +29,20 @@ retrain: {steps: 6, batch_size: 4, save_steps: 2}
 threads: 1
 """
 
+# A search with a network, an optimizer and noise of its own, and weights that are tied afterwards.
+SHARING = """
+task: retrieval
+budget: {params: 0.8}
+method: {name: jsp, every: 1, learning_rate: 0.05}
+options: {queue: 32}
+model: {width: 32, heads: 2, vision_layers: 2, text_layers: 2, image_size: 32}
+data: {train_items: 40, test_items: 4, folder: SCENES}
+train: {steps: 2, batch_size: 4}
+search: {steps: 10, batch_size: 4, save_steps: 2}
+retrain: {steps: 6, batch_size: 4, save_steps: 2}
+threads: 1
+"""
+
 # where: (patched before the run, what must be there afterwards, what the next run says)
 PLACES = {
     "training, step 3": "at_step(1, 3)",
@@ -86,6 +100,15 @@ from vlprune.run import compress
 
 
 @pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharing")
+    path = folder / "recipe.yaml"
+    path.write_text(SHARING.replace("SCENES", str(folder / "scenes")))
+    compress(load_recipe(path), folder / "whole")
+    return path
+
+
+@pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     path = folder / "recipe.yaml"
@@ -110,15 +133,25 @@ SLOW = ("training, step 3", "while the cut model is evaluated", "after the last 
 def test_a_killed_run_ends_with_the_same_bits(
     place: str, recipe: Path, whole: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    code = f"{KILLER}\n{PLACES[place]}\ncompress(load_recipe({str(recipe)!r}), Path({str(out)!r}))"
+    kill_and_go_on(PLACES[place], recipe, whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["at_step(2, 5)", "at_step(2, 9)", "at_step(3, 5)"])
+def test_a_killed_search_for_sharing_does_so_too(place: str, sharing: Path, tmp_path: Path) -> None:
+    """While the structure is learnt, after it was frozen, and while tied weights are retrained."""
+    kill_and_go_on(place, sharing, sharing.parent / "whole", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["share"]
+
+
+def kill_and_go_on(place: str, recipe: Path, whole: Path, out: Path) -> None:
+    code = f"{KILLER}\n{place}\ncompress(load_recipe({str(recipe)!r}), Path({str(out)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     compress(load_recipe(recipe), out)
     for name in ("plan.json", "model.safetensors", "dense/model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     again, once = (json.loads((p / "report.json").read_text()) for p in (out, whole))
-    for key in ("metrics", "budget", "params", "search"):
+    for key in ("metrics", "budget", "params", "search", "search_history"):
         assert again[key] == once[key], key
     assert not (out / "checkpoints").exists()
 

@@ -29,6 +29,7 @@ from .budget import least
 from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
 from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
+from .gate import evaluating
 from .methods import JSP, METHODS, Method, Random
 from .plan import Plan
 from .progress import Progress
@@ -170,7 +171,12 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         progress.phase("searching" if recipe.search.on else "planning")
         model = copy.deepcopy(dense)
         trainee = phase.trainee(model)
-        compressor = compressor_for(model, method, lambda batch: trainee(**batch)["loss"])
+
+        def loss(batch: Mapping[str, Any]) -> Any:
+            with evaluating(trainee):  # queues and averages are not to move
+                return trainee(**batch)["loss"]
+
+        compressor = compressor_for(model, method, loss)
         watcher = [compressor.callback()]
         history["search"] = phase.fit(
             f"search-{key}", recipe.search, model, watcher, searched, trainee
