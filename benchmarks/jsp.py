@@ -73,7 +73,7 @@ EXPERIMENTS = {
     "rec": Experiment("grounding", options=MDETR),
     "gqa": Experiment("gqa", options=MDETR, start="rec", dense=1000),
     "detection": Experiment(
-        "detection", options=DINO, dense=1500, search=200, retrain=100, batch=16, test=200,
+        "detection", options=DINO, dense=4000, search=300, retrain=200, batch=16, test=200,
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
     ),
 }  # fmt: skip

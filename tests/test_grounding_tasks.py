@@ -294,3 +294,39 @@ def test_joint_share_and_prune_from_data_to_folder(
     assert abs(report["search"]["gap"]) < 0.02 * report["search"]["full_loss"] + 1e-3
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["quantization_config"]["share"]
+
+
+# -- learning rates of parts -------------------------------------------------------------
+
+
+def test_parts_of_a_model_learn_at_rates_of_their_own(scenes: Path) -> None:
+    from transformers import TrainerCallback
+
+    from vlprune.train import fit
+
+    seen: dict[str, float] = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
+            for group in kwargs["optimizer"].param_groups:
+                for parameter in group["params"]:
+                    seen[names[id(parameter)]] = group["lr"]
+
+    task = GroundingTask(TINY, data(scenes), scenes, {})
+    model = task.new_model()
+    rates = {"vision_model.*": 0.1, "text_encoder.*": 0.5}
+    spec = Training(
+        steps=1, batch_size=4, learning_rate=1e-3, warmup=0.0, decay="constant", rates=rates
+    )
+    fit(model, task.train, task.collate, spec, seed=0, callbacks=[Look()])
+    assert len(seen) == len(list(model.parameters()))
+    for name, rate in seen.items():
+        part = name.split(".")[1]
+        wanted = {"vision_model": 1e-4, "text_encoder": 5e-4}.get(part, 1e-3)
+        assert rate == pytest.approx(wanted), name
+    with pytest.raises(RecipeError, match="no weight's name matches 'visoin"):
+        fit(
+            model, task.train, task.collate,
+            Training(steps=1, batch_size=4, rates={"visoin.*": 0.1}), seed=0,
+        )  # fmt: skip

@@ -64,7 +64,9 @@ class Training:
     ``warmup`` is a fraction of them; ``batch_size`` is per process, and ``accumulate`` batches
     make one step. The Trainer saves a checkpoint every ``save_steps`` (0: never) and at the
     end of a phase, and the same command goes on from the last one, ending with the very weights
-    of a run that was never stopped.
+    of a run that was never stopped. ``rates`` multiplies the learning rate of the weights whose
+    names match a pattern, as in ``{"vision_model.*": 0.1}``; gradients are clipped to a norm of
+    ``clip`` (0: not at all).
     """
 
     steps: int = 0
@@ -73,6 +75,8 @@ class Training:
     accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    rates: Mapping[str, float] = field(default_factory=dict)
+    clip: float = 1.0
     warmup: float = 0.1
     decay: str = "cosine"
     bf16: bool = False
@@ -151,18 +155,24 @@ class Recipe:
                 batch_size=16,
                 accumulate=1,
                 learning_rate=1e-3,
+                rates={},
+                clip=1.0,
                 bf16=False,
                 fp16=False,
                 compile=False,
                 gradient_checkpointing=False,
             )
 
-        method = dict(self.method)
+        method, budget = dict(self.method), dict(self.budget)
         if "interval" in method:
             method["interval"] = "auto"
+        if method.get("name") == "jsp":  # few steps, and towers that are a small part of the model
+            method |= {"every": 1, "learning_rate": 0.05, "mismatch": "skip"}
+            budget = {what: max(0.9, fraction) for what, fraction in budget.items()}
         return dataclasses.replace(
             self,
             method=method,
+            budget=budget,
             options={**self.options, **({"queue": 64} if "queue" in self.options else {})},
             model=dataclasses.replace(self.model, path="", **TOY_SIZES),
             data=DataSpec(

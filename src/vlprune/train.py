@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from .errors import VlpruneError
+from .errors import RecipeError, VlpruneError
 from .recipe import Training
 from .trainee import Trainee
 
@@ -52,6 +54,16 @@ class _Trainer(Trainer):
 
     not_finite: Tensor | None = None
     most_not_finite: Tensor | None = None
+    rates: Mapping[str, float] = MappingProxyType({})
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer, its groups split where some weights learn more slowly."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.rates:
+            assert self.model is not None
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            optimizer.param_groups[:] = _split_groups(optimizer.param_groups, names, self.rates)
+        return optimizer
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -61,6 +73,27 @@ class _Trainer(Trainer):
         self.not_finite = torch.where(loss.isfinite(), 0, self.not_finite + 1)
         self.most_not_finite = torch.maximum(self.most_not_finite, self.not_finite)
         return result
+
+
+def _split_groups(
+    groups: Sequence[dict[str, Any]], names: Mapping[int, str], rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Each group once for every rate; a pattern is looked for at any depth of a name."""
+    split: list[dict[str, Any]] = []
+    used: set[str] = set()
+    for group in groups:
+        by_rate: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            found = [p for p in rates if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]
+            used.update(found)
+            by_rate.setdefault(rates[found[-1]] if found else 1.0, []).append(parameter)
+        for rate, parameters in by_rate.items():
+            split.append({**group, "params": parameters, "lr": group["lr"] * rate})
+    for pattern in rates:
+        if pattern not in used:
+            raise RecipeError(f"rates: no weight's name matches {pattern!r}")
+    return split
 
 
 class _Watch(TrainerCallback):
@@ -140,7 +173,7 @@ def fit(
             weight_decay=spec.weight_decay,
             warmup_steps=round(spec.warmup * steps),
             lr_scheduler_type="cosine" if spec.decay == "cosine" else "constant_with_warmup",
-            max_grad_norm=1.0,
+            max_grad_norm=spec.clip,
             bf16=spec.bf16,
             fp16=spec.fp16,
             torch_compile=spec.compile,
@@ -166,7 +199,7 @@ def fit(
             data_collator=_seeded(collate, seed),
             callbacks=[watch, *callbacks],
         )
-        watch.trainer = trainer
+        watch.trainer, trainer.rates = trainer, spec.rates
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
         if last:
