@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vlprune
 from vlprune.data.regions import (
     Phrase,
     read_coco_instances,
@@ -294,6 +295,32 @@ def test_joint_share_and_prune_from_data_to_folder(
     assert abs(report["search"]["gap"]) < 0.02 * report["search"]["full_loss"] + 1e-3
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["quantization_config"]["share"]
+
+
+@pytest.mark.parametrize("name", ["grounding_dino", "mm_grounding_dino", "glip", "mdetr"])
+def test_a_model_from_a_folder_is_asked_in_its_own_way(
+    name: str, scenes: Path, tmp_path: Path
+) -> None:
+    """By model type: prompts, token positions and the loss."""
+    words = {"mdetr": "mdetr", "glip": "glip"}.get(name, "grounding-dino")
+    maker = GroundingTask(TINY, data(scenes), scenes, {"model": words})
+    sample = build(name)
+    config: Any = sample.model.config
+    config.text_config.vocab_size = 1100
+    if name in ("grounding_dino", "mm_grounding_dino"):
+        config.max_text_len, config.auxiliary_loss = 16, True
+    if name == "mdetr":
+        config.text_config.pad_token_id = 0
+    model: Any = type(sample.model)(config)
+    vlprune.save(model, tmp_path, processor=maker.processor)
+    spec = ModelSpec(path=str(tmp_path))
+    task = GroundingTask(spec, data(scenes), scenes, {})
+    loaded = task.dense_model()
+    assert type(loaded) is type(model)
+    loss = loaded(**task.collate(list(task.train[:5]))).loss
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert set(task.evaluate(loaded, QUIET)) == {"accuracy", "recall_at_5", "recall_at_10"}
 
 
 # -- learning rates of parts -------------------------------------------------------------

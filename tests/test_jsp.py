@@ -236,6 +236,8 @@ def test_a_whole_run() -> None:
         masked = model(**inputs()).logits_per_image
     small = compressor.finish()
     report = compressor.report()
+    whole = vlprune.materialize(copy.deepcopy(small))
+    assert sum(p.numel() for p in whole.parameters()) == report["params"]["materialised"]
     assert sum(p.numel() for p in small.parameters()) == wanted == report["params"]["after"]
     assert report["budget"]["reached"] <= 0.6
     assert report["verified"]["difference"] < 1e-10

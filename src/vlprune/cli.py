@@ -216,7 +216,9 @@ def _print_scan(body: dict[str, Any]) -> None:
 
 
 def _print_description(body: dict[str, Any]) -> None:
-    table = Table("tower", "kind", "structures", "units", "params", "MACs", "layout")
+    shares = any(row["shared"] for row in body["groups"])
+    columns = ["tower", "kind", "structures", "units", *(["shared"] if shares else [])]
+    table = Table(*columns, "params", "MACs", "layout")
     for row in body["groups"]:
         native = row["structures"] - row["padded"]
         layout = "native" if not row["padded"] else f"{native} native, {row['padded']} padded"
@@ -225,6 +227,7 @@ def _print_description(body: dict[str, Any]) -> None:
             row["kind"],
             str(row["structures"]),
             str(row["units"]),
+            *([str(row["shared"])] if shares else []),
             human(row["params"]),
             human(row["macs"]) if row["macs"] is not None else "-",
             layout,

@@ -379,6 +379,14 @@ class Compressor:
         self._gates, self._seen = {}, None
         return self.model
 
+    def _materialised(self, plan: Plan, stored: int) -> int:
+        """Parameters of the small model when shared units are plain copies again."""
+        borrowed, unit = self._param_prices.borrowed, self._param_prices.unit
+        saved = sum(
+            (unit[s.name] - borrowed[s.name]) * len(plan.shared(s)) for s in self.structures
+        )
+        return stored + round(saved)
+
     def report(self) -> dict[str, Any]:
         """What was asked and reached, by tower and kind: plain values, ready for JSON."""
         plan = self.plan()
@@ -395,6 +403,7 @@ class Compressor:
             if self.budget.what == "params"
             else self.prices.cost(units) / self.prices.total
         )
+        shared = any(plan.shared(s) for s in structures)
         report: dict[str, Any] = {
             "method": type(self.method).__name__,
             "options": asdict(self.method) if is_dataclass(self.method) else {},
@@ -404,7 +413,11 @@ class Compressor:
                 "asked": self.budget.fraction,
                 "reached": reached,
             },
-            "params": {"before": total, "after": after},
+            "params": {
+                "before": total,
+                "after": after,
+                **({"materialised": self._materialised(plan, after)} if shared else {}),
+            },
             "groups": [
                 {
                     "tower": tower,

@@ -26,7 +26,8 @@ def made_up_inputs(model: Any) -> dict[str, torch.Tensor]:
     takes = inspect.signature(model.forward).parameters
     if any(hasattr(config, name) for name in ("image_token_id", "image_token_index")):
         raise UnsupportedError("its prompt holds image placeholders that only a processor can set")
-    vision = getattr(config, "vision_config", getattr(config, "image_config", config))
+    names = ("vision_config", "image_config", "backbone_config")
+    vision = next((getattr(config, name) for name in names if hasattr(config, name)), config)
     inputs = {}
     with torch.device(model.device):
         if "pixel_values" in takes:

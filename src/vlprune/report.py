@@ -54,6 +54,14 @@ def summary(report: Mapping[str, Any]) -> str:
         f"Asked for {percent(budget['asked'])} of the {budget['what']}, reached "
         f"{percent(budget['reached'])}."
     )
+    groups = report.get("groups", ())
+    shared = sum(group.get("shared", 0) for group in groups)
+    if shared:
+        units = sum(group["units"] for group in groups)
+        text += (
+            f" {percent(shared / units)} of the units take their weights from another layer's; "
+            "this saves parameters, not MACs."
+        )
     if proof:
         text += (
             f" Masked and cut model differ by at most {proof['difference']:.1g} on outputs up to "
@@ -62,6 +70,16 @@ def summary(report: Mapping[str, Any]) -> str:
     else:
         text += " The cut was not compared with the masked model: no batch was seen."
     return text
+
+
+def _sharing(report: Mapping[str, Any]) -> str:
+    """What a card says of shared weights."""
+    if not any(group.get("shared", 0) for group in report.get("groups", ())):
+        return ""
+    return """
+Shared weights are stored once and stay tied in training. `vlprune.materialize(model)` turns them
+into plain dense layers: faster, larger.
+"""
 
 
 def model_card(report: Mapping[str, Any], model_class: str) -> str:
@@ -95,7 +113,7 @@ from transformers import {model_class}
 
 model = {model_class}.from_pretrained("this folder")
 ```
-
+{_sharing(report)}
 {chr(10).join(lines)}
 
 Latency: median of one forward pass on {report["threads"]} CPU threads, or the GPU where there

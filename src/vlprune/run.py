@@ -419,11 +419,13 @@ def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
                 "params": 0,
                 "macs": 0 if macs else None,
                 "padded": 0,
+                "shared": 0,
             },
         )
         row["structures"] += 1
         row["units"] += structure.size
-        row["params"] += round(prices.unit[structure.name] * structure.size)
+        row["params"] += round(prices.whole(structure.name))
+        row["shared"] += len(prices.elsewhere.get(structure.name, ()))
         row["padded"] += structure.layout == "padded"
         if macs:
             row["macs"] += round(macs.unit[structure.name] * structure.size)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from . import cost
@@ -83,10 +84,6 @@ def _batches(task: Task, items: Sequence[Any], count: int, size: int) -> list[di
     return made
 
 
-def _moved(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
 def _scores(
     task: Task, objective: Any, model: Any, structures: Any, batches: int, size: int
 ) -> dict[str, Tensor]:
@@ -95,7 +92,7 @@ def _scores(
     for batch in _batches(task, task.train, batches, size):
         gates = {n: g.to(model.device).requires_grad_() for n, g in ones(structures).items()}
         with gated(model, structures, gates):
-            objective(**_moved(batch, model.device))["loss"].backward()
+            objective(**send_to_device(batch, model.device))["loss"].backward()
         for name, gate in gates.items():
             if gate.grad is not None:
                 total[name] += gate.grad.detach().abs().cpu()
@@ -105,7 +102,7 @@ def _scores(
 
 @torch.no_grad()
 def _loss(objective: Any, model: Any, batches: Sequence[dict[str, Any]]) -> float:
-    losses = [float(objective(**_moved(batch, model.device))["loss"]) for batch in batches]
+    losses = [float(objective(**send_to_device(batch, model.device))["loss"]) for batch in batches]
     return sum(losses) / len(losses)
 
 

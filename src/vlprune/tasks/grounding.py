@@ -61,6 +61,11 @@ class RegionTask(Task):
     def load(self, path: str | Path) -> Any:
         return self.grounder.ready(self.load_by_name(path))
 
+    def example_inputs(self, batch_size: int = 1) -> dict[str, Any]:
+        """Inputs of one forward pass, without what only its loss reads."""
+        inputs = super().example_inputs(batch_size)
+        return {k: v for k, v in inputs.items() if k not in ("labels", "answers")}
+
     @cached_property
     def positions(self) -> int:
         """How many text positions a query can stand for."""
