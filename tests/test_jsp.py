@@ -334,3 +334,37 @@ def test_weights_at_distance_zero_are_the_structure() -> None:
         with mixed(model, structures, plan), gated(model, structures, plan):
             masked = model(**probe).logits_per_image
     assert float((whole - masked).abs().max()) < 1e-12
+
+
+def test_a_search_too_short_to_learn_in_is_refused_as_it_begins() -> None:
+    compressor = vlprune.Compressor(clip((4, 4)), vlprune.JSP(), {"params": 0.6}, held_out=HELD_OUT)
+
+    class Args:
+        bf16 = fp16 = False
+
+    class State:
+        global_step, max_steps = 0, 12
+
+    with pytest.raises(RecipeError, match="leaves JSP no step to learn in: one comes every 20"):
+        compressor.callback().on_train_begin(Args, State, None)
+    State.max_steps = 60
+    compressor.callback().on_train_begin(Args, State, None)
+
+
+def test_a_budget_in_macs_is_met_by_pruning() -> None:
+    """Sharing saves no MACs, so a budget in MACs is met by what goes."""
+    model = clip((4, 4)).train()
+    compressor = vlprune.Compressor(
+        model, vlprune.JSP(**FAST), {"macs": 0.7}, held_out=HELD_OUT, example_inputs=batch(0)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(30):
+        optimizer.zero_grad()
+        model(**batch(step % 8)).loss.backward()
+        compressor.step((step + 1) / 30)
+        optimizer.step()
+    small = compressor.finish()
+    found = cost.measure_macs(small, (), batch(0)).total
+    report = compressor.report()
+    assert report["macs"]["after"] == found
+    assert found <= 0.7 * report["macs"]["before"]

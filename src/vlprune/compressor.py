@@ -509,6 +509,8 @@ class CompressorCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.attach()
+        if isinstance(self.compressor.search, Alternating):
+            self.compressor.search.expect(state.max_steps)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.compressor.autocast = half
         self.compressor._follow()  # an objective may never call the model's own forward

@@ -127,6 +127,10 @@ class Alternating(Search):
 
     alternates: ClassVar[bool] = True
 
+    def expect(self, steps: int) -> None:
+        """Raise RecipeError if a search of so many steps could never learn anything."""
+        return
+
     @abstractmethod
     def due(self, progress: float) -> bool:
         """Whether a held-out batch should be looked at now; called once a weight step."""

@@ -244,6 +244,16 @@ class _JspSearch(Alternating):
 
     # -- in turn with the weights ------------------------------------------------------------
 
+    def expect(self, steps: int) -> None:
+        method = self.method
+        every = range(method.every, steps + 1, method.every)
+        if not any(method.warmup <= step / steps < method.freeze for step in every):
+            raise RecipeError(
+                f"a search of {steps} steps leaves JSP no step to learn in: one comes every "
+                f"{method.every} steps, between {method.warmup:.0%} and {method.freeze:.0%} of the "
+                f"search; lower method.every, to a hundredth of the steps or less"
+            )
+
     def due(self, progress: float) -> bool:
         self.weight_steps += 1
         return self.weight_steps % self.method.every == 0
