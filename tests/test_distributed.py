@@ -111,7 +111,10 @@ def launch(folder: Path, how: str, processes: int, code: str = SCRIPT) -> list[d
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{how}-{r}.json").read_text()) for r in range(processes)]

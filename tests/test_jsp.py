@@ -149,6 +149,16 @@ def test_the_exported_plan_meets_the_budget_and_is_the_closest() -> None:
     assert found._fitted().plan(ALL, "", "") == chosen.plan(ALL, "", "")
 
 
+def test_a_unit_is_exported_if_most_draws_keep_it() -> None:
+    """The median of Gumbel(0, 1) is 0.3665, so the bar for o + b lies at its negative."""
+    found = search(families=("prune",))
+    found._logits = lambda: [torch.tensor([-0.36, -0.37, 5.0, -5.0])] * len(found.vectors)
+    assert found._vectors_at(0.0).keep["t0"].tolist() == [1, 0, 1, 0]
+    draws = torch.stack([found.draw(0.2).keep["t0"] for _ in range(2000)]).mean(0)
+    assert draws[:2].tolist() == pytest.approx([0.5, 0.5], abs=0.04)
+    assert draws[2:].tolist() == pytest.approx([1, 0], abs=0.01)
+
+
 def test_what_cannot_be_reached_is_said_at_once() -> None:
     with pytest.raises(BudgetError, match=r"by block in the towers text and vision: 0.64"):
         search(0.3, families=("block",))
@@ -280,6 +290,27 @@ def test_training_without_structure_steps_is_plain_training() -> None:
         assert torch.equal(a, b)
 
 
+def test_the_model_answers_held_out_batches_in_eval_mode() -> None:
+    model = clip((4, 4)).train()
+    modes, seen = [], []
+
+    def loss(given: Any) -> torch.Tensor:
+        modes.append(model.training)
+        seen.append(int(given["input_ids"][0, 0]))
+        return model(**given).loss
+
+    compressor = vlprune.Compressor(
+        model, vlprune.JSP(every=1), {"params": 0.6}, held_out=HELD_OUT, loss=loss
+    )
+    for _ in range(4):
+        model(**batch(0)).loss.backward()
+        compressor.step(0.2)
+    assert modes == [False] * 8  # with and without the vectors
+    firsts = [int(one["input_ids"][0, 0]) for one in HELD_OUT]
+    assert seen[::2] == [*firsts, firsts[0]]  # in turn
+    assert model.training
+
+
 def test_families_alone() -> None:
     prune, _, _ = run(families=("prune",))
     assert not prune.plan().share
@@ -325,7 +356,9 @@ def test_weights_at_distance_zero_are_the_structure() -> None:
     far = float(alignment(model, structures, vectors))
     draw_near(model, structures, vectors, 0.5)
     assert float(alignment(model, structures, vectors)) == pytest.approx(far / 2, rel=0.2)
-    draw_near(model, structures, vectors, 0.0)
+    # a unit that shares follows its source, whichever of the two is named first
+    late = Vectors(dict(reversed(vectors.keep.items())), dict(reversed(vectors.share.items())))
+    draw_near(model, structures, late, 0.0)
     assert float(alignment(model, structures, vectors, epsilon=0.0)) == 0
     plan = vectors.plan(structures, "head_dim", "")
     probe = inputs(torch.float64)

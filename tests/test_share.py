@@ -331,3 +331,17 @@ def test_memory_and_macs_are_told_apart() -> None:
     assert cost.macs_of(profile, description.structures, plan) == profile.total
     small = rewrite(model, description, plan)
     assert cost.measure_macs(small, (), inputs()).total == profile.total
+
+
+def test_a_softmax_temperature_that_was_folded_is_told_apart() -> None:
+    """BLIP's text attention divides by the head size, so a cut multiplies the query weights."""
+    sample = build("blip")
+    model = sample.model.double()
+    description = discover(model)
+    first, second = [s for s in description if s.folds][:2]
+    keep = {first.name: tuple(range(first.size)), second.name: (0, 1, 2)}
+    plan = Plan(keep=keep, share={second.name: (first.name, (0, 2))})
+    probe = {k: v.double() if v.is_floating_point() else v for k, v in sample.inputs.items()}
+    small = rewrite(model, description, plan, verify=probe)  # raises if they differ
+    (query,) = [one for one in ties_in(small) if one.target.endswith("query.weight")]
+    assert query.scale == pytest.approx((3 / second.size) ** 0.5)
