@@ -293,6 +293,11 @@ def test_joint_share_and_prune_from_data_to_folder(
     assert sum(group["shared"] for group in report["groups"]) > 0
     assert report["search_history"][-1]["progress"] == 1.0
     assert abs(report["search"]["gap"]) < 0.02 * report["search"]["full_loss"] + 1e-3
+    size = report["weight_bytes"]
+    assert size["small"] < size["materialised"] < size["dense"]
+    assert set(report["latency_seconds"]) == {"dense", "small", "materialised"}
+    weights = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size["small"] == pytest.approx(weights, rel=0.1)
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["quantization_config"]["share"]
 

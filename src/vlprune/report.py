@@ -62,6 +62,12 @@ def summary(report: Mapping[str, Any]) -> str:
             f" {percent(shared / units)} of the units take their weights from another layer's; "
             "this saves parameters, not MACs."
         )
+        size = report.get("weight_bytes")
+        if size:
+            text += (
+                f" Weights are {human(size['small'])}B tied, {human(size['materialised'])}B "
+                f"materialised, {human(size['dense'])}B dense."
+            )
     if proof:
         text += (
             f" Masked and cut model differ by at most {proof['difference']:.1g} on outputs up to "

@@ -36,6 +36,7 @@ from .progress import Progress
 from .recipe import Recipe, Training
 from .report import model_card
 from .scan import SHARES, scan
+from .share import is_shared, materialize
 from .tasks import TASKS, Task
 from .teacher import Taught
 from .train import fit, prepare
@@ -198,8 +199,12 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         metrics["retrained"] = _evaluate(task, small, "evaluating retrained", progress)
 
     progress.phase("measuring speed")
-    seconds = latencies({"dense": dense, "small": small}, task.example_inputs)
+    models = {"dense": dense, "small": small}
+    if is_shared(small):
+        models["materialised"] = materialize(copy.deepcopy(small))
+    seconds = latencies(models, task.example_inputs)
     report |= {
+        "weight_bytes": {name: _bytes(model) for name, model in models.items()},
         "task": recipe.task,
         "metric": task.metric,
         "metrics": metrics,
@@ -441,6 +446,12 @@ def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
         "least_params": least(prices),
         "dense": dict(description.dense),
     }
+
+
+def _bytes(model: nn.Module) -> int:
+    """Bytes of all weights and index buffers: what is held in memory, and saved."""
+    tensors = model.state_dict().values()
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}.values())
 
 
 def _versions() -> dict[str, str]:
