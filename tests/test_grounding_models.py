@@ -416,6 +416,7 @@ def test_focal_loss_by_hand() -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_glip_learns_one_picture() -> None:
     sample = build("glip")
     model: Any = sample.model

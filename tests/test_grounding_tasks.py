@@ -265,7 +265,7 @@ SHORT = Training(steps=6, batch_size=8, learning_rate=3e-4, save_steps=0)
     ("task", "model", "skips"),
     [
         ("grounding", "mdetr", False),
-        ("grounding", "glip", True),
+        pytest.param("grounding", "glip", True, marks=pytest.mark.slow),
         ("detection", "grounding-dino", True),
         ("gqa", "mdetr", False),
     ],

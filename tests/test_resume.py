@@ -136,7 +136,10 @@ def test_a_killed_run_ends_with_the_same_bits(
     kill_and_go_on(PLACES[place], recipe, whole, tmp_path / "out")
 
 
-@pytest.mark.parametrize("place", ["at_step(2, 5)", "at_step(2, 9)", "at_step(3, 5)"])
+@pytest.mark.parametrize(
+    "place",
+    ["at_step(2, 5)", pytest.param("at_step(2, 9)", marks=pytest.mark.slow), "at_step(3, 5)"],
+)
 def test_a_killed_search_for_sharing_does_so_too(place: str, sharing: Path, tmp_path: Path) -> None:
     """While the structure is learnt, after it was frozen, and while tied weights are retrained."""
     kill_and_go_on(place, sharing, sharing.parent / "whole", tmp_path / "out")

@@ -243,8 +243,8 @@ def every_structure_alone_equals_its_mask(make: Make, attention: AttentionUnit) 
     description = discover(sample.model, attention)
     dense = _forward(sample.model, sample.inputs)
     for structure in _busy(sample, description):
-        if structure.size == 1:
-            continue
+        if structure.size == 1 or (structure.kind == "ffn" and attention != "head_dim"):
+            continue  # an FFN is the same under every attention unit: once is enough
         plan = Plan(keep={structure.name: (structure.size - 1,)}, attention=attention)
         with gated(sample.model, description.structures, plan):
             masked = _forward(sample.model, sample.inputs)
@@ -345,13 +345,10 @@ def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
     inputs = make().inputs
     before, ties = _forward(small, inputs), ties_in(small)
     with _quiet(), tempfile.TemporaryDirectory() as scratch:
-        save(small, Path(scratch) / "first")
-        again = load(Path(scratch) / "first")
-        again.save_pretrained(Path(scratch) / "second")
-        last = type(small).from_pretrained(Path(scratch) / "second")  # type: ignore[attr-defined]
-    for model in (again, last):
-        assert ties_in(model) == ties, "other units are tied"
-        assert _same_bits(before, _forward(model.eval(), inputs)), "loading changed the outputs"
+        save(small, Path(scratch) / "tied")
+        last = load(Path(scratch) / "tied").eval()
+    assert ties_in(last) == ties, "other units are tied"
+    assert _same_bits(before, _forward(last, inputs)), "loading changed the outputs"
     description = discover(last, attention)
     with suppress(PlanError):  # the second cut may leave nothing of a structure that shares
         expected = cost.params(last, description.structures, again_plan)

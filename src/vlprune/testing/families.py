@@ -684,7 +684,7 @@ def glip() -> Sample:
         backbone_config=backbone,
         text_config=T.BertConfig(**_text(max_position_embeddings=16)),
         d_model=32,
-        fusion_layers=2,
+        fusion_layers=1,
         fusion_size=24,
         fusion_heads=4,
         strides=[4, 8, 16, 32, 64],
@@ -692,7 +692,6 @@ def glip() -> Sample:
     )
     inputs = {"pixel_values": _pixels(2, 3, 32, 32), "input_ids": _ids(), "attention_mask": _ones()}
     inputs["attention_mask"][1, 4:] = 0
-    # the last text layer's states leave the model only through the token scores
     return Sample(GlipForGrounding(config), inputs)
 
 
