@@ -71,7 +71,7 @@ DINO = {
 }  # fmt: skip
 EXPERIMENTS = {
     "rec": Experiment("grounding", options=MDETR),
-    "gqa": Experiment("gqa", options=MDETR, start="rec", dense=1000),
+    "gqa": Experiment("gqa", options=MDETR, start="rec", dense=800, search=200, retrain=100),
     "detection": Experiment(
         "detection", options=DINO, dense=4000, search=300, retrain=200, batch=16, test=200,
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",

@@ -345,3 +345,34 @@ def test_a_softmax_temperature_that_was_folded_is_told_apart() -> None:
     small = rewrite(model, description, plan, verify=probe)  # raises if they differ
     (query,) = [one for one in ties_in(small) if one.target.endswith("query.weight")]
     assert query.scale == pytest.approx((3 / second.size) ** 0.5)
+
+
+def test_sharing_more_of_a_layer_that_shares(tmp_path: Path) -> None:
+    model = clip()
+    name, source = V.format(2), TX.format(1)
+    small = rewrite(model, discover(model), Plan(share={name: (source, (0, 3))}))
+    for share, says in (
+        ({name: (source, (3, 5))}, "already, unit 3 among them"),
+        ({name: (TX.format(0), (5,))}, "takes weights from text_model.* already"),
+        ({source: (name, (1,))}, "in a circle"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            rewrite(small, discover(small), Plan(share=share))
+    # more units, and one that goes at the source: its user goes as well
+    plan = Plan(keep={source: tuple(range(1, 20))}, share={name: (source, (5, 6), (8, 9))})
+    smaller = rewrite(small, discover(small), plan, verify=inputs())
+    fc1 = smaller.get_submodule(name)
+    assert fc1.weight.shape == (31, 24)
+    assert fc1.parametrizations.weight.original.shape == (28, 24)  # without 3, 5 and 6
+    expected = out(smaller)
+    vlprune.save(smaller, tmp_path)
+    torch.testing.assert_close(out(vlprune.load(tmp_path)), expected, rtol=0, atol=0)
+
+
+def test_temperatures_folded_apart_cannot_be_shared_later() -> None:
+    model = build("blip").model
+    first, second = [s for s in discover(model) if s.folds and s.tower == "text"][:2]
+    small = rewrite(model, discover(model), Plan(keep={second.name: (0, 1, 2)}))
+    plan = Plan(share={second.name: (first.name, (0, 2))})
+    with pytest.raises(PlanError, match="folded another softmax temperature"):
+        rewrite(small, discover(small), plan)

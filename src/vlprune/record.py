@@ -156,19 +156,12 @@ def _composed(
     share: Mapping[str, tuple[Any, ...]],
     keep: Mapping[str, tuple[int, ...]],
 ) -> tuple[str, list[int], list[int]]:
-    """What ``plan`` shares of a structure, in dense units, joined with what it shared before.
-
-    Raises UnsupportedError if the structure shares with another source already.
-    """
+    """What ``plan`` shares of a structure, in dense units, joined with what it shared before."""
     source = plan.share[structure.name][0]
     ours, theirs = keep[structure.name], keep[source]
     pairs = {ours[unit]: theirs[other] for unit, other in plan.shared(structure).items()}
     before = share.get(structure.name)
     if before is not None:
-        if before[0] != source:
-            raise UnsupportedError(
-                f"{structure.name} shares with {before[0]} already, so not with {source} as well"
-            )
         pairs |= dict(zip(before[1], before[2], strict=True))
     return source, [*pairs], [*pairs.values()]
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from .errors import PlanError, UnsupportedError
 from .plan import Plan
-from .record import read_record, write_record
+from .record import Record, read_record, write_record
 from .structure import Slot, Structure
 from .units import named_weights, owner_of, positions
 
@@ -95,13 +95,32 @@ def check_shares(model: nn.Module, structures: Sequence[Structure], plan: Plan) 
         return
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
     by_name = {s.name: s for s in structures}
-    for name, (source, *_) in plan.share.items():
+    record = read_record(model)
+    known = _shared_now(record) if record is not None else {}
+    for name, (source, units, _) in plan.share.items():
+        before, pairs = known.get(name, (source, {}))
+        again = sorted(set(units) & pairs.keys())
+        if before != source or again:
+            raise PlanError(
+                f"{name} takes weights from {before} already"
+                + (f", unit {again[0]} among them" if again else "")
+                + ": share only units that have weights of their own, from the same source"
+            )
         problem = shareable(by_name[name], by_name[source], shapes)
+        if _folded(by_name[name], record) != _folded(by_name[source], record):
+            problem = "an earlier cut folded another softmax temperature into one of them"
         if problem:
             raise PlanError(
                 f"{name} cannot take weights from {source}: {problem}; share only where units "
                 "are alike"
             )
+
+
+def _folded(structure: Structure, record: Record | None) -> float:
+    """What earlier cuts have multiplied into the query weights of a structure, squared."""
+    if record is None or not structure.folds or structure.name not in record.plan.keep:
+        return 1.0
+    return len(record.plan.keep[structure.name]) / record.sizes[structure.name]
 
 
 def _weights(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[Slot]:
@@ -309,13 +328,13 @@ def settled(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> Pl
     record = read_record(model)
     if record is None or not record.plan.share:
         return plan
-    sizes, alive = {s.name: s.size for s in structures}, record.alive()
+    sizes = {s.name for s in structures}
     share = dict(plan.share)
-    for name, (source, units, theirs) in record.plan.share.items():
-        if name not in sizes or source not in sizes or name in plan.share:
-            continue
-        now, there = ({u: i for i, u in enumerate(alive[n])} for n in (name, source))
-        share[name] = (source, [now[u] for u in units], [there[u] for u in theirs])
+    for name, (source, pairs) in _shared_now(record).items():
+        if name in sizes and source in sizes:
+            more = dict(zip(*plan.share[name][1:], strict=True)) if name in plan.share else {}
+            both = {**pairs, **more}
+            share[name] = (source, [*both], [*both.values()])
     whole = replace(plan, share=share)
     keep = {s.name: whole.kept(s) for s in structures if s.name in share or s.name in plan.keep}
     empty = next((name for name, units in keep.items() if not units), "")
@@ -325,6 +344,17 @@ def settled(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> Pl
             f"{share[empty][0]!r}, where they go; keep one of them there"
         )
     return replace(plan, keep=keep)
+
+
+def _shared_now(record: Record) -> dict[str, tuple[str, dict[int, int]]]:
+    """What a model shares already, in units as they are numbered now."""
+    alive = record.alive()
+    found = {}
+    for name, (source, units, theirs) in record.plan.share.items():
+        now, there = ({u: i for i, u in enumerate(alive[n])} for n in (name, source))
+        pairs = zip(units, theirs, strict=True)
+        found[name] = (source, {now[u]: there[v] for u, v in pairs})
+    return found
 
 
 class SharedWeight(nn.Module):
@@ -360,8 +390,8 @@ class SharedWeight(nn.Module):
         """The whole weight, from the part that is stored."""
         parts = [own]
         for number, (module, leaf) in enumerate(self.sources):
-            part = getattr(module, leaf).index_select(self.axis, getattr(self, f"part_{number}"))
-            part = part.to(own.device, own.dtype)
+            whole, index = getattr(module, leaf), getattr(self, f"part_{number}")
+            part = whole.index_select(self.axis, index.to(whole.device)).to(own.device, own.dtype)
             parts.append(part if self.scales[number] == 1 else part * self.scales[number])
         return torch.cat(parts, self.axis).index_select(self.axis, self.order)
 
@@ -373,7 +403,7 @@ class SharedWeight(nn.Module):
 def tie(model: nn.Module, ties: Sequence[Tie]) -> None:
     """Store every shared position once, with its source. Works on meta tensors."""
     by_target: dict[str, list[Tie]] = defaultdict(list)
-    for one in ties:
+    for one in _merged(ties):
         by_target[one.target].append(one)
     for name, group in by_target.items():
         path, leaf = owner_of(name)
@@ -388,6 +418,24 @@ def tie(model: nn.Module, ties: Sequence[Tie]) -> None:
         wanted = weight.requires_grad
         parametrize.register_parametrization(module, leaf, shared, unsafe=weight.is_meta)
         module.parametrizations[leaf].original.requires_grad_(wanted)  # type: ignore[union-attr, index]
+
+
+def _merged(ties: Sequence[Tie]) -> list[Tie]:
+    """One tie for each target and source, in one order, however many cuts they came from.
+
+    So a model that was cut twice stores the same parts as one that is loaded, in one step.
+    """
+    groups: dict[tuple[str, str, int], dict[int, int]] = {}
+    scales: dict[tuple[str, str, int], float] = {}
+    for one in ties:
+        key = (one.target, one.source, one.axis)
+        groups.setdefault(key, {}).update(zip(one.into, one.out_of, strict=True))
+        scales[key] = one.scale
+    found = []
+    for key in sorted(groups):
+        into = tuple(sorted(groups[key]))
+        found.append(Tie(*key, into, tuple(groups[key][i] for i in into), scales[key]))
+    return found
 
 
 def is_shared(model: nn.Module) -> bool:
