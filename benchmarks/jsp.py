@@ -86,7 +86,11 @@ SEARCHES: dict[str, Sequence[str]] = {
     "block-only": ("block",),
     "prune-cross": ("prune", "cross"),
     "prune-block": ("prune", "block"),
+    "jsp-slower": ("prune", "cross", "block"),
+    "prune-slower": ("prune",),
 }
+SLOWER = 3e-3
+"""The hypernetwork's learning rate in the ``-slower`` searches; 1e-2 in the others."""
 METHODS = ("dense", *SEARCHES, "magnitude", "whole-layer")
 
 
@@ -208,7 +212,7 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
         search = JSP(
             families=SEARCHES[method],
             every=2,
-            learning_rate=1e-2,
+            learning_rate=SLOWER if method.endswith("-slower") else 1e-2,
             mismatch=what.mismatch,
             seed=seed,
         )
