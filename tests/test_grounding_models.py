@@ -392,7 +392,7 @@ def test_places_are_chosen_as_the_algorithm_says() -> None:
         boxes = torch.cat([low, low + 6 + 25 * torch.rand(3, 2, generator=g)], dim=1)
         found = assign_places(levels, boxes, closest=9).tolist()
         assert found == slow_places(levels, boxes, 9)
-        assert set(found) >= {0, 1, 2} or -1 in found
+        assert max(found) >= 0
     assert assign_places(levels, torch.zeros(0, 4)).tolist() == [-1] * 84
 
 

@@ -22,7 +22,7 @@ from .budget import Prices
 from .gate import Gates, evaluating
 from .layers import is_linear
 from .plan import Plan
-from .share import Tie, settled, ties_in, ties_of
+from .share import settled, ties_in, ties_of
 from .structure import Structure
 from .units import named_weights, positions
 
@@ -89,21 +89,11 @@ def _stored_elsewhere(
             for slot in structure.slots:
                 gone[slot.param].update(positions(slot, structure.size, dead).tolist())
     total = 0
-    for target, group in _by_target(ties).items():
-        alive = sum(
-            a not in gone[target] and b not in gone[one.source]
-            for one in group
-            for a, b in zip(one.into, one.out_of, strict=True)
-        )
-        total += alive * math.prod(shapes[target]) // shapes[target][group[0].axis]
-    return total
-
-
-def _by_target(ties: Sequence[Tie]) -> dict[str, list[Tie]]:
-    groups: dict[str, list[Tie]] = defaultdict(list)
     for one in ties:
-        groups[one.target].append(one)
-    return groups
+        pairs = zip(one.into, one.out_of, strict=True)
+        alive = sum(a not in gone[one.target] and b not in gone[one.source] for a, b in pairs)
+        total += alive * math.prod(shapes[one.target]) // shapes[one.target][one.axis]
+    return total
 
 
 def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:

@@ -30,7 +30,7 @@ from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, mode
 from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
 from .gate import evaluating
-from .methods import JSP, METHODS, Method, Random
+from .methods import METHODS, Method, Random
 from .plan import Plan
 from .progress import Progress
 from .recipe import Recipe, Training
@@ -115,8 +115,9 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
     example = task.example_inputs()
-    searched, held_out = list(task.train), _HeldOut(task, [], 1)
-    if issubclass(type(method), JSP):
+    searched: Sequence[Any] = task.train
+    held_out: Sequence[Any] = ()
+    if method.needs_held_out:
         searched, held_out = _split(task, recipe)
 
     def compressor_for(model: Any, chosen: Method, loss: Any = None) -> Compressor:

@@ -290,7 +290,8 @@ def _write_split(
             for i, c in enumerate(said)
         ]
         karpathy.append(_karpathy_entry(image_id, name, subtype, split, said))
-        boxes += [_instance(thing, image_id, n) for n, thing in enumerate(scene.things)]
+        own = [_instance(thing, image_id, n) for n, thing in enumerate(scene.things)]
+        boxes += own
         for number, (question, answer, kind) in enumerate(questions(scene, rng)):
             key = image_id * 100 + number
             asked.append({"image_id": image_id, "question": question, "question_id": key})
@@ -298,8 +299,8 @@ def _write_split(
             answered.append(_vqa_annotation(key, image_id, question, answer, kind))
         for number, text in references(scene):
             refs.append(_reference(image_id, number, text, split, next(sentence_ids)))
-            named.add(listed[-1], text, [(number, 0, len(text))], boxes)
-        told.add(listed[-1], *_told(scene, random.Random(f"{seed}/{image_id}/told")), boxes)
+            named.add(listed[-1], text, [(number, 0, len(text))], own)
+        told.add(listed[-1], *_told(scene, random.Random(f"{seed}/{image_id}/told")), own)
         if before is not None and image_id % 2 == 1:
             sentence, truth = statement(before[0], scene, rng)
             lines.append(
@@ -344,13 +345,12 @@ class _MdetrFile:
         spans: list[tuple[int, int, int]],
         instances: list[dict[str, Any]],
     ) -> None:
-        """A text about ``image``; ``spans`` are (object number, first character, end)."""
+        """A text about ``image``; ``spans`` are (which of ``instances``, first character, end)."""
         key = len(self.images)
         entry = {**image, "id": key, "original_img_id": image["id"], "caption": text}
         self.images.append({**entry, "dataset_name": "shapes", "tokens_negative": [[0, len(text)]]})
-        boxes = {b["id"]: b for b in instances[-8:]}
         for number, start, end in spans:
-            box = boxes[image["id"] * 10 + number]
+            box = instances[number]
             part = {k: box[k] for k in ("area", "iscrowd", "category_id", "bbox")}
             own = {"id": len(self.annotations), "image_id": key, "original_id": box["id"]}
             self.annotations.append({**part, **own, "tokens_positive": [[start, end]]})

@@ -161,6 +161,9 @@ class Alternating(Search):
 class Method(ABC):
     """A config that can start a search."""
 
+    needs_held_out: ClassVar[bool] = False
+    """Whether its search is :class:`Alternating` and wants data that is not trained on."""
+
     @abstractmethod
     def start(self, problem: Problem) -> Search:
         """A fresh search for this problem."""

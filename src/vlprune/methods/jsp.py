@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class JSP(Method):
 
     Needs ``held_out`` batches in the Compressor (a recipe splits them off by itself).
     """
+
+    needs_held_out: ClassVar[bool] = True
 
     families: Sequence[str] = FAMILIES
     base: str = "text"
