@@ -164,6 +164,13 @@ def test_an_image_without_objects_has_a_loss() -> None:
     assert float(losses["l1"]) == 0
 
 
+def test_a_model_that_has_diverged_has_a_loss_that_says_so() -> None:
+    """Not an error from inside the matching: training stops with its own sentence."""
+    lost = {"logits": LOGITS * float("nan"), "boxes": BOXES * float("nan")}
+    losses = set_losses(lost, TARGETS, SetWeights(), 1.0)
+    assert all(bool(value.isnan()) for value in losses.values())
+
+
 def test_answers_count_only_where_their_head_applies() -> None:
     sample = build("mdetr")
     model: Any = sample.model

@@ -66,7 +66,8 @@ def assign(
         ) from None
     fit = _focal_fit(logits.float()) if focal else logits.float().softmax(-1)
     pairs = []
-    for own, found, target in zip(fit, boxes.float(), targets, strict=True):
+    placed = boxes.float().nan_to_num(0.5)  # a loss that is no number is for the caller to notice
+    for own, found, target in zip(fit, placed, targets, strict=True):
         wanted = target["boxes"].float()
         cost = (
             -weights.tokens * own @ target["tokens"].float().T

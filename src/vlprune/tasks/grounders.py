@@ -87,15 +87,7 @@ class MdetrGrounder(Grounder):
                 **vit_settings(spec), initializer_range=0.8 * spec.width**-0.5
             ),
             text_config=RobertaConfig(**bert_settings(spec, tokenizer)),
-            d_model=width,
-            encoder_layers=options["fusion_layers"],
-            decoder_layers=options["decoder_layers"],
-            encoder_attention_heads=spec.heads,
-            decoder_attention_heads=spec.heads,
-            encoder_ffn_dim=4 * width,
-            decoder_ffn_dim=4 * width,
-            dropout=0.0,
-            num_queries=options["queries"],
+            **_detr_settings(spec, width, options),
             text_positions=NEW_POSITIONS,
             alignment_size=min(64, width),
         )
@@ -133,16 +125,8 @@ class GroundingDinoGrounder(Grounder):
         return GroundingDinoConfig(
             backbone_config=small_swin(spec),
             text_config={"model_type": "bert", **bert_settings(spec, tokenizer)},
-            d_model=width,
-            encoder_layers=options["fusion_layers"],
-            decoder_layers=options["decoder_layers"],
-            encoder_attention_heads=spec.heads,
-            decoder_attention_heads=spec.heads,
-            encoder_ffn_dim=4 * width,
-            decoder_ffn_dim=4 * width,
-            dropout=0.0,
+            **_detr_settings(spec, width, options),
             fusion_droppath=0.0,
-            num_queries=options["queries"],
             max_text_len=NEW_POSITIONS,
             auxiliary_loss=True,
         )
@@ -161,6 +145,21 @@ class GroundingDinoGrounder(Grounder):
 
     def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
         return outputs.logits.float().sigmoid(), outputs.pred_boxes.float()
+
+
+def _detr_settings(spec: ModelSpec, width: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a DETR's encoder and decoder, under the names that its kin share."""
+    return {
+        "d_model": width,
+        "encoder_layers": options["fusion_layers"],
+        "decoder_layers": options["decoder_layers"],
+        "encoder_attention_heads": spec.heads,
+        "decoder_attention_heads": spec.heads,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+        "dropout": 0.0,
+        "num_queries": options["queries"],
+    }
 
 
 class GlipGrounder(Grounder):

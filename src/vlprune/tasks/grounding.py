@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import AutoConfig
+from transformers.loss.loss_for_object_detection import box_iou
 
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..errors import DataError
@@ -203,11 +204,7 @@ def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
     """IoU of every box with every other: (n, 4) and (m, 4), as corners, to (n, m)."""
-    low = torch.maximum(first[:, None, :2], second[None, :, :2])
-    high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    areas = [(x[:, 2:] - x[:, :2]).clamp(min=0).prod(-1) for x in (first, second)]
-    return inter / (areas[0][:, None] + areas[1][None] - inter).clamp(min=1e-9)
+    return box_iou(first, second)[0]
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> dict[str, Tensor]:
