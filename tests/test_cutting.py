@@ -228,3 +228,49 @@ def test_shared_weights_stay_dense_and_say_so() -> None:
 def test_an_unknown_attention_unit_gets_a_hint() -> None:
     with pytest.raises(UnsupportedError, match="Did you mean 'head_dim'"):
         discover(Odd(), "head_dims")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["blip_captioning", "vilt"])
+def test_fused_attention_still_gives_its_maps_to_who_asks(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut forward calls one fused kernel; with output_attentions it spells the same maps out."""
+    fused: list[int] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        fused.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    sample = build(family)
+    model = sample.model.double()
+    inputs = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in sample.inputs.items()
+    }
+    with torch.no_grad():
+        model(**inputs)
+    stock_calls = len(fused)
+    structures = discover(model)
+    keep = {s.name: range(s.size - 1) for s in structures if "attention" in s.kind}
+    plan = Plan(keep=keep, fingerprint=structures.fingerprint)
+    with vlprune.gated(model, structures, plan), torch.no_grad():
+        torch.manual_seed(0)  # ViLT draws patches
+        masked = model(**inputs, output_attentions=True)
+    small = rewrite(model, structures, plan)
+    with torch.no_grad():
+        fused.clear()
+        torch.manual_seed(0)
+        plain = small(**inputs)
+        assert len(fused) > stock_calls
+        torch.manual_seed(0)
+        mapped = small(**inputs, output_attentions=True)
+    maps = [name for name in mapped if "attentions" in name and mapped[name]]
+    assert maps
+    for a, b in zip(cutting.tensors_of(plain), cutting.tensors_of(mapped), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for name in maps:
+        for a, b in zip(masked[name], mapped[name], strict=True):
+            if isinstance(a, torch.Tensor):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

@@ -177,7 +177,7 @@ def head_dims(block: Block) -> list[Structure]:
     parts += [(part, block.kv, 1) for part in (*block.k, *block.v)]
     attrs = block.attrs(layouts.HEAD_SIZES, 1)
     attrs += block.attrs(layouts.WIDTHS + block.native.widths, block.heads)
-    if block.native.swap:
+    if block.native.qk_vo:
         attrs.append(Attr(block.core_path, "value_dim", 1))
     return [
         block.structure(

@@ -124,9 +124,9 @@ NATIVE: dict[str, Native] = {
         "SwinAttention",
     ),
     **_rows(Native(widths=("embed_dim",)), "InternVLVisionAttention"),
-    # forward divides by sqrt(attention_head_size)
+    # forward divides by sqrt(attention_head_size), and spells attention out: ours is fused
     **_rows(
-        Native(fold=True),
+        Native(fold=True, swap="spelled"),
         "BlipTextSelfAttention ViltSelfAttention FlavaSelfAttention",
     ),
     # and its callers build masks with the full number of heads, which would broadcast
