@@ -17,12 +17,12 @@ from .errors import BudgetError, did_you_mean
 
 __all__ = ["Budget", "Floor", "Prices", "least", "parse_budget", "select"]
 
-CURRENCIES = ("params", "macs")
+CURRENCIES = ("params", "macs", "latency")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The fraction of the whole model's ``what`` (``"params"`` or ``"macs"``) that stays."""
+    """The fraction of the whole model's ``what`` (one of ``CURRENCIES``) that stays."""
 
     what: str
     fraction: float
@@ -32,9 +32,10 @@ class Budget:
 class Prices:
     """The price list of a model: ``fixed`` for what always stays, ``unit`` for each unit.
 
-    ``what`` is ``"params"`` or ``"macs"``; ``sizes`` are the units of each structure. A unit whose
+    ``what`` is one of ``CURRENCIES``; ``sizes`` are the units of each structure. A unit whose
     weights are stored elsewhere (sharing) costs ``borrowed`` instead; ``elsewhere`` lists those of
-    a model that shares already.
+    a model that shares already. Where prices are no sum over units, ``curve`` says what 0, 1, ...
+    units of a structure cost together, and ``unit`` is the average.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Prices:
     fixed: float
     borrowed: Mapping[str, float] = field(default_factory=dict)
     elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    curve: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def of(self, name: str) -> np.ndarray[Any, Any]:
         """What each unit of a structure costs: (size,)."""
@@ -53,7 +55,15 @@ class Prices:
 
     def whole(self, name: str) -> float:
         """What all units of a structure cost together."""
+        if name in self.curve:
+            return self.curve[name][-1]
         return float(self.of(name).sum())
+
+    def ranked(self, name: str, order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """What each unit saves when they go in this order, those before it being gone: (size,)."""
+        if name in self.curve:
+            return -np.diff(np.asarray(self.curve[name])[::-1])
+        return self.of(name)[order]
 
     @property
     def total(self) -> float:
@@ -68,7 +78,9 @@ class Prices:
         total = self.fixed
         for name, price in self.unit.items():
             units = kept.get(name, self.sizes[name])
-            if isinstance(units, int):
+            if name in self.curve:
+                total += self.curve[name][units if isinstance(units, int) else len(units)]
+            elif isinstance(units, int):
                 total += price * units if name not in self.elsewhere else self.whole(name)
             else:
                 total += float(self.of(name)[list(units)].sum())
@@ -85,7 +97,7 @@ class Floor:
 
 
 def parse_budget(budget: Mapping[str, Any]) -> Budget:
-    """The budget in ``{"params": 0.5}`` or ``{"macs": 0.5}``. Raises BudgetError."""
+    """The budget in a mapping such as ``{"params": 0.5}``. Raises BudgetError."""
     if not isinstance(budget, Mapping) or len(budget) != 1:
         raise BudgetError(
             f"a budget names one thing and the fraction of it that stays, as in "
@@ -94,7 +106,7 @@ def parse_budget(budget: Mapping[str, Any]) -> Budget:
     ((what, fraction),) = budget.items()
     if what not in CURRENCIES:
         raise BudgetError(
-            f"a budget is in {' or '.join(CURRENCIES)}, not {what!r}."
+            f"a budget is in {', '.join(CURRENCIES[:-1])} or {CURRENCIES[-1]}, not {what!r}."
             f"{did_you_mean(str(what), CURRENCIES)}"
         )
     number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
@@ -112,7 +124,10 @@ def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> fl
     With ``floors`` a lower bound: units are whole, so a plan may have to stay above it.
     """
     cheapest = {
-        name: float(np.sort(prices.of(name))[: max(1, round_to)].sum()) for name in prices.sizes
+        name: prices.curve[name][min(max(1, round_to), size)]
+        if name in prices.curve
+        else float(np.sort(prices.of(name))[: max(1, round_to)].sum())
+        for name, size in prices.sizes.items()
     }
     lowest = prices.fixed + sum(cheapest.values())
     for floor in floors:
@@ -163,7 +178,7 @@ def select(
         order = orders[name] = np.argsort(array, kind="stable")
         first = array.size % round_to or round_to
         edges = [0, *range(first, array.size, round_to)]
-        ascending, costs = array[order], prices.of(name)[order]
+        ascending, costs = array[order], prices.ranked(name, order)
         for start, stop in pairwise(edges):  # the last block always stays
             block_scores.append(ascending[start:stop].mean())
             block_structure.append(number)

@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
 from .architectures import discover
 from .cutting import apply_plan
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .models import MODELS
 from .record import METHOD, Record, read_record
 from .structure import Structure
 
-__all__ = ["check_weights", "load", "model_class", "rebuild_shapes", "save"]
+__all__ = ["check_weights", "load", "model_class", "open_model", "rebuild_shapes", "save"]
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
 
@@ -251,3 +252,35 @@ def check_weights(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} is damaged or cut short ({error}): copy the file again"
             ) from None
+
+
+def open_model(name: str, config_only: bool = False) -> Any:
+    """The model in a folder or on the hub, by the class its config names.
+
+    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
+    then also be a model type, which stands for that type's default sizes.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    transformers.utils.logging.disable_progress_bar()
+    if name.startswith(("/", ".", "~")) and not Path(name).exists():
+        raise CheckpointError(f"there is no folder {name}")
+    try:
+        if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
+            config = AutoConfig.for_model(name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+        if not config_only:
+            if Path(name).is_dir():
+                check_weights(Path(name))
+            return model_class(config.to_dict(), name).from_pretrained(name)
+        with torch.device("meta"):
+            if getattr(config, "architectures", None):
+                return model_class(config.to_dict(), name)(config).eval()
+            return AutoModel.from_config(config).eval()
+    except VlpruneError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise CheckpointError(f"cannot open {name}: {reason}") from None

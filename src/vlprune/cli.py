@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from .errors import VlpruneError
+from .errors import RecipeError, VlpruneError
 from .progress import Progress
 from .recipe import load_recipe
 from .report import human, percent, stage_header, stage_rows, summary
@@ -55,8 +55,9 @@ def inspect(
 
     Example: vlprune inspect openai/clip-vit-base-patch32
     """
+    from .checkpoint import open_model
     from .probe import made_up_inputs
-    from .run import describe, open_model
+    from .run import describe
 
     loaded = open_model(model, config_only)
     try:
@@ -113,7 +114,9 @@ def evaluate(
 
     Example: vlprune evaluate small --results answers.json
     """
-    chosen = load_recipe(recipe or folder / "recipe.yaml", overrides or [])
+    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
+    found = recipe or next((place for place in places if place.exists()), places[0])
+    chosen = load_recipe(found, overrides or [])
     from .run import evaluate_folder
 
     metrics = evaluate_folder(folder, chosen, _Shown(), results)
@@ -152,6 +155,102 @@ def scan(
         print(json.dumps(body))
         return
     _print_scan(body)
+
+
+@app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A folder with a model.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the model to compare with; default: FOLDER/dense."),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes, as in 1,8,32.")] = "1,8",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time torch.compile as well: it takes minutes.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as torch takes.")] = 0,
+    seconds: Annotated[
+        float, typer.Option(help="About how long to measure a batch size and engine.")
+    ] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Time a model, next to the one it was made from: latency, throughput, memory, loading, MACs.
+
+    Example: vlprune bench demo-output --batch-sizes 1,8,32 --compile
+    """
+    sizes = _numbers(batch_sizes)
+    place = against or (folder / "dense" if (folder / "dense").is_dir() else None)
+    err.print("[dim]loading torch and transformers[/dim]")
+    from .bench import bench as measure
+
+    body = measure(
+        folder,
+        place,
+        batch_sizes=sizes,
+        compiled=compiled,
+        threads=threads,
+        seconds=seconds,
+        progress=_Shown(),
+    )
+    if as_json:
+        print(json.dumps(body))
+        return
+    _print_bench(body)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder with a model.")],
+    to: Annotated[str, typer.Option(help="onnx, torch-export or openvino.")] = "onnx",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The folder for the export; default: FOLDER/onnx."),
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize, by the runtime's own quantizer.")
+    ] = False,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="Export every stage that generate() needs.")
+    ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A recipe whose data is traced; default: the one in FOLDER, if any."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for a runtime, and check that it still answers as PyTorch does.
+
+    Example: vlprune export demo-output --to onnx
+    """
+    found = recipe or (folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else None)
+    chosen = load_recipe(found, []) if found else None
+    err.print("[dim]loading torch and transformers[/dim]")
+    from .run import export_folder
+
+    facts = export_folder(
+        folder,
+        to,
+        output,
+        int8=int8,
+        generation=generation,
+        recipe=chosen,
+        progress=_Shown(),
+    )
+    if as_json:
+        print(json.dumps(facts))
+        return
+    size = sum(facts["files"].values())
+    worst = max(row["difference"] for row in facts["checked"])
+    kind = "int8, " if facts["int8"] else ""
+    out.print(
+        f"{facts['model']} as {facts['format']} in {facts['out']}: {kind}{human(size)}B, "
+        f"{facts['seconds']:.0f} s."
+    )
+    shapes = "; ".join(
+        ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["shapes"].items())
+        for row in facts["checked"]
+    )
+    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {shapes}.")
 
 
 @app.command()
@@ -194,6 +293,63 @@ def _run(recipe: Any, output: Path, as_json: bool) -> None:
     out.print(
         f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original."
     )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """1,8,32 as numbers. Raises RecipeError."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise RecipeError(f"batch sizes are numbers of at least 1, as in 1,8,32, not {text!r}")
+    return sizes
+
+
+def _print_bench(body: dict[str, Any]) -> None:
+    told = body["conditions"]
+    where = told["device"] if told["device"] != "cpu" else f"{told['threads']} CPU threads"
+    out.print(f"On {where}, {told['dtype']}, torch {told['torch']}.")
+    names = list(body["folders"])[::-1]  # dense first
+    table = Table("model", *names)
+    facts = body["models"]
+    table.add_row("folder", *(body["folders"][n] for n in names))
+    table.add_row("params", *(human(facts[n]["params"]) for n in names))
+    macs = [facts[n]["macs"] for n in names]
+    table.add_row("MACs, batch 1", *(human(m) if m else "-" for m in macs))
+    table.add_row("on disk", *(human(facts[n]["disk_bytes"]) + "B" for n in names))
+    table.add_row("loading", *(f"{facts[n]['load_seconds']:.2f} s" for n in names))
+    batch = facts[names[0]]["peak_batch"]
+    table.add_row(
+        f"peak memory, batch {batch}", *(human(facts[n]["peak_bytes"]) + "B" for n in names)
+    )
+    out.print(table)
+    times = Table("engine", "batch", "model", "latency (quartiles)", "items/s", "MACs/s")
+    for row in body["runs"]:
+        engine, batch = row["engine"], row["batch"]
+        if "failed" in row:
+            times.add_row(engine, str(batch), "-", f"failed: {row['failed']}", "-", "-")
+            continue
+        low, middle, high = (1000 * row[key] for key in ("low", "median", "high"))
+        macs_of = facts[row["model"]]["macs"]
+        times.add_row(
+            engine,
+            str(batch),
+            row["model"],
+            f"{middle:.3g} ms ({low:.3g}-{high:.3g})",
+            f"{row['items_per_second']:,.{0 if row['items_per_second'] >= 100 else 1}f}",
+            human(macs_of * row["items_per_second"]) if macs_of else "-",
+        )
+    out.print(times)
+    for row in body["faster"]:
+        ideal = f", {percent(row['of_ideal'])} of the ideal" if "ideal" in row else ""
+        out.print(
+            f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast "
+            f"({row['low']:.2f}-{row['high']:.2f}){ideal}."
+        )
+    ideals = [row["ideal"] for row in body["faster"] if "ideal" in row]
+    if ideals:
+        out.print(f"The ideal is the MACs saved: {ideals[0]:.2f} times.")
 
 
 def _print_scan(body: dict[str, Any]) -> None:

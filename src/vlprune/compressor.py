@@ -6,9 +6,11 @@ import base64
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import isclose
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,10 +24,11 @@ from transformers.trainer_callback import ExportableState
 
 from . import cost
 from .architectures import discover
-from .budget import parse_budget
+from .budget import Prices, parse_budget
 from .cutting import rewrite
 from .errors import BudgetError, UnsupportedError, VlpruneError
 from .gate import evaluating, gated
+from .latency import conditions, latency_prices, moved_to, seconds_of, take_turns
 from .methods import Alternating, Method, Problem
 from .plan import Plan
 from .record import read_record
@@ -36,6 +39,8 @@ from .vectors import Vectors, alignment, draw_near
 
 __all__ = ["Compressor", "CompressorCallback"]
 
+ROUNDS = 9
+"""Forward passes of which the median is the reached latency."""
 PATIENCE = 0.1
 """The fraction of a search in which every gate must have had a gradient."""
 
@@ -43,11 +48,14 @@ PATIENCE = 0.1
 class Compressor:
     """A compression of ``model`` by ``method`` to ``budget``.
 
-    ``budget`` is the fraction of the whole model that stays: ``{"params": 0.5}`` or
-    ``{"macs": 0.5}``; the latter needs ``example_inputs`` (keywords of one forward pass),
-    because MACs depend on the input. In a Trainer, pass :meth:`callback`; in a loop of your
-    own, call :meth:`step` after every backward. Then :meth:`finish` cuts. ``skip`` leaves
-    structures dense whose names match one of these patterns, as in ``("text_model.*",)``.
+    ``budget`` is the fraction of the whole model that stays: ``{"params": 0.5}``,
+    ``{"macs": 0.5}`` or ``{"latency": 0.5}``; the latter two need ``example_inputs`` (keywords of
+    one forward pass), because they depend on the input. A latency is measured where the model
+    lies, with these inputs and torch's present number of threads: choose them as in production.
+    In a Trainer, pass :meth:`callback`; in a loop of your own, call :meth:`step` after every
+    backward. Then :meth:`finish` cuts. ``skip`` leaves structures dense whose names match one of
+    these patterns, as in ``("text_model.*",)``. ``prices`` is a table of seconds that
+    :func:`vlprune.latency_prices` has measured before.
 
     A method that learns in turn with the weights (``JSP``) needs ``held_out``: a list or any other
     sequence of batches (keywords of one forward pass) that are not trained on. ``loss`` turns
@@ -67,6 +75,7 @@ class Compressor:
         skip: Sequence[str] = (),
         held_out: Sequence[Mapping[str, Any]] = (),
         loss: Callable[[Mapping[str, Any]], Tensor] | None = None,
+        prices: Prices | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise UnsupportedError(
@@ -95,21 +104,29 @@ class Compressor:
                 raise BudgetError(
                     "a budget in macs needs example_inputs: MACs depend on the size of the input"
                 )
-            prices = self._macs.prices
+            self.prices = self._macs.prices
+        elif self.budget.what == "latency":
+            if self.example_inputs is None:
+                raise BudgetError(
+                    "a budget in latency needs example_inputs: time depends on the input's size"
+                )
+            self._conditions = conditions(model, self.example_inputs)
+            self.prices = prices or latency_prices(
+                model, structures, self.example_inputs, attention
+            )
         else:
-            prices = self._param_prices
+            self.prices = self._param_prices
         shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
         self.search = method.start(
             Problem(
                 structures,
-                prices,
+                self.prices,
                 self.budget.fraction,
                 squares=lambda: unit_squares(model, structures),
                 shareable=lambda target, source: shareable(target, source, shapes),
                 similarity=lambda target, source: similarity(model, target, source),
             )
         )
-        self.prices = prices
         self.held_out, self._loss = held_out, loss or self._own_loss
         self.autocast: torch.dtype | None = None
         self._held_out_seen = 0
@@ -122,6 +139,7 @@ class Compressor:
         self._plan: Plan | None = None
         self._finished = False
         self._verification: Any = None
+        self._seconds: float | None = None
         self._gates: dict[str, Tensor] = {}
         self._unreached = {s.name for s in structures} if self.search.uses_gates else set()
         self._hooks, self._gating = ExitStack(), ExitStack()
@@ -288,6 +306,11 @@ class Compressor:
             **{f"gate/{name}": gate.detach().cpu() for name, gate in self._gates.items()},
             "reached": torch.tensor(reached),
             "held_out_seen": torch.tensor(self._held_out_seen),
+            **{
+                f"seconds/{name}": torch.tensor(curve, dtype=torch.float64)
+                for name, curve in {"": (self.prices.fixed,), **self.prices.curve}.items()
+                if self.prices.curve
+            },
         }
 
     @torch.no_grad()
@@ -303,6 +326,15 @@ class Compressor:
         )
         for name, gate in self._gates.items():
             gate.copy_(state[f"gate/{name}"])
+        curve = {
+            name.removeprefix("seconds/"): tuple(values.tolist())
+            for name, values in state.items()
+            if name.startswith("seconds/")
+        }
+        if curve:  # measured before the interruption; measured again it would not be the same
+            (fixed,) = curve.pop("")
+            self.prices = replace(self.prices, fixed=fixed, curve=curve)
+            self.search.reprice(self.prices)
         self._held_out_seen = int(state["held_out_seen"])
         self._unreached = {
             s.name
@@ -375,9 +407,18 @@ class Compressor:
         probe = self.example_inputs or self._seen
         rewrite(self.model, self.description, plan, verify=probe if verify else None)
         self._verification = self.model.__dict__.pop("_vlprune_verification", None)
+        if self.budget.what == "latency":
+            self._seconds = self._measured_seconds()
         self._plan, self._finished = plan, True
         self._gates, self._seen = {}, None
         return self.model
+
+    def _measured_seconds(self) -> float:
+        """Median seconds of a forward pass of the model as it is now, on the example inputs."""
+        inputs = moved_to(self.model, self.example_inputs or {})
+        with evaluating(self.model):
+            timer = partial(seconds_of, self.model, inputs)
+            return median(take_turns({"small": timer}, ROUNDS, warm_up=2)["small"])
 
     def _materialised(self, plan: Plan, stored: int) -> int:
         """Parameters of the small model when shared units are plain copies again."""
@@ -403,6 +444,13 @@ class Compressor:
             if self.budget.what == "params"
             else self.prices.cost(units) / self.prices.total
         )
+        seconds = {}
+        if self.budget.what == "latency":
+            dense = self.prices.total
+            seconds = {**self._conditions, "dense": dense, "expected": reached * dense}
+            if self._seconds is not None:
+                seconds["small"] = self._seconds
+                reached = self._seconds / dense
         shared = any(plan.shared(s) for s in structures)
         report: dict[str, Any] = {
             "method": type(self.method).__name__,
@@ -412,6 +460,7 @@ class Compressor:
                 "what": self.budget.what,
                 "asked": self.budget.fraction,
                 "reached": reached,
+                **({"seconds": seconds} if seconds else {}),
             },
             "params": {
                 "before": total,

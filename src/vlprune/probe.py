@@ -14,11 +14,13 @@ __all__ = ["made_up_inputs"]
 TEXT_TOKENS = 16
 
 
-def made_up_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """One image of the configured size and 16 tokens, as far as the model takes them.
+def made_up_inputs(
+    model: Any, batch_size: int = 1, tokens: int = TEXT_TOKENS
+) -> dict[str, torch.Tensor]:
+    """Random images of the configured size and random tokens, as far as the model takes them.
 
-    No attention mask: forward passes look into masks, which a model without weights (on the
-    meta device) cannot. Raises UnsupportedError for models whose prompts hold image
+    No attention mask on the meta device: forward passes look into masks, which a model without
+    weights cannot. Raises UnsupportedError for models whose prompts hold image
     placeholders or whose images are cut into patches beforehand: their inputs depend on their
     processor.
     """
@@ -28,19 +30,25 @@ def made_up_inputs(model: Any) -> dict[str, torch.Tensor]:
         raise UnsupportedError("its prompt holds image placeholders that only a processor can set")
     names = ("vision_config", "image_config", "backbone_config")
     vision = next((getattr(config, name) for name in names if hasattr(config, name)), config)
+    text = next((getattr(config, n) for n in ("text_config",) if hasattr(config, n)), config)
+    words = min(1000, getattr(text, "vocab_size", 1000))
     inputs = {}
-    with torch.device(model.device):
+    gpu = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpu), torch.device(model.device):
+        torch.manual_seed(0)
         if "pixel_values" in takes:
             side = getattr(vision, "image_size", None)
             if side is None:
                 raise UnsupportedError("its config does not say how large an image is")
             height, width = (side, side) if isinstance(side, int) else tuple(side)
             channels = getattr(vision, "num_channels", 3)
-            inputs["pixel_values"] = torch.zeros(1, channels, height, width)
+            inputs["pixel_values"] = torch.randn(batch_size, channels, height, width)
         if "input_ids" in takes:
-            inputs["input_ids"] = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
+            if "attention_mask" in takes and model.device.type != "meta":
+                inputs["attention_mask"] = torch.ones(batch_size, tokens, dtype=torch.long)
+            inputs["input_ids"] = torch.randint(4, max(5, words), (batch_size, tokens))
         if "decoder_input_ids" in takes:
-            inputs["decoder_input_ids"] = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
+            inputs["decoder_input_ids"] = torch.randint(4, max(5, words), (batch_size, tokens))
     if not inputs:
         raise UnsupportedError("it takes neither pixel_values nor input_ids")
     return inputs

@@ -115,7 +115,8 @@ class Recipe:
     follows the cut. ``teacher`` weighs what the model must imitate of the dense one in
     ``search`` and ``retrain``, as in ``{"logits": 1, "features": 1, "similarities": 1}``; empty
     means no teacher. ``options`` are the task's own. ``skip`` are patterns of structures that
-    stay dense. ``threads`` 0 leaves the number of CPU threads alone.
+    stay dense. ``threads`` 0 leaves the number of CPU threads alone. A budget in latency is
+    measured on batches of ``latency_batch_size``.
     """
 
     task: str
@@ -133,6 +134,7 @@ class Recipe:
     seed: int = 0
     threads: int = 0
     report_to: str = "none"
+    latency_batch_size: int = 1
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import hashlib
+import inspect
 import json
 import math
 import platform
@@ -25,13 +26,15 @@ from torch import nn
 from . import __version__, cost
 from .architectures import discover
 from .bench import latencies
-from .budget import least
-from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, model_class, save
+from .budget import Prices, least
+from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, open_model, save
 from .compressor import Compressor
-from .errors import CheckpointError, RecipeError, VlpruneError, did_you_mean
+from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
+from .export import Exported, export, is_export
 from .gate import evaluating
 from .methods import METHODS, Method, Random
 from .plan import Plan
+from .probe import made_up_inputs
 from .progress import Progress
 from .recipe import Recipe, Training
 from .report import model_card
@@ -41,7 +44,7 @@ from .tasks import TASKS, Task
 from .teacher import Taught
 from .train import fit, prepare
 
-__all__ = ["compress", "evaluate_folder", "make_task", "scan_folder"]
+__all__ = ["compress", "evaluate_folder", "export_folder", "make_task", "scan_folder"]
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
@@ -114,14 +117,19 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     progress.phase("reading data")
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
-    example = task.example_inputs()
+    timed = "latency" in recipe.budget
+    batch_size = recipe.latency_batch_size if timed else 1
+    example = task.example_inputs(batch_size)
+    table: list[Prices] = []
     searched: Sequence[Any] = task.train
     held_out: Sequence[Any] = ()
     if method.needs_held_out:
         searched, held_out = _split(task, recipe)
 
     def compressor_for(model: Any, chosen: Method, loss: Any = None) -> Compressor:
-        return Compressor(
+        if timed and not table:
+            progress.phase(f"measuring the time of every width, batch {batch_size}")
+        compressor = Compressor(
             model,
             chosen,
             recipe.budget,
@@ -130,7 +138,11 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
             skip=recipe.skip,
             held_out=held_out,
             loss=loss,
+            prices=table[0] if table else None,
         )
+        if timed:
+            table[:] = [compressor.prices]
+        return compressor
 
     def refuse_early(model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
@@ -203,7 +215,14 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     models = {"dense": dense, "small": small}
     if is_shared(small):
         models["materialised"] = materialize(copy.deepcopy(small))
-    seconds = latencies(models, task.example_inputs)
+    sizes = tuple(sorted({1, 16, batch_size}))
+    seconds = latencies(models, task.example_inputs, sizes)
+    if timed:  # side by side, where the compressor's own figures lie a training apart
+        beside = {name: by_batch[batch_size] for name, by_batch in seconds.items()}
+        report["budget"]["reached"] = beside["small"] / beside["dense"]
+        report["budget"]["seconds"] |= beside
+        for when in ("before", "after"):
+            report["macs"][when] //= batch_size
     report |= {
         "weight_bytes": {name: _bytes(model) for name, model in models.items()},
         "task": recipe.task,
@@ -363,9 +382,11 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, recipe: Recipe) -> tuple[Task, Any]:
-    """The task of ``recipe`` and the model in ``folder``."""
+    """The task of ``recipe`` and the model, or the exported model, in ``folder``."""
     transformers.utils.logging.disable_progress_bar()
     prepare(recipe.seed, recipe.threads)
+    if is_export(folder):
+        return make_task(recipe, folder.parent / "data"), Exported(folder)
     task = make_task(recipe, folder / "data")
     check_weights(folder)
     return task, task.load(folder)
@@ -381,7 +402,15 @@ def evaluate_folder(
     """
     progress = progress or Progress()
     task, model = _open_folder(folder, recipe)
-    metrics = _evaluate(task, model, "evaluating", progress)
+    try:
+        metrics = _evaluate(task, model, "evaluating", progress)
+    except AttributeError as error:
+        if isinstance(model, Exported) and error.obj is model:
+            raise UnsupportedError(
+                f"the task {recipe.task} calls {error.name} of the model, but an export is its "
+                "forward pass alone: evaluate the model's folder"
+            ) from None
+        raise
     if results is not None:
         try:
             results.write_text(json.dumps(task.results(model)) + "\n", encoding="utf-8")
@@ -397,6 +426,55 @@ def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) 
     towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
     with progress.count("measuring", (len(towers) + 1) * len(SHARES)) as advance:
         return scan(task, model, recipe.attention, advance=advance)
+
+
+def export_folder(
+    folder: Path,
+    to: str,
+    out: Path | None = None,
+    *,
+    int8: bool = False,
+    generation: bool = False,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export the model in ``folder``; see :func:`vlprune.export.export`.
+
+    With a ``recipe`` it is traced, checked and calibrated on batches of its test data, else on
+    made-up inputs.
+    """
+    progress = progress or Progress()
+    transformers.utils.logging.disable_progress_bar()
+    out = out or folder / f"{to}{'-int8' if int8 else ''}"
+    progress.phase("loading")
+    if recipe is not None:
+        task, model = _open_folder(folder, recipe)
+        samples = [_forward_inputs(model, task.example_inputs(size)) for size in EXPORT_SIZES]
+    else:
+        model = open_model(str(folder))
+        shapes = zip(EXPORT_SIZES, EXPORT_TOKENS, strict=True)
+        samples = [made_up_inputs(model, size, tokens) for size, tokens in shapes]
+    if generation:
+        samples = [{n: v for n, v in one.items() if not n.startswith("dec")} for one in samples]
+    progress.phase(f"exporting to {to} and checking it")
+    return export(model, samples, to, out, int8=int8, generation=generation) | {"out": str(out)}
+
+
+EXPORT_SIZES, EXPORT_TOKENS = (2, 3, 1), (16, 12, 8)
+
+
+def _forward_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a training batch that a forward pass without labels takes."""
+    takes = inspect.signature(model.forward).parameters
+    chosen = {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and name in takes and name != "labels"
+    }
+    if "decoder_input_ids" in takes and "decoder_input_ids" not in chosen:
+        size = len(next(iter(chosen.values())))
+        chosen["decoder_input_ids"] = made_up_inputs(model, size, 4)["decoder_input_ids"]
+    return chosen
 
 
 def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
@@ -462,35 +540,3 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def open_model(name: str, config_only: bool = False) -> Any:
-    """The model in a folder or on the hub, by the class its config names.
-
-    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
-    then also be a model type, which stands for that type's default sizes.
-    """
-    from transformers import AutoConfig, AutoModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    transformers.utils.logging.disable_progress_bar()
-    if name.startswith(("/", ".", "~")) and not Path(name).exists():
-        raise CheckpointError(f"there is no folder {name}")
-    try:
-        if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
-            config = AutoConfig.for_model(name)
-        else:
-            config = AutoConfig.from_pretrained(name)
-        if not config_only:
-            if Path(name).is_dir():
-                check_weights(Path(name))
-            return model_class(config.to_dict(), name).from_pretrained(name)
-        with torch.device("meta"):
-            if getattr(config, "architectures", None):
-                return model_class(config.to_dict(), name)(config).eval()
-            return AutoModel.from_config(config).eval()
-    except VlpruneError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise CheckpointError(f"cannot open {name}: {reason}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +70,10 @@ class Search(ABC):
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+
+    def reprice(self, prices: Prices) -> None:
+        """Go on with these prices: a measured table is taken from a checkpoint."""
+        self.problem = replace(self.problem, prices=prices)
 
     def gates(self, progress: float) -> Mapping[str, Tensor]:
         """Gate values for the next step, {structure: (size,)}; absent ones stay as they are."""

@@ -159,6 +159,10 @@ class _Rounded(torch.autograd.Function):
 class _JspSearch(Alternating):
     def __init__(self, method: JSP, problem: Problem) -> None:
         super().__init__(problem)
+        if problem.prices.curve:
+            raise BudgetError(
+                "JSP takes a budget in params or macs: a latency has no gradient by single units"
+            )
         self.method, self.prices = method, problem.prices
         self.target = problem.budget * problem.prices.total
         self.vectors = _vectors(method, problem)

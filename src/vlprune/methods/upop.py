@@ -103,6 +103,11 @@ class _UPopSearch(Search):
         self.values = torch.ones(sum(self.sizes))  # the gates
         self.steps = self.skipped = self.decided = 0
 
+    def reprice(self, prices: Prices) -> None:
+        super().reprice(prices)
+        if self.method.cost == "exact":
+            self.prices = prices
+
     def _paper_prices(self) -> Prices:
         unit = {
             s.name: 1.0 if s.kind == "ffn" else self.method.paper_ratio for s in self.structures

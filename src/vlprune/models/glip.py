@@ -206,7 +206,7 @@ class GlipForGrounding(PreTrainedModel):
         grid = anchors(sizes, self.config.strides, self.config.anchor_scale)
         every = torch.cat(grid).to(pixel_values)
         boxes = decode(every, torch.cat(codes, dim=1))
-        side = boxes.new_tensor([width, height, width, height]).expand(len(boxes), 1, 4)
+        side = boxes.new_tensor([width, height, width, height]).expand(boxes.shape[0], 1, 4)
         if pixel_mask is not None:
             extent = [pixel_mask[:, 0].sum(1), pixel_mask[:, :, 0].sum(1)]
             side = torch.stack(2 * extent, dim=-1)[:, None].to(boxes)

@@ -209,7 +209,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
         wanted = self.query_embed.weight
         if self.answer_queries is not None:
             wanted = torch.cat([wanted, self.answer_queries.weight])
-        wanted = wanted.unsqueeze(0).expand(len(image), -1, -1)
+        wanted = wanted.unsqueeze(0).expand(image.shape[0], -1, -1)
         layers = self.decoder(wanted, memory, mask, places)
         states, boxed = layers[-1], self.config.num_queries
         text = F.normalize(self.align_text(memory[:, image.shape[1] :]), dim=-1)

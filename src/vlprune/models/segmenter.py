@@ -36,7 +36,7 @@ class SegmenterMaskTransformer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """(batch, patches, classes) from (batch, patches, width)."""
         states = self.project(patches)
-        classes = self.class_embeddings.expand(len(states), -1, -1)
+        classes = self.class_embeddings.expand(states.shape[0], -1, -1)
         states = torch.cat([states, classes], dim=1)
         for layer in self.layers:
             states = layer(states, None)
@@ -80,7 +80,7 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
         rows, columns = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
         states = self.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         scores = self.decoder(states[:, 1:])  # without the class token
-        logits = scores.transpose(1, 2).reshape(len(scores), -1, rows, columns)
+        logits = scores.transpose(1, 2).reshape(scores.shape[0], -1, rows, columns)
         loss = None
         if labels is not None:
             full = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear")

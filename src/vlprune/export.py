@@ -1,0 +1,276 @@
+"""From a folder to what a runtime takes: ONNX, torch.export, OpenVINO, int8; checked on the way.
+
+The exporters and runners are transformers' own, the quantizers those of ONNX Runtime and NNCF.
+They work on the model object, so uneven layers, padded projections and shared weights are just
+modules to them. Ours is the check: what was written is read again and must answer as the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cutting import tensors_of
+from .errors import CheckpointError, UnsupportedError, VlpruneError
+from .gate import evaluating
+
+__all__ = ["FORMATS", "Exported", "export", "export_folders", "is_export"]
+
+FORMATS = ("onnx", "torch-export", "openvino")
+"""What ``--to`` may say."""
+
+_EXPORTERS = {
+    "onnx": ("OnnxExporter", "OnnxConfig", ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": ("DynamoExporter", "DynamoConfig", ()),
+    "openvino": ("OpenVINOExporter", "OpenVINOConfig", ("openvino",)),
+}
+_QUANTIZERS = {
+    "onnx": ("OnnxRuntimeQuantizer", ("onnxruntime",)),
+    "openvino": ("NNCFOpenVINOQuantizer", ("nncf",)),
+}
+MANIFEST = "export.json"
+CHECK = "vlprune-export.json"
+TOLERANCE = 1e-3
+"""The largest difference to PyTorch, relative to the largest output, that is no error."""
+
+
+class Exported:
+    """An exported model, read from its folder, called like the model it came from.
+
+    Its runtime gets torch's present number of threads, and computes in float32.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        folder = Path(folder)
+        if not is_export(folder):
+            raise CheckpointError(f"{folder} is no export: it holds no {MANIFEST}")
+        exporters = _transformers_exporters()
+        threads = threads or torch.get_num_threads()
+        self.format = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["export_format"]
+        options: dict[str, Any] = {}
+        if self.format == "onnx":
+            runtime = _needs("onnxruntime")
+            options["session_options"] = runtime.SessionOptions()
+            options["session_options"].intra_op_num_threads = threads
+        elif self.format == "openvino":
+            _needs("openvino")
+            options["config"] = {
+                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_PRECISION_HINT": "f32",
+            }
+        with _silence():
+            self.model = exporters.base.ExportedModel.from_pretrained(folder, **options)
+        self.config, self.device = self.model.config, torch.device("cpu")
+
+    def eval(self) -> Exported:
+        """Itself: it never trains."""
+        return self
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """What the model's forward returns."""
+        return self.model(**inputs)
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """What the model's ``generate`` returns, for an export of all its stages."""
+        return self.model.generate(**inputs)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder holds an exported model."""
+    return (folder / MANIFEST).is_file()
+
+
+def export_folders(folder: Path) -> dict[str, Path]:
+    """The exports inside a model's folder, by name."""
+    return {path.name: path for path in sorted(folder.glob("*")) if is_export(path)}
+
+
+def export(
+    model: Any,
+    inputs: Sequence[Mapping[str, Any]],
+    to: str,
+    out: str | Path,
+    *,
+    int8: bool = False,
+    generation: bool = False,
+) -> dict[str, Any]:
+    """Write ``model`` to the folder ``out`` in the format ``to``; returns what was checked.
+
+    The first of ``inputs`` (keywords of one forward pass; of ``generate`` with ``generation``) is
+    traced with all its dimensions dynamic; on every one of them what was written, read again,
+    must answer as the model does. They should differ in batch size and length, and calibrate
+    the quantizer with ``int8``, whose difference is reported rather than judged.
+
+    The result has ``format``, ``files`` {name: bytes}, ``checked`` (a list of the inputs' shapes
+    and the largest difference, relative to the largest output), ``seconds``, ``int8``.
+
+    Raises UnsupportedError for an unknown format, a package that is missing, a model that the
+    exporter cannot trace; VlpruneError if the export answers otherwise than the model.
+    """
+    exporters = _transformers_exporters()
+    if to not in _EXPORTERS:
+        raise UnsupportedError(f"a model is exported to {', '.join(FORMATS)}, not to {to!r}")
+    exporter_name, config_name, packages = _EXPORTERS[to]
+    for package in packages:
+        _needs(package)
+    started = time.monotonic()
+    samples = [{n: v for n, v in one.items() if n != "labels"} for one in inputs]
+    options: dict[str, Any] = {"dynamic": True}
+    if int8:
+        options["quantizer"] = _quantizer(exporters, to, samples)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        with evaluating(model), torch.no_grad():
+            exporter = getattr(exporters, exporter_name)()
+            config = getattr(exporters, config_name)(**options)
+            run = exporter.export_for_generation if generation else exporter.export
+            try:
+                with _silence():
+                    exported = run(model, dict(samples[0]), config)
+                    exported.save_pretrained(staged)
+            except Exception as error:
+                raise UnsupportedError(
+                    f"{type(model).__name__} cannot be exported to {to}: {_sentence(error)}"
+                ) from error
+            checked = _checked(model, Exported(staged), samples, generation)
+        worst = max(row["difference"] for row in checked)
+        if not int8 and not worst <= TOLERANCE:
+            raise VlpruneError(
+                f"the {to} export answers otherwise than the model (relative difference "
+                f"{worst:.2g}), so nothing was written: report this architecture"
+            )
+        files = {path.name: path.stat().st_size for path in sorted(staged.iterdir())}
+        facts: dict[str, Any] = {
+            "format": to,
+            "int8": int8,
+            "model": type(model).__name__,
+            "files": files,
+            "checked": checked,
+            "seconds": round(time.monotonic() - started, 1),
+            "versions": {p: version(p) for p in ("torch", "transformers", *packages)},
+        }
+        (staged / CHECK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if out.exists() and not is_export(out):
+            raise CheckpointError(f"{out} exists and is no export: choose another folder with -o")
+        shutil.rmtree(out, ignore_errors=True)
+        staged.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return facts
+
+
+def _checked(
+    model: Any, written: Exported, samples: Sequence[Mapping[str, Any]], generation: bool
+) -> list[dict[str, Any]]:
+    """The largest relative difference on every sample."""
+    rows = []
+    for sample in samples:
+        torch.manual_seed(0)  # ViLT draws patches
+        shapes = {n: list(v.shape) for n, v in sample.items() if isinstance(v, Tensor)}
+        try:
+            if generation:
+                options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 1}
+                said, repeated = (m.generate(**sample, **options) for m in (model, written))
+                same = said.shape == repeated.shape and bool((said == repeated).all())
+                rows.append({"shapes": shapes, "difference": 0.0 if same else 1.0})
+                continue
+            ours, theirs = tensors_of(model(**sample)), tensors_of(written(**sample))
+        except Exception as error:
+            raise UnsupportedError(
+                f"the export cannot take inputs of other sizes, {shapes}: {_sentence(error)}"
+            ) from error
+        if len(ours) != len(theirs) or any(
+            a.shape != b.shape for a, b in zip(ours, theirs, strict=True)
+        ):
+            raise VlpruneError("the export has other outputs than the model: report this")
+        difference = max(_distance(a, b) for a, b in zip(ours, theirs, strict=True))
+        rows.append({"shapes": shapes, "difference": difference})
+    return rows
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference over the largest value; infinite entries must agree."""
+    finite = torch.isfinite(ours) & torch.isfinite(theirs)
+    if not bool((torch.isfinite(ours) == torch.isfinite(theirs)).all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    scale = max(1e-6, float(ours[finite].abs().max()))
+    return float((ours - theirs)[finite].abs().max()) / scale
+
+
+def _quantizer(exporters: Any, to: str, samples: Sequence[Mapping[str, Any]]) -> Any:
+    """The runtime's own quantizer, for int8 weights and activations."""
+    if to not in _QUANTIZERS:
+        raise UnsupportedError(
+            "int8 is made by the runtime's quantizer: choose --to onnx or --to openvino"
+        )
+    name, packages = _QUANTIZERS[to]
+    for package in packages:
+        _needs(package)
+    if to == "onnx":
+        config = exporters.OnnxRuntimeDynamicConfig(per_channel=True)
+        return getattr(exporters, name)(config)
+    return getattr(exporters, name)(calibration_dataset=[dict(sample) for sample in samples])
+
+
+def _transformers_exporters() -> Any:
+    """The package, with its modules loaded. Raises UnsupportedError where it is too old."""
+    try:
+        package = import_module("transformers.exporters")
+        import_module("transformers.exporters.base").ExportedModel  # noqa: B018
+    except (ImportError, AttributeError):
+        raise UnsupportedError(
+            f"exporting needs transformers 5.23 or newer, this is {version('transformers')}"
+        ) from None
+    return package
+
+
+def _needs(package: str) -> Any:
+    try:
+        version(package)
+        return import_module(package)
+    except (PackageNotFoundError, ImportError):
+        raise UnsupportedError(f"this needs {package}: pip install 'vlprune[export]'") from None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporters' progress, warnings and graphs are about their insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of what went wrong inside, at its root."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:297] + "..."

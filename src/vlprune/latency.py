@@ -1,0 +1,311 @@
+"""Seconds as a currency: a measured table of width -> time for every structure.
+
+Time is no sum over units: kernels like some widths better than others. So the model is cut to
+several widths, every structure at once, and a stopwatch runs from the first projection of each
+structure to the end of its last one, inside the real forward pass, on the real device. Ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .budget import Prices
+from .cutting import rewrite
+from .errors import VlpruneError
+from .gate import evaluating
+from .layers import linear_axes
+from .plan import Plan
+from .structure import Structure
+from .units import owner_of
+
+__all__ = ["STEP", "WIDTHS", "conditions", "latency_prices", "moved_to", "seconds_of", "take_turns"]
+
+WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+"""The shares of its units that each structure is measured at."""
+STEP = 8
+"""Widths are measured at multiples of this; kernels round up to it or to a multiple of it."""
+PATIENCE = 4.0
+"""Seconds that the measurements of one width should take, as far as two rounds allow."""
+
+
+def conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a measured time depends on: device, threads, dtype, shapes. Plain values."""
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shapes": {n: list(v.shape) for n, v in inputs.items() if isinstance(v, torch.Tensor)},
+    }
+
+
+def moved_to(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs on the model's device, floating ones in its dtype."""
+    weight = next(model.parameters())
+    return {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+class _Clock:
+    """Moments in time, comparable after :meth:`wait`: GPU events where the model is on one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+
+    def now(self) -> Any:
+        """A moment."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds from one moment to a later one."""
+        if not self.on_gpu:
+            return float(end - start)
+        return float(start.elapsed_time(end)) / 1000
+
+
+@torch.no_grad()
+def seconds_of(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Seconds of one forward pass, launched alone and waited for."""
+    clock = _Clock(next(model.parameters()).device)
+    clock.wait()
+    start = clock.now()
+    model(**inputs)
+    end = clock.now()
+    clock.wait()
+    return clock.between(start, end)
+
+
+def take_turns(
+    timers: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """What each timer said, ``rounds`` times: {name: (rounds,)}.
+
+    They take turns, so that a busy moment of the machine falls on all of them; the first
+    ``warm_up`` rounds are not counted.
+    """
+    timed: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in range(rounds + warm_up):
+        for name, timer in timers.items():
+            seconds = timer()
+            if turn >= warm_up:
+                timed[name].append(seconds)
+    return timed
+
+
+class _Stopwatch:
+    """Seconds inside each structure of a running model, from its first projection to its last."""
+
+    def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
+        self.clock = _Clock(next(model.parameters()).device)
+        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.opened: dict[str, Any] = {}
+        self.members: list[tuple[nn.Module, str, bool]] = []
+        for structure in structures:
+            ends: dict[str, bool] = {}
+            for slot in structure.slots:
+                path, leaf = owner_of(slot.param)
+                module = model.get_submodule(path)
+                parent = owner_of(path)[0]
+                if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+                    path, module = parent, model.get_submodule(parent)  # never calls out_proj
+                inward = leaf == "weight" and _reads(module, slot.axis)
+                inward = inward or isinstance(module, nn.MultiheadAttention)
+                ends[path] = ends.get(path, False) or inward
+            for path, closes in ends.items():
+                self.members.append((model.get_submodule(path), structure.name, closes))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Times what runs inside the block."""
+        handles = []
+        for module, name, closes in self.members:
+            handles.append(module.register_forward_pre_hook(self._open(name)))
+            if closes:
+                handles.append(module.register_forward_hook(self._close(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read(self) -> dict[str, float]:
+        """Seconds a structure since it was last read."""
+        self.clock.wait()
+        seconds = {
+            name: sum(self.clock.between(a, b) for a, b in spans)
+            for name, spans in self.spans.items()
+        }
+        self.spans.clear()
+        self.opened.clear()
+        return seconds
+
+    def _open(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            if name not in self.opened:
+                self.opened[name] = self.clock.now()
+
+        return hook
+
+    def _close(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            start = self.opened.pop(name, None)
+            if start is not None:
+                self.spans[name].append((start, self.clock.now()))
+
+        return hook
+
+
+def _reads(module: nn.Module, axis: int) -> bool:
+    """Whether this axis of the module's weight is its input."""
+    return len(getattr(module, "weight", torch.empty(0)).shape) == 2 and (
+        axis == linear_axes(module)[1]
+    )
+
+
+def latency_prices(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    inputs: Mapping[str, Any],
+    attention: str = "head_dim",
+) -> Prices:
+    """Seconds of one forward pass on ``inputs``, as a price list with a curve a structure.
+
+    Copies of the model are cut to :data:`WIDTHS`, one after the other, and timed in turns with
+    the model itself; structures of one shape and tower are averaged. Between measured widths the
+    curve is a line; a width that is no multiple of :data:`STEP` costs what such a width was
+    measured to cost. In a distributed run all processes get the first one's table.
+
+    Raises VlpruneError if the model is on the meta device.
+    """
+    if next(model.parameters()).is_meta:
+        raise VlpruneError("a latency is measured, so the model needs its weights")
+    prices: list[Any] = [None]
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or dist.get_rank() == 0:
+        with evaluating(model), _quiet(model):
+            prices = [_measured(model, tuple(structures), moved_to(model, inputs), attention)]
+    if several:
+        dist.broadcast_object_list(prices)
+    return prices[0]
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Random numbers as they were: a measurement must not change a training."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _measured(
+    model: nn.Module, structures: tuple[Structure, ...], inputs: Mapping[str, Any], attention: str
+) -> Prices:
+    seconds_of(model, inputs)
+    once = seconds_of(model, inputs)
+    rounds = max(2, min(10, round(PATIENCE / (2 * once))))
+    widths = {share: {s.name: _width(s.size, share) for s in structures} for share in WIDTHS}
+    odd = {s.name: max(1, _width(s.size, 0.5) - (s.size >= 2 * STEP)) for s in structures}
+    dense_total: list[float] = []
+    dense_spans: dict[str, list[float]] = defaultdict(list)
+    points: dict[str, dict[int, float]] = {s.name: {} for s in structures}
+
+    def measure(kept: Mapping[str, int]) -> dict[str, float]:
+        """Median seconds of every structure at this width, as if beside the average dense run."""
+        small = copy.deepcopy(model)
+        keep = {s.name: tuple(range(kept[s.name])) for s in structures if kept[s.name] < s.size}
+        rewrite(small, structures, Plan(keep=keep, attention=attention))
+        watches = [_Stopwatch(m, structures) for m in (model, small)]
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for turn in range(rounds + 1):
+            found = []
+            for one, watch in zip((model, small), watches, strict=True):
+                total = 0.0
+                with watch.running():
+                    total = seconds_of(one, inputs)
+                found.append((total, watch.read()))
+            if turn == 0:
+                continue
+            (total, dense), (_, cut) = found
+            dense_total.append(total)
+            for name, value in dense.items():
+                dense_spans[name].append(value)
+                ratios[name].append(cut.get(name, value) / value if value else 1.0)
+        return {name: statistics.median(values) for name, values in ratios.items()}
+
+    measured = {share: measure(kept) for share, kept in widths.items()}
+    ragged = measure(odd)
+    whole = {s.name: statistics.median(dense_spans[s.name] or [0.0]) for s in structures}
+    for _, members in _alike(structures, model):
+        size = members[0].size
+        level = statistics.fmean(whole[s.name] for s in members)
+        for share, ratios in measured.items():
+            ratio = statistics.median(ratios.get(s.name, 1.0) for s in members)
+            for s in members:
+                points[s.name][widths[share][s.name]] = ratio * level
+        half = statistics.median(measured[0.5].get(s.name, 1.0) for s in members)
+        penalty = statistics.median(ragged.get(s.name, 1.0) for s in members) / half
+        for s in members:
+            whole[s.name] = level
+            points[s.name][size] = level
+            points[s.name] = {-1: max(1.0, penalty if size >= 2 * STEP else 1.0), **points[s.name]}
+    curves = {s.name: _curve(points[s.name], s.size) for s in structures}
+    total = statistics.median(dense_total)
+    fixed = max(0.0, total - sum(curve[-1] for curve in curves.values()))
+    sizes = {s.name: s.size for s in structures}
+    unit = {name: curve[-1] / sizes[name] for name, curve in curves.items()}
+    return Prices("latency", unit, sizes, fixed, curve=curves)
+
+
+def _width(size: int, share: float) -> int:
+    """So many units, a multiple of :data:`STEP` where there are enough of them."""
+    if size < 2 * STEP:
+        return max(1, round(size * share))
+    return max(STEP, round(size * share / STEP) * STEP)
+
+
+def _alike(structures: Sequence[Structure], model: nn.Module) -> list[tuple[Any, list[Structure]]]:
+    """Structures of one tower whose parameters have the same shapes."""
+    groups: dict[Any, list[Structure]] = defaultdict(list)
+    for s in structures:
+        shapes = tuple(tuple(model.get_parameter(slot.param).shape) for slot in s.slots)
+        groups[s.tower, s.kind, s.layout, s.name.count("cross"), shapes].append(s)
+    return list(groups.items())
+
+
+def _curve(points: Mapping[int, float], size: int) -> tuple[float, ...]:
+    """Seconds of 0, 1, ... ``size`` units, from those measured; the entry -1 is the penalty."""
+    widths = sorted(width for width in points if width >= 0)
+    values = np.maximum.accumulate([points[width] for width in widths])
+    slope = (values[1] - values[0]) / (widths[1] - widths[0]) if len(widths) > 1 else 0.0
+    units = np.arange(size + 1)
+    line = np.interp(units, widths, values)
+    below = units < widths[0]
+    line[below] = np.maximum(0.0, values[0] + slope * (units[below] - widths[0]))
+    between = (units % STEP != 0) & (units != size)
+    line[between] = np.minimum(line[between] * points[-1], values[-1])
+    return tuple(float(value) for value in line)
