@@ -7,7 +7,7 @@ SHARED_DATA := $(abspath ../shared/data)
 export VLPRUNE_DATA ?= $(if $(wildcard $(SHARED_DATA)),$(SHARED_DATA))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow other clean
+.PHONY: demo test slow docs other clean
 
 demo: .venv/ready
 	$(BIN)/vlprune demo -o demo-output
@@ -21,6 +21,11 @@ test: .venv/ready
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow -n 0
 
+# A site that opens without a network; a broken link or a missing docstring is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "Open site/index.html"
+
 # timm and open_clip need torchvision, which must stay out of .venv (docs/decisions/0005).
 other: .venv/ready
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .other \
@@ -33,4 +38,4 @@ other: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .other demo-output
+	rm -rf .venv .other demo-output site

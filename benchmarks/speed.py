@@ -30,6 +30,7 @@ from vlprune.bench import _seconds_exported
 from vlprune.export import Exported, export
 from vlprune.latency import seconds_of, take_turns
 from vlprune.probe import made_up_inputs
+from vlprune.registry import native_forward
 
 BATCH, SHARE = 8, 0.5
 
@@ -72,6 +73,18 @@ def spelled_out(model: Any, description: Any) -> Any:
     return model
 
 
+def fused(model: Any, description: Any) -> Any:
+    """The dense model with our forwards in place of those that spell attention out."""
+    for structure in description:
+        if structure.swap is not None:
+            path, key = structure.swap
+            module: Any = model.get_submodule(path)
+            if not isinstance(module, native_forward(key)):
+                module.__class__ = native_forward(key)
+                module.adopt()
+    return model
+
+
 def hot(model: Any, inputs: Any, rows: int = 6) -> list[tuple[str, float]]:
     """The operations that take most time in one pass, in milliseconds."""
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as found:
@@ -91,6 +104,8 @@ def measure(name: str, exports: bool) -> None:
         "cut, now": uneven(description, profile_of.prices, 8),
     }
     models = {"dense": dense}
+    if any(s.swap for s in description):
+        models["dense, fused attention"] = fused(copy.deepcopy(dense), description)
     for label, plan in plans.items():
         models[label] = rewrite(copy.deepcopy(dense), description, plan)
     spelled_out(models["cut, before"], description)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,3 +34,33 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("VLPRUNE_DATA is not set: the real data sets are not here")
     return Path(folder)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command: run("inspect", ...) gives its exit code, stdout and stderr."""
+    from vlprune import cli
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlprune", *args])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `vlprune compress` made of a tiny BLIP, with its dense model inside."""
+    from small_runs import DEMO, TINY
+    from vlprune.recipe import load_recipe
+    from vlprune.run import compress
+
+    out = tmp_path_factory.mktemp("tiny") / "small"
+    compress(load_recipe(DEMO, TINY), out)
+    return out

@@ -12,31 +12,11 @@ import pytest
 import transformers
 
 import vlprune
+from small_runs import DEMO, TINY
 from vlprune import cli
 from vlprune.testing import build
 
-TINY = [
-    "data.train_items=12", "data.test_items=6", "train.steps=2", "search.steps=2",
-    "retrain.steps=2", "train.batch_size=4", "search.batch_size=4", "retrain.batch_size=4",
-    "budget.params=0.5", "model.width=32", "model.heads=2", "model.vision_layers=1",
-    "model.image_size=32",
-]  # fmt: skip
-DEMO = str(Path(cli.__file__).parent / "demo.yaml")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlprune", *args])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
 
 
 def test_the_whole_thing_from_recipe_to_answers(run: Any, tmp_path: Path) -> None:
@@ -136,7 +116,7 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
     assert body["macs"] == pytest.approx(17.58e9, rel=0.01)
 
 
-@pytest.mark.parametrize("command", ["inspect", "compress", "evaluate", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(run: Any, command: str) -> None:
     code, stdout, _ = run(command, "--help")
     assert code == 0

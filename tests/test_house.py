@@ -15,11 +15,11 @@ import vlprune
 
 SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
-    0: "errors structure plan budget schedule registry recipe report progress",
+    0: "errors structure plan budget schedule registry recipe report page progress",
     1: "trainee units gate layers cost record share vectors cutting",
-    2: "architectures models",
+    2: "architectures models latency ordinary",
     3: "methods data tasks checkpoint",
-    4: "compressor teacher train bench probe scan run testing",
+    4: "compressor teacher train bench export probe scan run testing",
     5: "cli transformers_hook __init__",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

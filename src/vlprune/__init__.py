@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cutting import rewrite
     from .errors import VlpruneError
     from .gate import gated
+    from .latency import latency_prices as latency_prices
     from .methods import JSP, Magnitude, Random, Taylor, UPop
     from .plan import Plan
     from .share import materialize
@@ -46,8 +47,10 @@ __all__ = [
     "discover",
     "errors",
     "gated",
+    "latency_prices",
     "load",
     "materialize",
+    "ordinary",
     "rewrite",
     "save",
     "select",
@@ -61,7 +64,9 @@ _HOME = {
     "compressor": ("Compressor",),
     "errors": ("VlpruneError",),
     "gate": ("gated",),
+    "latency": ("latency_prices",),
     "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
+    "ordinary": ("ordinary",),
     "plan": ("Plan",),
     "share": ("materialize",),
     "cutting": ("rewrite",),

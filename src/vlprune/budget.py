@@ -150,6 +150,7 @@ def select(
     budget: float,
     round_to: int = 1,
     floors: Sequence[Floor] = (),
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The units that stay: {structure: units, ascending}.
 
@@ -158,10 +159,14 @@ def select(
     With ``round_to=8`` units go in blocks, so that every cut structure keeps a multiple of
     8 (a block's score is the mean of its units). A block whose removal would break one of the
     ``floors`` stays. Equal scores are settled by the order of ``scores`` and then by unit, so
-    the result depends on nothing else.
+    the result depends on nothing else. Structures of one of the ``groups`` {structure: group}
+    (of the same size) keep equally many units, each its own best: what goes first in all of them
+    is then ranked by the mean of their scores.
 
     Raises BudgetError if the budget cannot be reached, or a score is not a number.
     """
+    if groups:
+        return _select_groups(scores, prices, budget, round_to, floors, groups)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise BudgetError(f"round_to must be a whole number of at least 1, not {round_to!r}")
     lowest = least(prices, round_to, floors)
@@ -208,6 +213,56 @@ def select(
     return {
         name: tuple(sorted(int(unit) for unit in orders[name][removed[name] :])) for name in names
     }
+
+
+def _select_groups(
+    scores: Mapping[str, Sequence[float]],
+    prices: Prices,
+    budget: float,
+    round_to: int,
+    floors: Sequence[Floor],
+    groups: Mapping[str, str],
+) -> dict[str, tuple[int, ...]]:
+    """As :func:`select`, on one stand-in a group, whose nth unit is the nth best of each member."""
+    if prices.elsewhere:
+        raise BudgetError(
+            "a model that shares weights cannot get one width a tower: call vlprune.materialize "
+            "on it first"
+        )
+    members: dict[str, list[str]] = {}
+    for name in scores:
+        members.setdefault(groups.get(name, name), []).append(name)
+    for group, names in members.items():
+        if len({prices.sizes[name] for name in names}) > 1:
+            raise BudgetError(f"the structures of the group {group!r} have different sizes")
+    ranked = {
+        group: np.mean([np.sort(np.asarray(scores[n], dtype=np.float64)) for n in names], axis=0)
+        for group, names in members.items()
+    }
+    together = Prices(
+        prices.what,
+        {group: sum(prices.unit[n] for n in names) for group, names in members.items()},
+        {group: prices.sizes[names[0]] for group, names in members.items()},
+        prices.fixed,
+        curve={
+            group: tuple(np.sum([prices.curve[n] for n in names], axis=0).tolist())
+            for group, names in members.items()
+            if names[0] in prices.curve
+        },
+    )
+    merged = [
+        Floor(f.name, tuple(dict.fromkeys(groups.get(n, n) for n in f.structures)), f.share)
+        for f in floors
+    ]
+    plain = {group: values.tolist() for group, values in ranked.items()}
+    chosen = select(plain, together, budget, round_to, merged)
+    kept = {}
+    for group, names in members.items():
+        count = len(chosen[group])
+        for name in names:
+            order = np.argsort(np.asarray(scores[name], dtype=np.float64), kind="stable")
+            kept[name] = tuple(sorted(int(unit) for unit in order[order.size - count :]))
+    return {name: kept[name] for name in scores}
 
 
 def _room(floor: Floor, prices: Prices) -> float:

@@ -20,7 +20,7 @@ from rich.table import Table
 from .errors import RecipeError, VlpruneError
 from .progress import Progress
 from .recipe import load_recipe
-from .report import human, percent, stage_header, stage_rows, summary
+from .report import Block, human, percent, stage_header, stage_rows, summary
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -172,6 +172,9 @@ def bench(
     seconds: Annotated[
         float, typer.Option(help="About how long to measure a batch size and engine.")
     ] = 10.0,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the result in FOLDER/bench.json, for the report.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time a model, next to the one it was made from: latency, throughput, memory, loading, MACs.
@@ -192,6 +195,8 @@ def bench(
         seconds=seconds,
         progress=_Shown(),
     )
+    if save:
+        _write(folder / "bench.json", json.dumps(body, indent=1) + "\n")
     if as_json:
         print(json.dumps(body))
         return
@@ -251,6 +256,57 @@ def export(
         for row in facts["checked"]
     )
     out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {shapes}.")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `compress` filled.")],
+    form: Annotated[
+        str, typer.Option("--format", help="text, markdown, json or html; default: by -o.")
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A file; default: the terminal.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell and draw what became of the budget, one folder or several beside each other.
+
+    Example: vlprune report demo-output -o report.html
+    """
+    from .report import check_format, markdown, read_report, story
+
+    ending = {".html": "html", ".md": "markdown", ".json": "json"}
+    chosen = "json" if as_json else form or ending.get(output.suffix if output else "", "text")
+    check_format(chosen)
+    reports = [read_report(folder) for folder in folders]
+    if chosen == "html":
+        if output is None:
+            raise RecipeError("a page needs a file: add -o report.html")
+        from .page import page
+
+        text = page(reports)
+    elif chosen == "json":
+        text = json.dumps(reports if len(reports) > 1 else reports[0], indent=1) + "\n"
+    elif chosen == "markdown" or output is not None:
+        text = markdown(story(reports))
+    else:
+        _print_story(story(reports))
+        return
+    if output is None:
+        print(text, end="")
+        return
+    _write(output, text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, all of it or nothing. Raises RecipeError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {error.strerror}") from None
+    err.print(f"Written to {path}.")
 
 
 @app.command()
@@ -350,6 +406,20 @@ def _print_bench(body: dict[str, Any]) -> None:
     ideals = [row["ideal"] for row in body["faster"] if "ideal" in row]
     if ideals:
         out.print(f"The ideal is the MACs saved: {ideals[0]:.2f} times.")
+
+
+def _print_story(blocks: list[Block]) -> None:
+    for block in blocks:
+        if block.rows:
+            head, *body = block.rows
+            table = Table(*head)
+            for row in body:
+                table.add_row(*row)
+            out.print(table)
+        elif block.level:
+            out.print(f"\n[bold]{block.text}[/bold]" if block.level == 1 else block.text)
+        else:
+            out.print(block.text)
 
 
 def _print_scan(body: dict[str, Any]) -> None:

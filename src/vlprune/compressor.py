@@ -54,7 +54,9 @@ class Compressor:
     lies, with these inputs and torch's present number of threads: choose them as in production.
     In a Trainer, pass :meth:`callback`; in a loop of your own, call :meth:`step` after every
     backward. Then :meth:`finish` cuts. ``skip`` leaves structures dense whose names match one of
-    these patterns, as in ``("text_model.*",)``. ``prices`` is a table of seconds that
+    these patterns, as in ``("text_model.*",)``. With ``uniform`` all layers of a tower keep
+    equally many units of a kind, so that an ordinary config may be able to say it
+    (:func:`vlprune.ordinary`). ``prices`` is a table of seconds that
     :func:`vlprune.latency_prices` has measured before.
 
     A method that learns in turn with the weights (``JSP``) needs ``held_out``: a list or any other
@@ -73,6 +75,7 @@ class Compressor:
         attention: AttentionUnit = "head_dim",
         example_inputs: Mapping[str, Any] | None = None,
         skip: Sequence[str] = (),
+        uniform: bool = False,
         held_out: Sequence[Mapping[str, Any]] = (),
         loss: Callable[[Mapping[str, Any]], Tensor] | None = None,
         prices: Prices | None = None,
@@ -125,6 +128,7 @@ class Compressor:
                 squares=lambda: unit_squares(model, structures),
                 shareable=lambda target, source: shareable(target, source, shapes),
                 similarity=lambda target, source: similarity(model, target, source),
+                groups={s.name: f"{s.tower}/{s.kind}/{s.size}" for s in structures if uniform},
             )
         )
         self.held_out, self._loss = held_out, loss or self._own_loss
@@ -333,7 +337,8 @@ class Compressor:
         }
         if curve:  # measured before the interruption; measured again it would not be the same
             (fixed,) = curve.pop("")
-            self.prices = replace(self.prices, fixed=fixed, curve=curve)
+            unit = {name: values[-1] / (len(values) - 1) for name, values in curve.items()}
+            self.prices = replace(self.prices, fixed=fixed, curve=curve, unit=unit)
             self.search.reprice(self.prices)
         self._held_out_seen = int(state["held_out_seen"])
         self._unreached = {
@@ -370,6 +375,30 @@ class Compressor:
     def callback(self) -> TrainerCallback:
         """The same as :meth:`step`, for the Hugging Face Trainer."""
         return CompressorCallback(self)
+
+    def watch(self, trainer: Any) -> TrainerCallback:
+        """As ``callbacks=[compressor.callback()]``, and the search's figures reach its loggers.
+
+        The Trainer calls loggers before callbacks it is given, so this one is put in front:
+        TensorBoard, Weights & Biases or MLflow (``report_to``) show ``search/remains`` and more.
+        """
+        callback = self.callback()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the search as it stands, for a log.
+
+        ``remains`` is the fraction of the budget's currency that is left, gates between 0 and 1
+        counting in proportion; the others are the search's own.
+        """
+        figures = {name: float(value) for name, value in self.search.facts().items()}
+        if self._gates and "remains" not in figures:
+            left = {name: float(gate.detach().sum()) for name, gate in self._gates.items()}
+            unit = self.prices.unit
+            gone = sum(unit[s.name] * (s.size - left[s.name]) for s in self.structures)
+            figures["remains"] = 1 - gone / self.prices.total
+        return figures
 
     # -- the end -------------------------------------------------------------------------
 
@@ -419,6 +448,16 @@ class Compressor:
         with evaluating(self.model):
             timer = partial(seconds_of, self.model, inputs)
             return median(take_turns({"small": timer}, ROUNDS, warm_up=2)["small"])
+
+    @staticmethod
+    def _group_cost(prices: Prices, members: Sequence[Structure], plan: Plan) -> dict[str, int]:
+        """What these structures cost before and after the cut."""
+        after = 0.0
+        for s in members:
+            borrowed = (prices.unit[s.name] - prices.borrowed[s.name]) * len(plan.shared(s))
+            after += float(prices.of(s.name)[list(plan.kept(s))].sum()) - borrowed
+        before = sum(prices.whole(s.name) for s in members)
+        return {"before": round(before), "after": round(after)}
 
     def _materialised(self, plan: Plan, stored: int) -> int:
         """Parameters of the small model when shared units are plain copies again."""
@@ -476,8 +515,21 @@ class Compressor:
                     "kept": sum(kept[s.name] for s in members),
                     "shared": sum(len(plan.shared(s)) for s in members),
                     "padded": sum(s.layout == "padded" for s in members),
+                    "params": self._group_cost(self._param_prices, members, plan),
                 }
                 for (tower, kind), members in groups.items()
+            ],
+            "layers": [
+                {
+                    "name": s.name,
+                    "tower": s.tower,
+                    "kind": s.kind,
+                    "units": s.size,
+                    "kept": kept[s.name],
+                    "shared": len(plan.shared(s)),
+                    "source": plan.share[s.name][0] if plan.shared(s) else None,
+                }
+                for s in structures
             ],
             "verified": asdict(self._verification) if self._verification else None,
             "search": self.search.facts(),
@@ -590,6 +642,21 @@ class CompressorCallback(TrainerCallback, ExportableState):
             # clipping has unscaled the weights' gradients before this is called
             weight_scale=1.0 if args.max_grad_norm else scale,
         )
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        figures = {f"search/{name}": v for name, v in self.compressor.figures().items()}
+        logs.update(figures)
+        if state.log_history:  # a copy of these logs, made before
+            state.log_history[-1].update(figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.detach()

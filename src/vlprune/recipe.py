@@ -115,8 +115,9 @@ class Recipe:
     follows the cut. ``teacher`` weighs what the model must imitate of the dense one in
     ``search`` and ``retrain``, as in ``{"logits": 1, "features": 1, "similarities": 1}``; empty
     means no teacher. ``options`` are the task's own. ``skip`` are patterns of structures that
-    stay dense. ``threads`` 0 leaves the number of CPU threads alone. A budget in latency is
-    measured on batches of ``latency_batch_size``.
+    stay dense. ``uniform`` gives all layers of a tower one width and saves an ordinary model where
+    its config can say that. ``threads`` 0 leaves the number of CPU threads alone. A budget in
+    latency is measured on batches of ``latency_batch_size``.
     """
 
     task: str
@@ -135,6 +136,7 @@ class Recipe:
     threads: int = 0
     report_to: str = "none"
     latency_batch_size: int = 1
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)

@@ -33,6 +33,7 @@ from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from .export import Exported, export, is_export
 from .gate import evaluating
 from .methods import METHODS, Method, Random
+from .ordinary import ordinary
 from .plan import Plan
 from .probe import made_up_inputs
 from .progress import Progress
@@ -136,6 +137,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
             attention=recipe.attention,  # type: ignore[arg-type]
             example_inputs=example,
             skip=recipe.skip,
+            uniform=recipe.uniform,
             held_out=held_out,
             loss=loss,
             prices=table[0] if table else None,
@@ -171,6 +173,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
             recipe.attention,
             list(recipe.skip),
             dict(recipe.teacher),
+            recipe.uniform,
         ]
     )
     done = out / "checkpoints" / f"cut-{key}"
@@ -235,16 +238,28 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         "versions": _versions(),
     }
     progress.phase("saving")
+    if recipe.uniform:
+        report["ordinary"], small = _ordinary(small)
     extras = {
         REPORT_FILE: json.dumps(report, indent=1) + "\n",
         RECIPE_FILE: recipe.to_yaml(),
         "README.md": model_card(report, type(small).__name__),
     }
+    if report.get("ordinary") == "":  # its config holds no plan any more
+        extras[PLAN_FILE] = plan.to_json() + "\n"
     if processes.is_main_process:
         save(small, out, extras=extras, processor=task.processor)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     processes.wait_for_everyone()
     return report
+
+
+def _ordinary(small: Any) -> tuple[str, Any]:
+    """Why the model has no ordinary form ("" if it has), and the model to save."""
+    try:
+        return "", ordinary(small)
+    except UnsupportedError as error:
+        return str(error), small
 
 
 @dataclass
@@ -283,7 +298,9 @@ class _Phases:
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps = spec.count(len(items), PartialState().num_processes)
-        with self.progress.count("training", steps) as advance:
+        phase = {"train": "training", "search": "searching", "retrain": "retraining"}
+        title = phase[name.partition("-")[0]]
+        with self.progress.count(title, steps) as advance:
             history = fit(
                 trainee,
                 items,
@@ -294,6 +311,7 @@ class _Phases:
                 callbacks=callbacks,
                 advance=advance,
                 checkpoints=self.checkpoints / name,
+                logs=self.checkpoints.parent / "logs" / name.partition("-")[0],
             )
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_disable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tempfile
@@ -111,9 +112,12 @@ class _Watch(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None:
-            self.advance(0, note=f"loss {float(loss):.3f}")
+        logs = logs or {}
+        notes = [f"loss {float(logs['loss']):.3f}"] if "loss" in logs else []
+        if "search/remains" in logs:
+            notes.append(f"keeps {logs['search/remains']:.0%}")
+        if notes:
+            self.advance(0, note=", ".join(notes))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -148,13 +152,15 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[..., None] = lambda done, note="": None,
     checkpoints: Path | None = None,
+    logs: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place as ``spec`` says; returns the Trainer's log.
 
     ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng``
     depends on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called
     as it goes. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there,
-    and training goes on from the last one that is complete.
+    and training goes on from the last one that is complete. TensorBoard's files, where
+    ``report_to`` asks for them, go to ``logs``.
     """
     if not spec.on:
         return []
@@ -191,14 +197,17 @@ def fit(
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
+        if logs is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
         watch = _Watch(advance, patience=10 if spec.fp16 else 0)
         trainer = _Trainer(
             model=model if isinstance(model, Trainee) else Trainee(model),
             args=arguments,
             train_dataset=_Items(items),
             data_collator=_seeded(collate, seed),
-            callbacks=[watch, *callbacks],
+            callbacks=[*callbacks, watch],
         )
+        first(trainer, callbacks)
         watch.trainer, trainer.rates = trainer, spec.rates
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
@@ -208,6 +217,12 @@ def fit(
             return _as_it_ended(trainer, last, callbacks)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         return list(trainer.state.log_history)
+
+
+def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
+    """Call these before the loggers, so that what they add to a log is logged."""
+    others = [one for one in trainer.callback_handler.callbacks if one not in callbacks]
+    trainer.callback_handler.callbacks = [*callbacks, *others]
 
 
 def _as_it_ended(

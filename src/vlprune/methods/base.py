@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +42,8 @@ class Problem:
     which a search never sees: ``squares()`` gives the sum of squared weights of every unit,
     {structure: (size,)}; ``shareable(target, source)`` says why units of one structure cannot take
     the weights of another, "" if they can; ``similarity(target, source)`` gives the cosines of
-    their weights, (target's units, source's units).
+    their weights, (target's units, source's units). Structures of one of the ``groups``
+    {structure: group} must keep equally many units.
     """
 
     structures: tuple[Structure, ...]
@@ -53,6 +54,7 @@ class Problem:
     similarity: Callable[[Structure, Structure], Tensor] = lambda target, source: torch.eye(
         target.size, source.size
     )
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 class Search(ABC):
@@ -198,7 +200,7 @@ class OneShot(Method):
             else standardised(problem.structures, scores)
         )
         plain = {name: values.tolist() for name, values in comparable.items()}
-        return select(plain, problem.prices, problem.budget, self.round_to)
+        return select(plain, problem.prices, problem.budget, self.round_to, groups=problem.groups)
 
 
 def family(structure: Structure) -> str:

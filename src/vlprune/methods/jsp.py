@@ -159,6 +159,8 @@ class _Rounded(torch.autograd.Function):
 class _JspSearch(Alternating):
     def __init__(self, method: JSP, problem: Problem) -> None:
         super().__init__(problem)
+        if problem.groups:
+            raise BudgetError("JSP decides layer by layer: it cannot keep one width a tower")
         if problem.prices.curve:
             raise BudgetError(
                 "JSP takes a budget in params or macs: a latency has no gradient by single units"

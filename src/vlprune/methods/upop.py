@@ -102,6 +102,7 @@ class _UPopSearch(Search):
         self.total = torch.zeros(sum(self.sizes))  # G, in the order of the structures
         self.values = torch.ones(sum(self.sizes))  # the gates
         self.steps = self.skipped = self.decided = 0
+        self.watched: list[dict[str, float]] = []
 
     def reprice(self, prices: Prices) -> None:
         super().reprice(prices)
@@ -166,6 +167,18 @@ class _UPopSearch(Search):
             values[start + torch.tensor(kept[structure.name])] = 1
             start += structure.size
         self.values = values.to(self.total.device)
+        facts = self.facts()
+        self.watched.append(
+            {
+                "progress": progress,
+                "remains": 1 - (1 - self.budget) * removed_share(progress),
+                "fading_units": facts["fading_units"],
+                "gate_of_fading_units": facts["gate_of_fading_units"],
+            }
+        )
+
+    def history(self) -> list[dict[str, float]]:
+        return self.watched
 
     def _scores(self) -> dict[str, list[float]]:
         _, sign = IMPORTANCE[self.method.importance]
@@ -177,8 +190,10 @@ class _UPopSearch(Search):
     ) -> dict[str, tuple[int, ...]]:
         share = 1 - (1 - self.budget) * removed_share(progress)
         if progress >= 1:
-            return select(scores, self.prices, share, self.method.round_to, self.floors)
-        return select(scores, self.prices, max(share, least(self.prices)))
+            round_to, floors = self.method.round_to, self.floors
+            return select(scores, self.prices, share, round_to, floors, self.problem.groups)
+        share = max(share, least(self.prices))
+        return select(scores, self.prices, share, groups=self.problem.groups)
 
     def gates(self, progress: float) -> Mapping[str, Tensor]:
         return self._split(self.values)
@@ -195,7 +210,9 @@ class _UPopSearch(Search):
     # -- state ---------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
+        rows = [list(entry.values()) for entry in self.watched]
         return {
+            "watched": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 4),
             "total": self.total.cpu(),
             "values": self.values.cpu(),
             "counts": torch.tensor([self.steps, self.skipped, self.decided]),
@@ -206,6 +223,8 @@ class _UPopSearch(Search):
             raise VlpruneError("the state of this search belongs to another model")
         self.total, self.values = state["total"].clone(), state["values"].clone()
         self.steps, self.skipped, self.decided = state["counts"].tolist()
+        names = ("progress", "remains", "fading_units", "gate_of_fading_units")
+        self.watched = [dict(zip(names, row, strict=True)) for row in state["watched"].tolist()]
 
     def facts(self) -> dict[str, float]:
         faded = self.values < 1

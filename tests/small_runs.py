@@ -1,0 +1,15 @@
+"""A run of the demo that takes seconds, for tests that need a real folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlprune import cli
+
+TINY = [
+    "data.train_items=12", "data.test_items=6", "train.steps=2", "search.steps=2",
+    "retrain.steps=2", "train.batch_size=4", "search.batch_size=4", "retrain.batch_size=4",
+    "budget.params=0.5", "model.width=32", "model.heads=2", "model.vision_layers=1",
+    "model.image_size=32",
+]  # fmt: skip
+DEMO = str(Path(cli.__file__).parent / "demo.yaml")

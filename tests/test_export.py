@@ -1,0 +1,143 @@
+"""Exports answer as the model does, on other sizes too; what cannot be exported says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import vlprune
+from vlprune import export as exporting
+from vlprune.cutting import tensors_of
+from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
+from vlprune.export import Exported, export
+from vlprune.probe import made_up_inputs
+from vlprune.testing import build
+from vlprune.testing.conformance import make_plan
+
+
+def uneven(family: str) -> Any:
+    """A small model whose layers differ."""
+    model = build(family).model
+    description = vlprune.discover(model)
+    plan = make_plan(description, lambda size: max(1, size // 2))
+    return vlprune.rewrite(model, description, plan).eval()
+
+
+def samples(model: Any) -> list[dict[str, torch.Tensor]]:
+    return [made_up_inputs(model, *sizes) for sizes in ((2, 8), (3, 6), (1, 7))]
+
+
+@pytest.mark.parametrize(
+    ("family", "to"), [("clip", "onnx"), ("blip_vqa", "openvino"), ("segmenter", "torch-export")]
+)
+def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Path) -> None:
+    model = uneven(family)
+    facts = export(model, samples(model), to, tmp_path / to)
+    assert [row["difference"] < 1e-5 for row in facts["checked"]] == [True] * 3
+    assert json.loads((tmp_path / to / "vlprune-export.json").read_text()) == facts
+    again = Exported(tmp_path / to)
+    inputs = made_up_inputs(model, 4, 5)  # neither traced nor checked
+    with torch.no_grad():
+        for a, b in zip(tensors_of(model(**inputs)), tensors_of(again(**inputs)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == [to]  # nothing else is left
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_shared_weights_are_stored_once(to: str, tmp_path: Path) -> None:
+    """Large enough that ONNX's optimizer does not fold them; ONNX Runtime does, at loading."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    config = transformers.ViTConfig(**sizes, num_hidden_layers=2, image_size=32, patch_size=16)
+    model = transformers.ViTForImageClassification(config)
+    description = vlprune.discover(model)
+    first, second = (s for s in description if s.kind == "ffn")
+    plan = vlprune.Plan(share={second.name: (first.name, range(900))})
+    tied = vlprune.rewrite(model, description, plan).eval()
+    bytes_of = {}
+    for name in ("tied", "materialised"):
+        if name == "materialised":
+            vlprune.materialize(tied)
+        facts = export(tied, samples(tied), to, tmp_path / name)
+        bytes_of[name] = sum(facts["files"].values())
+    shared = 4 * 2 * 512 * 900
+    assert bytes_of["materialised"] - bytes_of["tied"] == pytest.approx(shared, rel=0.1)
+
+
+def test_int8_is_the_runtimes_own_and_its_difference_is_told(tmp_path: Path) -> None:
+    model = uneven("deit")
+    plain = export(model, samples(model), "onnx", tmp_path / "plain")
+    small = export(model, samples(model), "onnx", tmp_path / "int8", int8=True)
+    worst = max(row["difference"] for row in small["checked"])
+    assert max(row["difference"] for row in plain["checked"]) < 1e-5 < worst < 0.5
+    weights = "model.onnx.data"
+    assert small["files"][weights] < 0.6 * plain["files"][weights]
+    with pytest.raises(UnsupportedError, match="--to onnx or --to openvino"):
+        export(model, samples(model), "torch-export", tmp_path / "no", int8=True)
+
+
+def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = uneven("deit")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export.json").write_text("the old one")
+    real = Exported.__call__
+
+    def off(self: Exported, **inputs: Any) -> Any:
+        output = real(self, **inputs)
+        output["logits"] = output["logits"] * 1.01
+        return output
+
+    monkeypatch.setattr(Exported, "__call__", off)
+    with pytest.raises(VlpruneError, match="answers otherwise than the model"):
+        export(model, samples(model), "torch-export", tmp_path / "out")
+    assert (tmp_path / "out" / "export.json").read_text() == "the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_mistakes_get_one_sentence(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = uneven("vilt")
+    with pytest.raises(UnsupportedError, match="ViltForQuestionAnswering cannot be exported"):
+        export(model, samples(model), "torch-export", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    deit = uneven("deit")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("no copy")
+    with pytest.raises(CheckpointError, match="is no export: choose another folder"):
+        export(deit, samples(deit), "torch-export", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "no copy"
+    vlprune.save(deit, tmp_path / "deit")
+    code, stdout, stderr = run("export", str(tmp_path / "deit"), "--to", "tflite")
+    assert (code, stdout) == (2, "")
+    assert "onnx, torch-export, openvino, not to 'tflite'" in stderr
+    monkeypatch.setattr(exporting, "version", lambda name: (_ for _ in ()).throw(ImportError))
+    with pytest.raises(UnsupportedError, match=r"pip install 'vlprune\[export\]'"):
+        export(deit, samples(deit), "onnx", tmp_path / "out")
+
+
+def test_an_export_is_evaluated_where_the_task_only_calls_forward(
+    run: Any, tmp_path: Path, tiny_folder: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "task: reasoning\nmodel: {width: 32, heads: 2, vision_layers: 1, text_layers: 1, "
+        "image_size: 32}\ndata: {train_items: 8, test_items: 8}\nbudget: {params: 0.8}\n"
+    )
+    out = tmp_path / "small"
+    assert run("compress", str(recipe), "-o", str(out))[0] == 0
+    code, stdout, stderr = run("export", str(out), "--to", "torch-export", "--json")
+    assert code == 0, stderr
+    assert len(json.loads(stdout)["checked"]) == 3
+    figures = [run("evaluate", str(p), "--json")[1] for p in (out, out / "torch-export")]
+    assert json.loads(figures[0]) == json.loads(figures[1])
+
+    model = vlprune.load(tiny_folder)
+    export(model, samples(model), "torch-export", tiny_folder / "torch-export")
+    code, stdout, stderr = run("evaluate", str(tiny_folder / "torch-export"))
+    assert (code, stdout) == (2, "")
+    assert "an export is its forward pass alone" in stderr

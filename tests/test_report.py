@@ -1,0 +1,160 @@
+"""Reports: every form says the same, and the page draws itself in a real browser."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlprune
+from vlprune.errors import CheckpointError
+from vlprune.page import page
+from vlprune.report import common_units, markdown, read_report, story
+from vlprune.testing import build
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose model shares weights between its towers."""
+    folder = tmp_path_factory.mktemp("sharing") / "shared"
+    model = build("clip").model
+    description = vlprune.discover(model)
+    compressor = vlprune.Compressor(model, vlprune.Magnitude(), {"params": 0.9})
+    text = [s for s in description if s.tower == "text" and s.kind == "ffn"]
+    plan = vlprune.Plan(
+        keep=compressor.plan().keep, share={text[1].name: (text[0].name, range(0, 30, 2))}
+    )
+    compressor._plan = plan
+    small = compressor.finish()
+    vlprune.save(small, folder, extras={"report.json": json.dumps(compressor.report())})
+    return folder
+
+
+def test_layers_add_up_to_groups_and_groups_to_the_model(tiny_folder: Path, sharing: Path) -> None:
+    for folder in (tiny_folder, sharing):
+        report = read_report(folder)
+        for group in report["groups"]:
+            layers = [
+                one
+                for one in report["layers"]
+                if (one["tower"], one["kind"]) == (group["tower"], group["kind"])
+            ]
+            assert len(layers) == group["structures"]
+            for name in ("units", "kept", "shared"):
+                assert sum(one[name] for one in layers) == group[name]
+        saved = sum(g["params"]["before"] - g["params"]["after"] for g in report["groups"])
+        assert saved == report["params"]["before"] - report["params"]["after"]
+    assert any(one["source"] for one in read_report(sharing)["layers"])
+
+
+def test_every_form_says_the_same(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    report = read_report(tiny_folder)
+    reached = f"{100 * report['budget']['reached']:.1f} %"
+    code, text, _ = run("report", str(tiny_folder))
+    assert code == 0
+    assert reached in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    code, body, _ = run("report", str(tiny_folder), "--json")
+    assert json.loads(body)["budget"] == report["budget"]
+    code, text, _ = run("report", str(tiny_folder), "--format", "markdown")
+    assert reached in text
+    assert "| tower | kind |" in text
+    target = tmp_path / "report.html"
+    code, stdout, stderr = run("report", str(tiny_folder), "-o", str(target))
+    assert (code, stdout) == (0, ""), stderr
+    assert reached in target.read_text()
+
+
+def test_two_plans_are_compared_unit_by_unit(tiny_folder: Path) -> None:
+    one = read_report(tiny_folder)
+    other = copy.deepcopy(one)
+    other["folder"] = "other"
+    layer = max(one["layers"], key=lambda layer: layer["kept"])
+    kept = other["keep"].get(layer["name"], list(range(layer["units"])))
+    other["keep"][layer["name"]] = kept[1:]
+    rows = common_units(one, other)
+    assert sum(r["one"] - r["both"] for r in rows) == 1
+    assert sum(r["other"] - r["both"] for r in rows) == 0
+    text = markdown(story([one, other]))
+    assert "The two plans" in text
+    assert "Overview" in text
+    other["fingerprint"] = "another"
+    with pytest.raises(CheckpointError, match="not cut from models of one shape"):
+        common_units(one, other)
+    assert "The two plans" not in markdown(story([one, other]))
+
+
+def test_mistakes_get_one_sentence(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    def refused(says: str, *args: str) -> None:
+        code, stdout, stderr = run("report", *args)
+        assert (code, stdout) == (2, ""), stderr
+        assert says in " ".join(stderr.split())
+
+    refused("holds no report.json", str(tmp_path))
+    refused("there is no folder", str(tmp_path / "none"))
+    refused("not 'htlm'. Did you mean 'html'?", str(tiny_folder), "--format", "htlm")
+    refused("add -o report.html", str(tiny_folder), "--format", "html")
+    refused("cannot write", str(tiny_folder), "-o", str(tmp_path / "none" / "a.html"))
+    (tmp_path / "report.json").write_text("{")
+    refused("cannot read", str(tmp_path))
+
+
+def test_the_page_needs_no_network(tiny_folder: Path) -> None:
+    text = page([read_report(tiny_folder)])
+    outside = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.findall(r"(?:src|href)=", outside)
+    assert "@import" not in outside
+
+
+def test_names_cannot_break_the_page(tiny_folder: Path) -> None:
+    report = read_report(tiny_folder)
+    report["folder"] = "<img src=x onerror=alert(1)>"
+    text = re.sub(r"<script>.*?</script>", "", page([report, report]), flags=re.DOTALL)
+    assert "<img" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+@pytest.mark.parametrize(("width", "pages"), [(1280, 1), (500, 1), (500, 2)])
+def test_a_browser_draws_the_page(
+    width: int, pages: int, tiny_folder: Path, sharing: Path, tmp_path: Path
+) -> None:
+    """Every plot is drawn, nothing is wider than the window, no script fails."""
+    folders = [sharing] if pages == 1 else [tiny_folder, sharing]
+    text = page([read_report(folder) for folder in folders])
+    probe = (
+        "<script>window.errors = []; addEventListener('error', e => errors.push(e.message));"
+        "addEventListener('load', () => setTimeout(() => { document.title = JSON.stringify({"
+        "errors, plots: document.querySelectorAll('.js-plotly-plot').length,"
+        "drawn: document.querySelectorAll('.js-plotly-plot .main-svg').length,"
+        "traces: document.querySelectorAll('.trace').length,"
+        "wide: document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        "}); }, 1500));</script>"
+    )
+    place = tmp_path / "page.html"
+    place.write_text(text.replace("<head>", "<head>" + probe, 1), encoding="utf-8")
+    done = subprocess.run(
+        [
+            str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu",
+            f"--window-size={width},900", "--virtual-time-budget=8000", "--dump-dom",
+            place.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )  # fmt: skip
+    (title,) = re.findall(r"<title>(\{.*?\})</title>", done.stdout)
+    facts = json.loads(title)
+    assert facts["errors"] == []
+    assert facts["plots"] >= 5
+    assert facts["drawn"] >= facts["plots"]
+    assert facts["traces"] >= facts["plots"]
+    assert facts["wide"] <= 0
