@@ -135,6 +135,8 @@ def test_a_browser_draws_the_page(
         "errors, plots: document.querySelectorAll('.js-plotly-plot').length,"
         "drawn: document.querySelectorAll('.js-plotly-plot .main-svg').length,"
         "traces: document.querySelectorAll('.trace').length,"
+        "over: [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.querySelector("
+        "'.main-svg').getBoundingClientRect().width > plot.parentElement.clientWidth + 1).length,"
         "wide: document.documentElement.scrollWidth - document.documentElement.clientWidth"
         "}); }, 1500));</script>"
     )
@@ -157,4 +159,5 @@ def test_a_browser_draws_the_page(
     assert facts["plots"] >= 5
     assert facts["drawn"] >= facts["plots"]
     assert facts["traces"] >= facts["plots"]
+    assert facts["over"] == 0
     assert facts["wide"] <= 0

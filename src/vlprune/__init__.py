@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cutting import rewrite
     from .errors import VlpruneError
     from .gate import gated
-    from .latency import latency_prices as latency_prices
+    from .latency import best_round_to, latency_prices
     from .methods import JSP, Magnitude, Random, Taylor, UPop
     from .plan import Plan
     from .share import materialize
@@ -43,6 +43,7 @@ __all__ = [
     "Taylor",
     "UPop",
     "VlpruneError",
+    "best_round_to",
     "cost",
     "discover",
     "errors",
@@ -64,7 +65,7 @@ _HOME = {
     "compressor": ("Compressor",),
     "errors": ("VlpruneError",),
     "gate": ("gated",),
-    "latency": ("latency_prices",),
+    "latency": ("best_round_to", "latency_prices"),
     "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
     "ordinary": ("ordinary",),
     "plan": ("Plan",),

@@ -24,6 +24,7 @@ from .structure import Structure
 __all__ = ["check_weights", "load", "model_class", "open_model", "rebuild_shapes", "save"]
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
+BENCH_FILE, EXPORT_FILE = "bench.json", "vlprune-export.json"
 
 
 def rebuild_shapes(model: Any, section: Mapping[str, Any]) -> Any:
@@ -149,14 +150,15 @@ def _recover(folder: Path) -> None:
 def _keep_foreign_files(folder: Path, partial: Path) -> None:
     """Carry over what the old folder holds and the new one does not.
 
-    Except old weights, and the plan and report of another model.
+    Except old weights, and the plan, report, timings and exports of another model.
     """
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
         target = partial / entry.name
         stale = entry.name.startswith("model") and ".safetensors" in entry.name
-        if target.exists() or stale or entry.name in (PLAN_FILE, REPORT_FILE):
+        stale = stale or entry.name in (PLAN_FILE, REPORT_FILE, BENCH_FILE)
+        if target.exists() or stale or (entry / EXPORT_FILE).is_file():
             continue
         if entry.is_dir():
             shutil.copytree(entry, target, symlinks=True, copy_function=_link)

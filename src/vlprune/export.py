@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import EXPORT_FILE
 from .cutting import tensors_of
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .gate import evaluating
@@ -43,7 +44,6 @@ _QUANTIZERS = {
     "openvino": ("NNCFOpenVINOQuantizer", ("nncf",)),
 }
 MANIFEST = "export.json"
-CHECK = "vlprune-export.json"
 TOLERANCE = 1e-3
 """The largest difference to PyTorch, relative to the largest output, that is no error."""
 
@@ -166,7 +166,7 @@ def export(
             "seconds": round(time.monotonic() - started, 1),
             "versions": {p: version(p) for p in ("torch", "transformers", *packages)},
         }
-        (staged / CHECK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (staged / EXPORT_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if out.exists() and not is_export(out):
             raise CheckpointError(f"{out} exists and is no export: choose another folder with -o")
         shutil.rmtree(out, ignore_errors=True)

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,25 @@ from .plan import Plan
 from .structure import Structure
 from .units import owner_of
 
-__all__ = ["STEP", "WIDTHS", "conditions", "latency_prices", "moved_to", "seconds_of", "take_turns"]
+__all__ = [
+    "STEP",
+    "WIDTHS",
+    "best_round_to",
+    "conditions",
+    "latency_prices",
+    "moved_to",
+    "seconds_of",
+    "take_turns",
+]
 
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """The shares of its units that each structure is measured at."""
 STEP = 8
 """Widths are measured at multiples of this; kernels round up to it or to a multiple of it."""
+MULTIPLES = (1, 2, 4, 8, 16, 32)
+"""Multiples of units that :func:`best_round_to` tries."""
+NEAR = 1.03
+"""How much more time than its size says is no difference."""
 PATIENCE = 4.0
 """Seconds that the measurements of one width should take, as far as two rounds allow."""
 
@@ -279,6 +293,51 @@ def _measured(
     sizes = {s.name: s.size for s in structures}
     unit = {name: curve[-1] / sizes[name] for name, curve in curves.items()}
     return Prices("latency", unit, sizes, fixed, curve=curves)
+
+
+def best_round_to(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    inputs: Mapping[str, Any],
+    attention: str = "head_dim",
+) -> int:
+    """The multiple of units that this device likes: the smallest that costs nothing beside 32.
+
+    Two copies of the model take turns: one keeps about half of every structure, a multiple of 64
+    where it has so many, the other 1, 2, 4, ... units fewer, which should take a little less time.
+    """
+    with evaluating(model), _quiet(model):
+        inputs = moved_to(model, inputs)
+
+        def cut(fewer: int) -> nn.Module:
+            halves = {s.name: _aligned(s.size) for s in structures}
+            keep = {
+                name: tuple(range(half - fewer if half > 2 * fewer else half))
+                for name, half in halves.items()
+            }
+            return rewrite(copy.deepcopy(model), structures, Plan(keep=keep, attention=attention))
+
+        halved = cut(0)
+        seconds_of(halved, inputs)
+        rounds = max(5, min(15, round(PATIENCE / (2 * seconds_of(halved, inputs)))))
+        for step in MULTIPLES:
+            pair = {"halved": halved, "fewer": cut(step)}
+            timed = take_turns({n: partial(seconds_of, m, inputs) for n, m in pair.items()}, rounds)
+            ratios = [a / b for a, b in zip(timed["fewer"], timed["halved"], strict=True)]
+            kept, whole = (
+                sum(p.numel() for p in pair[name].parameters()) for name in ("fewer", "halved")
+            )
+            if statistics.median(ratios) <= NEAR * kept / whole:
+                return step
+    return MULTIPLES[-1]
+
+
+def _aligned(size: int) -> int:
+    """About half of so many units: a multiple of 64, or of the largest power of two below."""
+    block = 64
+    while block > 1 and block > size // 2:
+        block //= 2
+    return max(1, round(size / 2 / block) * block)
 
 
 def _width(size: int, share: float) -> int:

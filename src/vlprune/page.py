@@ -64,6 +64,7 @@ function paint() {
       change[axis + ".linecolor"] = line;
     }
     Plotly.relayout(plot, change);
+    Plotly.Plots.resize(plot); // drawn before the page had its columns
   }
 }
 dark.addEventListener("change", paint);
@@ -165,24 +166,70 @@ class _Draw:
             bargap=0.25,
             showlegend=False,
             yaxis={
-                "autorange": "reversed",
-                "dtick": 1 if len(layers) <= 14 else 5,
+                "range": [max(3, len(layers)) + 0.6, 0.4],
+                "tickvals": rows if len(rows) <= 14 else rows[::5],
                 "title": "layer",
+                "showgrid": False,
+                "zeroline": False,
             },
             xaxis={"range": [0, 100], "ticksuffix": " %", "nticks": 5},
             margin={"l": 48, "r": 16, "t": 34, "b": 30},
         )
 
+    def groups(self, report: Mapping[str, Any]) -> str:
+        """Parameters of every tower and kind that stay and that are gone, one bar each."""
+        go = self.graphs
+        groups = [g for g in report["groups"] if g.get("params")]
+        names = [f"{g['tower'] or 'model'}, {g['kind']}" for g in groups]
+        after = [g["params"]["after"] for g in groups]
+        gone = [g["params"]["before"] - g["params"]["after"] for g in groups]
+        shares = [a / max(1, a + b) for a, b in zip(after, gone, strict=True)]
+        looks = (
+            ("stay", after, {"color": KEPT}),
+            ("gone", gone, {"color": PRUNED, "opacity": 0.35, "pattern": {"shape": "/"}}),
+        )
+        traces = [
+            go.Bar(
+                y=names,
+                x=values,
+                name=name,
+                orientation="h",
+                marker={**look, "line": {"width": 0}},
+                text=[f"{share:.0%} stays" for share in shares] if name == "gone" else None,
+                textposition="outside",
+                cliponaxis=False,
+                hovertemplate="%{y}<br>%{x:.4s} parameters " + name + "<extra></extra>",
+            )
+            for name, values, look in looks
+        ]
+        return self.figure(
+            traces,
+            70 + 30 * len(groups),
+            "parameters that stay, by tower and kind",
+            barmode="stack",
+            bargap=0.3,
+            showlegend=False,
+            yaxis={"autorange": "reversed", "automargin": True, "showgrid": False},
+            xaxis={"title": "parameters", "tickformat": "~s", "nticks": 6},
+            margin={"l": 10, "r": 72, "t": 8, "b": 44},
+        )
+
     def lines(
-        self, title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], across: str
+        self,
+        title: str,
+        series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        across: str,
+        **yaxis: Any,
     ) -> str:
         """One line a series of (x, y)."""
+        few = all(len(x) <= 14 for x, _ in series.values())
         traces = [
             self.graphs.Scatter(
                 x=list(x),
                 y=list(y),
                 name=name,
-                mode="lines" if len(x) > 1 else "markers",
+                mode="lines+markers" if len(x) <= 14 else "lines",
+                marker={"size": 8, "symbol": MARKERS[i % 6]},
                 line={"color": LINES[i % 6], "dash": DASHES[i % 6], "width": 2.5},
             )
             for i, (name, (x, y)) in enumerate(series.items())
@@ -195,8 +242,8 @@ class _Draw:
             margin={"l": 52, "r": 12, "t": 64, "b": 44},
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
             showlegend=len(series) > 1,
-            xaxis={"title": across},
-            yaxis={"rangemode": "tozero"},
+            xaxis={"title": across, **({"dtick": 1} if across == "layer" and few else {})},
+            yaxis={"rangemode": "tozero", **yaxis},
         )
 
     def trade(self, title: str, points: Sequence[tuple[str, float, float]], unit: str) -> str:
@@ -220,7 +267,7 @@ class _Draw:
             margin={"l": 52, "r": 16, "t": 84, "b": 44},
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
             xaxis={"title": unit, "rangemode": "tozero"},
-            yaxis={"ticksuffix": " %"},
+            yaxis={"ticksuffix": " %", "nticks": 5, "tickformat": ".1f"},
         )
 
     def pairs(self, layers: Sequence[Mapping[str, Any]]) -> str:
@@ -300,8 +347,12 @@ def _one(report: Mapping[str, Any], draw: _Draw, alone: bool) -> list[str]:
     layers = layers_of(report)
     if layers:
         shares = any(one.get("shared") for group in layers.values() for one in group)
+        if any(group.get("params") for group in report["groups"]):
+            parts.append("<h2>Where the parameters went</h2>" + _key(False) + draw.groups(report))
         parts.append("<h2>What stays, layer by layer</h2>" + _key(shares))
-        drawn = (draw.bars(f"{tower}, {kind}", group) for (tower, kind), group in layers.items())
+        towers = list(dict.fromkeys(tower for tower, _ in layers))
+        ordered = sorted(layers.items(), key=lambda entry: towers.index(entry[0][0]))
+        drawn = (draw.bars(f"{tower}, {kind}", group) for (tower, kind), group in ordered)
         parts.append('<div class="plots">' + "".join(drawn) + "</div>")
         if shares:
             parts.append(
@@ -433,7 +484,8 @@ def _two(one: Mapping[str, Any], other: Mapping[str, Any], draw: _Draw) -> list[
             )
             for report, group in ((one, layers), (other, theirs.get(key, [])))
         }
-        plots.append(draw.lines(f"{', '.join(key)}: % kept", series, "layer"))
+        title = f"{', '.join(key)}: kept"
+        plots.append(draw.lines(title, series, "layer", range=[0, 103], ticksuffix=" %"))
     return [
         *parts,
         '<div class="plots">' + "".join(plots) + "</div>",

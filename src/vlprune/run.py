@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 
@@ -32,6 +33,7 @@ from .compressor import Compressor
 from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from .export import Exported, export, is_export
 from .gate import evaluating
+from .latency import best_round_to
 from .methods import METHODS, Method, Random
 from .ordinary import ordinary
 from .plan import Plan
@@ -110,7 +112,8 @@ def _disk_is_full(error: Exception, out: Path) -> bool:
 
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
     prepare(recipe.seed, recipe.threads)
-    method = make_method(recipe.method)
+    measures = recipe.method.get("round_to") == "auto"
+    method = make_method({**recipe.method, "round_to": 1} if measures else recipe.method)
     for spec in (recipe.train, recipe.search, recipe.retrain):
         if spec.fp16 and not torch.cuda.is_available():
             raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
@@ -118,6 +121,9 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     progress.phase("reading data")
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
+    if measures:
+        progress.phase("measuring which widths this device likes")
+        method = make_method({**recipe.method, "round_to": _round_to(recipe, task, out)})
     timed = "latency" in recipe.budget
     batch_size = recipe.latency_batch_size if timed else 1
     example = task.example_inputs(batch_size)
@@ -252,6 +258,21 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     processes.wait_for_everyone()
     return report
+
+
+def _round_to(recipe: Recipe, task: Task, out: Path) -> int:
+    """The multiple of units that is fast here; measured once a run, by the first process."""
+    processes = PartialState()
+    note = out / "checkpoints" / "round-to.json"
+    found: list[Any] = [_read_note(note).get("round_to")]
+    if found[0] is None and processes.is_main_process:
+        model = task.dense_model()
+        structures = discover(model, recipe.attention).structures  # type: ignore[arg-type]
+        size = recipe.latency_batch_size if "latency" in recipe.budget else 8
+        found = [best_round_to(model, structures, task.example_inputs(size), recipe.attention)]
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"round_to": found[0]}), encoding="utf-8")
+    return int(broadcast_object_list(found)[0])
 
 
 def _ordinary(small: Any) -> tuple[str, Any]:
