@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -61,3 +64,94 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def _commands() -> dict[str, set[str]]:
+    """{command: its options}, as the command line knows them."""
+    import typer
+
+    from vlprune.cli import app
+
+    group: Any = typer.main.get_command(app)
+    return {
+        name: {opt for p in command.params for opt in (*p.opts, *p.secondary_opts) if "-" in opt}
+        | {p.name for p in command.params if p.param_type_name == "argument"}
+        for name, command in group.commands.items()
+    }
+
+
+def test_the_page_of_commands_is_what_the_command_line_says() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    sections = dict(re.findall(r"## `vlprune (\w+)`\n(.*?)(?=\n## |\Z)", text, flags=re.DOTALL))
+    commands = _commands()
+    assert list(sections) == list(commands)
+    for name, options in commands.items():
+        told = set(re.findall(r"^\* `([^`]+)`", sections[name], flags=re.MULTILINE))
+        words = {word.strip(",[].") for line in told for word in line.split()}
+        for option in options:
+            assert option in words, f"{name}: {option} is not in docs/commands.md"
+        for word in words:
+            if word.startswith("-") and word != "--help":
+                assert word in options, f"{name}: docs/commands.md tells of {word}"
+
+
+def test_commands_in_the_documents_exist() -> None:
+    """Every line that begins with vlprune, in any code block of any page."""
+    commands, seen = _commands(), 0
+    for page in PAGES:
+        for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            for line in re.findall(
+                r"^(?:\$ )?vlprune (.*?)(?:\s+#.*)?$", block, flags=re.MULTILINE
+            ):
+                name, *words = line.split()
+                assert name in commands, f"{page.name}: vlprune {name}"
+                for word in words:
+                    if word.startswith("-"):
+                        assert word in commands[name], f"{page.name}: vlprune {line}"
+                seen += 1
+    assert seen >= 20
+
+
+def test_the_tutorial_runs(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its commands, in order, with fewer steps; then its Python."""
+    from small_runs import TINY
+    from vlprune import bench
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "NOISE", 1e9)  # other tests run beside this one
+    monkeypatch.setattr(bench, "LEAST_ROUNDS", 2)
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    lines = re.findall(r"^vlprune (.*)$", text, flags=re.MULTILINE)
+    assert len(lines) >= 9
+    less = [option for option in TINY if not option.startswith("budget")]
+    for line in lines:
+        words = line.split()
+        if words[0] == "demo":
+            given = any(word.startswith("budget") for word in words)
+            words += [*less, *([] if given else ["budget.params=0.5"])]
+        if words[0] == "bench":
+            words += ["--seconds", "0.1"]
+        code, stdout, stderr = run(*words)
+        assert code == 0, f"{line}: {stderr}"
+        assert stdout or "-o" in words, line
+    (code_block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(code_block, {})
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert {"index.html", "tutorial.html", "api.html", "commands.html"} <= pages
+    api = (tmp_path / "site" / "api.html").read_text()
+    assert "The same model object, really smaller" in api
+    home = (tmp_path / "site" / "index.html").read_text()
+    outside = re.findall(r'<(?:link|script|img)[^>]+(?:href|src)="(https?://[^"]+)"', home)
+    assert outside == []  # it opens without a network

@@ -108,13 +108,15 @@ def export(
     *,
     int8: bool = False,
     generation: bool = False,
+    calibration: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write ``model`` to the folder ``out`` in the format ``to``; returns what was checked.
 
     The first of ``inputs`` (keywords of one forward pass; of ``generate`` with ``generation``) is
     traced with all its dimensions dynamic; on every one of them what was written, read again,
-    must answer as the model does. They should differ in batch size and length, and calibrate
-    the quantizer with ``int8``, whose difference is reported rather than judged.
+    must answer as the model does. They should differ in batch size and length. With ``int8`` the
+    quantizer is calibrated on ``calibration`` (more such inputs; default: the same ones), and
+    the difference is reported rather than judged.
 
     The result has ``format``, ``files`` {name: bytes}, ``checked`` (a list of the inputs' shapes
     and the largest difference, relative to the largest output), ``seconds``, ``int8``.
@@ -132,7 +134,7 @@ def export(
     samples = [{n: v for n, v in one.items() if n != "labels"} for one in inputs]
     options: dict[str, Any] = {"dynamic": True}
     if int8:
-        options["quantizer"] = _quantizer(exporters, to, samples)
+        options["quantizer"] = _quantizer(exporters, to, calibration or samples)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

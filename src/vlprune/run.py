@@ -479,16 +479,21 @@ def export_folder(
 ) -> dict[str, Any]:
     """Export the model in ``folder``; see :func:`vlprune.export.export`.
 
-    With a ``recipe`` it is traced, checked and calibrated on batches of its test data, else on
-    made-up inputs.
+    With a ``recipe`` it is traced and checked on batches of its test data and calibrated on
+    training data, else all on made-up inputs.
     """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     out = out or folder / f"{to}{'-int8' if int8 else ''}"
     progress.phase("loading")
+    calibration: list[dict[str, Any]] = []
     if recipe is not None:
         task, model = _open_folder(folder, recipe)
         samples = [_forward_inputs(model, task.example_inputs(size)) for size in EXPORT_SIZES]
+        if int8:
+            items = [task.train[i] for i in range(min(CALIBRATION, len(task.train)))]
+            batches = [task.collate(items[i : i + 8]) for i in range(0, len(items), 8)]
+            calibration = [_forward_inputs(model, batch) for batch in batches]
     else:
         model = open_model(str(folder))
         shapes = zip(EXPORT_SIZES, EXPORT_TOKENS, strict=True)
@@ -496,10 +501,15 @@ def export_folder(
     if generation:
         samples = [{n: v for n, v in one.items() if not n.startswith("dec")} for one in samples]
     progress.phase(f"exporting to {to} and checking it")
-    return export(model, samples, to, out, int8=int8, generation=generation) | {"out": str(out)}
+    facts = export(
+        model, samples, to, out, int8=int8, generation=generation, calibration=calibration
+    )
+    return facts | {"out": str(out)}
 
 
 EXPORT_SIZES, EXPORT_TOKENS = (2, 3, 1), (16, 12, 8)
+CALIBRATION = 256
+"""Training items that int8 is calibrated on."""
 
 
 def _forward_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""Pruning and int8 together: accuracy and speed of one trained model, four ways.
+
+    python benchmarks/int8.py [-o FOLDER]
+
+A ViT (DeiT's architecture) learns to classify generated scenes, is cut by UPop to a third of its
+parameters and retrained; then dense and small are exported to ONNX, and to ONNX with int8 by ONNX
+Runtime's dynamic quantizer (and to OpenVINO with NNCF's where it is installed), and all are
+evaluated on the same test data and timed in turns, batch 16, two threads.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlprune.bench import _seconds_exported
+from vlprune.export import Exported
+from vlprune.latency import seconds_of, take_turns
+from vlprune.recipe import load_recipe
+from vlprune.run import compress, evaluate_folder, export_folder, make_task
+
+RECIPE = """
+task: classification
+data: {train_items: 4000, test_items: 2000}
+model: {width: 192, heads: 3, vision_layers: 6, image_size: 64, patch_size: 8}
+train: {steps: 1200, batch_size: 32, learning_rate: 5e-4}
+budget: {params: 0.33}
+method: {name: upop, round_to: 8}
+search: {steps: 150, batch_size: 32, learning_rate: 5e-4, decay: constant}
+retrain: {steps: 100, batch_size: 32, learning_rate: 3e-4}
+"""
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(2)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "int8.yaml").write_text(RECIPE)
+    recipe = load_recipe(out / "int8.yaml", [])
+    small = out / "small"
+    compress(recipe, small)
+    task = make_task(recipe, small / "data")
+    batch = task.example_inputs(16)
+    batch.pop("labels", None)
+    rows: dict[str, tuple[float, float]] = {}
+    timers: dict[str, Any] = {}
+    for label, folder in (("dense", small / "dense"), ("cut", small)):
+        model = task.load(folder).eval()
+        accuracy = evaluate_folder(folder, recipe)[task.metric]
+        rows[f"{label}, PyTorch"] = (accuracy, (folder / "model.safetensors").stat().st_size)
+        timers[f"{label}, PyTorch"] = partial(seconds_of, model, batch)
+        for to in ("onnx", "openvino"):
+            for int8 in (False, True):
+                if to == "openvino" and int8 and not find_spec("nncf"):
+                    continue
+                place = out / f"{label}-{to}-{int8}"
+                facts = export_folder(folder, to, place, int8=int8, recipe=recipe)
+                key = f"{label}, {to}{' int8' if int8 else ''}"
+                model_of = Exported(place)
+                accuracy = task.evaluate(model_of, lambda done: None)[task.metric]
+                rows[key] = (accuracy, sum(facts["files"].values()))
+                timers[key] = partial(_seconds_exported, model_of, batch)
+    timed = take_turns(timers, 15)
+    print("| model | accuracy | MB | ms | times as fast as dense, PyTorch |")
+    print("|---|---|---|---|---|")
+    for key, (accuracy, size) in rows.items():
+        pairs = zip(timed["dense, PyTorch"], timed[key], strict=True)
+        times = statistics.median(a / b for a, b in pairs)
+        seconds = statistics.median(timed[key])
+        print(
+            f"| {key} | {100 * accuracy:.1f} % | {size / 1e6:.2f} | {1000 * seconds:.1f} | "
+            f"{times:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[sys.argv.index("-o") + 1] if "-o" in sys.argv else "int8-run"))
