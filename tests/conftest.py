@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "small"
     compress(load_recipe(DEMO, TINY), out)
     return out
+
+
+@pytest.fixture
+def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
+    """A clock that stands still but for linear layers: a second a million numbers they read."""
+    from torch import nn
+
+    from vlprune import latency
+
+    work = {"done": 0.0}
+
+    def count(module: Any, args: Any, _output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            work["done"] += args[0].numel() // args[0].shape[-1] * module.weight.numel() / 1e6
+
+    handle = nn.modules.module.register_module_forward_hook(count)
+    monkeypatch.setattr(latency._Clock, "now", lambda self: work["done"])
+    yield work
+    handle.remove()

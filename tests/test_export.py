@@ -80,6 +80,22 @@ def test_int8_is_the_runtimes_own_and_its_difference_is_told(tmp_path: Path) -> 
         export(model, samples(model), "torch-export", tmp_path / "no", int8=True)
 
 
+def test_generation_is_exported_stage_by_stage(tmp_path: Path) -> None:
+    """Each stage, with its cache, answers as the model's own does."""
+    sample = build("florence2")
+    description = vlprune.discover(sample.model, "head")
+    plan = make_plan(description, lambda size: max(1, size // 2))
+    model = vlprune.rewrite(sample.model, description, plan).eval()
+    facts = export(model, [sample.generate or {}], "torch-export", tmp_path / "g", generation=True)
+    stages = {row["stage"]: row["difference"] for row in facts["checked"]}
+    assert "decode" in stages
+    assert max(stages.values()) < 1e-5
+    assert set(Exported(tmp_path / "g").stages) == set(stages)
+    blip = uneven("blip_captioning")
+    with pytest.raises(UnsupportedError, match="BlipForConditionalGeneration cannot be exported"):
+        export(blip, samples(blip), "torch-export", tmp_path / "b", generation=True)
+
+
 def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = uneven("deit")
     (tmp_path / "out").mkdir()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import vlprune
 from vlprune import latency
@@ -18,21 +16,6 @@ from vlprune.errors import BudgetError, VlpruneError
 from vlprune.testing import build
 
 FAMILIES = ["clip", "blip_vqa", "bert", "detr", "llava"]
-
-
-@pytest.fixture
-def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
-    """A clock that stands still but for linear layers: a second a million numbers they read."""
-    work = {"done": 0.0}
-
-    def count(module: nn.Module, args: Any, _output: Any) -> None:
-        if isinstance(module, nn.Linear):
-            work["done"] += args[0].numel() // args[0].shape[-1] * module.weight.numel() / 1e6
-
-    handle = nn.modules.module.register_module_forward_hook(count)
-    monkeypatch.setattr(latency._Clock, "now", lambda self: work["done"])
-    yield work
-    handle.remove()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

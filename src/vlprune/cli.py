@@ -251,11 +251,14 @@ def export(
         f"{facts['model']} as {facts['format']} in {facts['out']}: {kind}{human(size)}B, "
         f"{facts['seconds']:.0f} s."
     )
-    shapes = "; ".join(
-        ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["shapes"].items())
-        for row in facts["checked"]
-    )
-    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {shapes}.")
+    if generation:
+        told = "the stages " + ", ".join(row["stage"] for row in facts["checked"])
+    else:
+        told = "; ".join(
+            ", ".join(f"{n} {'x'.join(map(str, shape))}" for n, shape in row["shapes"].items())
+            for row in facts["checked"]
+        )
+    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {told}.")
 
 
 @app.command()
