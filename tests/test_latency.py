@@ -106,7 +106,7 @@ def test_a_curve_is_walked_down_by_what_each_unit_saves() -> None:
 
 
 def test_odd_widths_cost_their_measured_penalty() -> None:
-    curve = np.array(latency._curve({-1: 1.5, 8: 1.0, 16: 2.0, 24: 3.0}, 24))
+    curve = np.array(latency._curve({8: 1.0, 16: 2.0, 24: 3.0}, 24, penalty=1.5))
     assert curve[[8, 16, 24]].tolist() == [1.0, 2.0, 3.0]
     assert curve[12] == pytest.approx(1.5 * 1.5)
     assert curve[23] == 3.0  # never above the whole
@@ -121,6 +121,19 @@ def test_structures_of_a_group_keep_equally_many_units() -> None:
     assert select(scores, prices, 5 / 8, groups=groups) == {"a": (0, 2), "b": (0, 1), "c": (1,)}
     with pytest.raises(BudgetError, match="different sizes"):
         select(scores, prices, 5 / 8, groups={"a": "g", "c": "g"})
+
+
+def test_a_model_that_shares_has_a_latency_too(worked: dict[str, float]) -> None:
+    sample = build("clip")
+    description = vlprune.discover(sample.model)
+    text = [s for s in description if s.tower == "text" and s.kind == "ffn"]
+    plan = vlprune.Plan(share={text[1].name: (text[0].name, range(10))})
+    tied = vlprune.rewrite(sample.model, description, plan)
+    compressor = vlprune.Compressor(
+        tied, vlprune.Magnitude(), {"latency": 0.6}, example_inputs=sample.inputs
+    )
+    compressor.finish()
+    assert compressor.report()["budget"]["reached"] <= 0.6 + 1e-9
 
 
 @pytest.mark.parametrize(

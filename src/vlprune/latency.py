@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from .gate import evaluating
 from .layers import linear_axes
 from .plan import Plan
 from .structure import Structure
-from .units import owner_of
+from .units import named_weights, owner_of
 
 __all__ = [
     "STEP",
@@ -236,63 +237,67 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Table:
+    """What was measured: seconds of the model and of its structures, and ratios cut to dense."""
+
+    model: nn.Module
+    structures: tuple[Structure, ...]
+    inputs: Mapping[str, Any]
+    attention: str
+    rounds: int
+    totals: list[float] = field(default_factory=list)
+    spans: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def ratios(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Median of cut over dense seconds of every structure, the two models taking turns."""
+        small = copy.deepcopy(self.model)
+        keep = {s.name: tuple(range(kept[s.name])) for s in self.structures}
+        rewrite(small, self.structures, Plan(keep=keep, attention=self.attention))
+        watches = {one: _Stopwatch(one, self.structures) for one in (self.model, small)}
+        found: dict[str, list[float]] = defaultdict(list)
+        for turn in range(self.rounds + 1):
+            read = []
+            for one, watch in watches.items():
+                with watch.running():
+                    total = seconds_of(one, self.inputs)
+                read.append((total, watch.read()))
+            if turn == 0:
+                continue
+            (total, dense), (_, cut) = read
+            self.totals.append(total)
+            for name, value in dense.items():
+                self.spans[name].append(value)
+                found[name].append(cut.get(name, value) / value if value else 1.0)
+        return {name: statistics.median(values) for name, values in found.items()}
+
+
 def _measured(
     model: nn.Module, structures: tuple[Structure, ...], inputs: Mapping[str, Any], attention: str
 ) -> Prices:
     seconds_of(model, inputs)
-    once = seconds_of(model, inputs)
-    rounds = max(2, min(10, round(PATIENCE / (2 * once))))
+    rounds = max(2, min(10, round(PATIENCE / (2 * seconds_of(model, inputs)))))
+    table = _Table(model, structures, inputs, attention, rounds)
     widths = {share: {s.name: _width(s.size, share) for s in structures} for share in WIDTHS}
-    odd = {s.name: max(1, _width(s.size, 0.5) - (s.size >= 2 * STEP)) for s in structures}
-    dense_total: list[float] = []
-    dense_spans: dict[str, list[float]] = defaultdict(list)
-    points: dict[str, dict[int, float]] = {s.name: {} for s in structures}
+    measured = {share: table.ratios(kept) for share, kept in widths.items()}
+    odd = {name: max(1, width - (width > STEP)) for name, width in widths[0.5].items()}
+    ragged = table.ratios(odd)
+    curves: dict[str, tuple[float, ...]] = {}
+    for members in _alike(structures, model):
+        names, size = [s.name for s in members], members[0].size
 
-    def measure(kept: Mapping[str, int]) -> dict[str, float]:
-        """Median seconds of every structure at this width, as if beside the average dense run."""
-        small = copy.deepcopy(model)
-        keep = {s.name: tuple(range(kept[s.name])) for s in structures if kept[s.name] < s.size}
-        rewrite(small, structures, Plan(keep=keep, attention=attention))
-        watches = [_Stopwatch(m, structures) for m in (model, small)]
-        ratios: dict[str, list[float]] = defaultdict(list)
-        for turn in range(rounds + 1):
-            found = []
-            for one, watch in zip((model, small), watches, strict=True):
-                total = 0.0
-                with watch.running():
-                    total = seconds_of(one, inputs)
-                found.append((total, watch.read()))
-            if turn == 0:
-                continue
-            (total, dense), (_, cut) = found
-            dense_total.append(total)
-            for name, value in dense.items():
-                dense_spans[name].append(value)
-                ratios[name].append(cut.get(name, value) / value if value else 1.0)
-        return {name: statistics.median(values) for name, values in ratios.items()}
+        def middle(ratios: Mapping[str, float], names: list[str] = names) -> float:
+            return statistics.median(ratios.get(name, 1.0) for name in names)
 
-    measured = {share: measure(kept) for share, kept in widths.items()}
-    ragged = measure(odd)
-    whole = {s.name: statistics.median(dense_spans[s.name] or [0.0]) for s in structures}
-    for _, members in _alike(structures, model):
-        size = members[0].size
-        level = statistics.fmean(whole[s.name] for s in members)
-        for share, ratios in measured.items():
-            ratio = statistics.median(ratios.get(s.name, 1.0) for s in members)
-            for s in members:
-                points[s.name][widths[share][s.name]] = ratio * level
-        half = statistics.median(measured[0.5].get(s.name, 1.0) for s in members)
-        penalty = statistics.median(ragged.get(s.name, 1.0) for s in members) / half
-        for s in members:
-            whole[s.name] = level
-            points[s.name][size] = level
-            points[s.name] = {-1: max(1.0, penalty if size >= 2 * STEP else 1.0), **points[s.name]}
-    curves = {s.name: _curve(points[s.name], s.size) for s in structures}
-    total = statistics.median(dense_total)
-    fixed = max(0.0, total - sum(curve[-1] for curve in curves.values()))
+        whole = statistics.fmean(statistics.median(table.spans[n] or [0.0]) for n in names)
+        points = {widths[share][names[0]]: whole * middle(measured[share]) for share in WIDTHS}
+        penalty = max(1.0, middle(ragged) / middle(measured[0.5])) if size >= 2 * STEP else 1.0
+        curves |= dict.fromkeys(names, _curve({**points, size: whole}, size, penalty))
     sizes = {s.name: s.size for s in structures}
+    curves = {name: curves[name] for name in sizes}
+    fixed = statistics.median(table.totals) - sum(curve[-1] for curve in curves.values())
     unit = {name: curve[-1] / sizes[name] for name, curve in curves.items()}
-    return Prices("latency", unit, sizes, fixed, curve=curves)
+    return Prices("latency", unit, sizes, max(0.0, fixed), curve=curves)
 
 
 def best_round_to(
@@ -347,18 +352,19 @@ def _width(size: int, share: float) -> int:
     return max(STEP, round(size * share / STEP) * STEP)
 
 
-def _alike(structures: Sequence[Structure], model: nn.Module) -> list[tuple[Any, list[Structure]]]:
+def _alike(structures: Sequence[Structure], model: nn.Module) -> list[list[Structure]]:
     """Structures of one tower whose parameters have the same shapes."""
+    weights = named_weights(model)
     groups: dict[Any, list[Structure]] = defaultdict(list)
     for s in structures:
-        shapes = tuple(tuple(model.get_parameter(slot.param).shape) for slot in s.slots)
-        groups[s.tower, s.kind, s.layout, s.name.count("cross"), shapes].append(s)
-    return list(groups.items())
+        shapes = tuple(tuple(weights[slot.param].shape) for slot in s.slots)
+        groups[s.tower, s.kind, s.layout, shapes].append(s)
+    return list(groups.values())
 
 
-def _curve(points: Mapping[int, float], size: int) -> tuple[float, ...]:
-    """Seconds of 0, 1, ... ``size`` units, from those measured; the entry -1 is the penalty."""
-    widths = sorted(width for width in points if width >= 0)
+def _curve(points: Mapping[int, float], size: int, penalty: float) -> tuple[float, ...]:
+    """Seconds of 0, 1, ... ``size`` units, from {width: seconds}; odd widths cost the penalty."""
+    widths = sorted(points)
     values = np.maximum.accumulate([points[width] for width in widths])
     slope = (values[1] - values[0]) / (widths[1] - widths[0]) if len(widths) > 1 else 0.0
     units = np.arange(size + 1)
@@ -366,5 +372,5 @@ def _curve(points: Mapping[int, float], size: int) -> tuple[float, ...]:
     below = units < widths[0]
     line[below] = np.maximum(0.0, values[0] + slope * (units[below] - widths[0]))
     between = (units % STEP != 0) & (units != size)
-    line[between] = np.minimum(line[between] * points[-1], values[-1])
+    line[between] = np.minimum(line[between] * penalty, values[-1])
     return tuple(float(value) for value in line)

@@ -224,7 +224,8 @@ class _UPopSearch(Search):
         self.total, self.values = state["total"].clone(), state["values"].clone()
         self.steps, self.skipped, self.decided = state["counts"].tolist()
         names = ("progress", "remains", "fading_units", "gate_of_fading_units")
-        self.watched = [dict(zip(names, row, strict=True)) for row in state["watched"].tolist()]
+        rows = state["watched"].tolist() if "watched" in state else []
+        self.watched = [dict(zip(names, row, strict=True)) for row in rows]
 
     def facts(self) -> dict[str, float]:
         faded = self.values < 1
