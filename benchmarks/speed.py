@@ -137,7 +137,7 @@ def measure(name: str, exports: bool) -> None:
 
 
 def exported(models: dict[str, Any], inputs: Any) -> None:
-    """Runtimes beside eager PyTorch, float32 and int8."""
+    """Runtimes beside eager PyTorch, float32 and int8; dense and cut in turns in each."""
     timers: dict[str, Any] = {}
     sizes = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -150,12 +150,14 @@ def exported(models: dict[str, Any], inputs: Any) -> None:
                 key = f"{label}, {to}{' int8' if int8 else ''}"
                 sizes[key] = (sum(facts["files"].values()), facts["checked"][0]["difference"])
                 timers[key] = partial(_seconds_exported, Exported(place), inputs)
-        timed = take_turns(timers, 9)
+        timed: dict[str, list[float]] = {}
+        for engine in dict.fromkeys(key.partition(", ")[2] for key in timers):  # one thread pool
+            pair = {key: timer for key, timer in timers.items() if key.endswith(f", {engine}")}
+            timed |= take_turns(pair, 9, warm_up=2)
     print("\n| engine | MB | difference | seconds | times as fast as dense, eager |")
     print("|---|---|---|---|---|")
     for key, values in timed.items():
-        pairs = zip(timed["dense, eager"], values, strict=True)
-        times = statistics.median(d / v for d, v in pairs)
+        times = statistics.median(timed["dense, eager"]) / statistics.median(values)
         size, difference = sizes.get(key, (0, 0.0))
         told = f"{size / 1e6:.0f} | {difference:.1g}" if size else "- | -"
         print(f"| {key} | {told} | {statistics.median(values):.3f} | {times:.2f} |")

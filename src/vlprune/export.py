@@ -67,6 +67,10 @@ class Exported:
             runtime = _needs("onnxruntime")
             options["session_options"] = runtime.SessionOptions()
             options["session_options"].intra_op_num_threads = threads
+            # else its threads wait in a busy loop, and slow down what is timed in turns with it
+            options["session_options"].add_session_config_entry(
+                "session.intra_op.allow_spinning", "0"
+            )
         elif self.format == "openvino":
             _needs("openvino")
             options["config"] = {
