@@ -39,8 +39,9 @@ def test_the_command_tells_and_keeps_what_it_measured(
     monkeypatch.setattr(benching, "NOISE", 1e9)  # other tests run beside this one
     monkeypatch.setenv("COLUMNS", "80")
     code, stdout, stderr = run(
-        "bench", str(pair), "--batch-sizes", "1,3", "--seconds", "0.1", "--save", "--json"
-    )
+        "bench", str(pair), "--batch-sizes", "1,3", "--seconds", "0.1", "--save", "--json",
+        "--trust-remote-code",
+    )  # fmt: skip
     assert code == 0, stderr
     body = json.loads(stdout)
     assert json.loads((pair / "bench.json").read_text()) == body
@@ -60,7 +61,9 @@ def test_the_command_tells_and_keeps_what_it_measured(
         assert row["ideal"] == pytest.approx(dense["macs"] / small["macs"])
         assert row["of_ideal"] == pytest.approx(row["times"] / row["ideal"])
     assert body["conditions"]["threads"] == torch.get_num_threads()
-    code, stdout, _ = run("bench", str(pair), "--batch-sizes", "1", "--seconds", "0.1")
+    code, stdout, _ = run(
+        "bench", str(pair), "--batch-sizes", "1", "--seconds", "0.1", "--trust-remote-code"
+    )
     assert code == 0
     assert max(map(len, stdout.splitlines())) <= 80
     assert "times as fast" in stdout
@@ -98,6 +101,7 @@ def test_mistakes_get_one_sentence(run: Any, pair: Path, tmp_path: Path) -> None
 
     refused("batch sizes are numbers of at least 1", str(pair), "--batch-sizes", "1,zero")
     refused("there is no folder", str(tmp_path / "none"))
+    refused("add --trust-remote-code", str(pair))
     refused("is an export: name the model's folder", str(pair / "torch-export"))
 
 

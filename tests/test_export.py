@@ -40,7 +40,7 @@ def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Pat
     facts = export(model, samples(model), to, tmp_path / to)
     assert [row["difference"] < 1e-5 for row in facts["checked"]] == [True] * 3
     assert json.loads((tmp_path / to / "vlprune-export.json").read_text()) == facts
-    again = Exported(tmp_path / to)
+    again = Exported(tmp_path / to, trust_remote_code=True)
     inputs = made_up_inputs(model, 4, 5)  # neither traced nor checked
     with torch.no_grad():
         for a, b in zip(tensors_of(model(**inputs)), tensors_of(again(**inputs)), strict=True):
@@ -90,7 +90,7 @@ def test_generation_is_exported_stage_by_stage(tmp_path: Path) -> None:
     stages = {row["stage"]: row["difference"] for row in facts["checked"]}
     assert "decode" in stages
     assert max(stages.values()) < 1e-5
-    assert set(Exported(tmp_path / "g").stages) == set(stages)
+    assert set(Exported(tmp_path / "g", trust_remote_code=True).stages) == set(stages)
     blip = uneven("blip_captioning")
     with pytest.raises(UnsupportedError, match="BlipForConditionalGeneration cannot be exported"):
         export(blip, samples(blip), "torch-export", tmp_path / "b", generation=True)
@@ -149,11 +149,15 @@ def test_an_export_is_evaluated_where_the_task_only_calls_forward(
     code, stdout, stderr = run("export", str(out), "--to", "torch-export", "--json")
     assert code == 0, stderr
     assert len(json.loads(stdout)["checked"]) == 3
-    figures = [run("evaluate", str(p), "--json")[1] for p in (out, out / "torch-export")]
+    code, stdout, stderr = run("evaluate", str(out / "torch-export"))
+    assert (code, stdout) == (2, "")
+    assert "runs code when it is read" in stderr
+    trusting = ["--trust-remote-code", "--json"]
+    figures = [run("evaluate", str(p), *trusting)[1] for p in (out, out / "torch-export")]
     assert json.loads(figures[0]) == json.loads(figures[1])
 
     model = vlprune.load(tiny_folder)
     export(model, samples(model), "torch-export", tiny_folder / "torch-export")
-    code, stdout, stderr = run("evaluate", str(tiny_folder / "torch-export"))
+    code, stdout, stderr = run("evaluate", str(tiny_folder / "torch-export"), trusting[0])
     assert (code, stdout) == (2, "")
     assert "an export is its forward pass alone" in stderr

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .methods import JSP, Magnitude, Random, Taylor, UPop
     from .plan import Plan
     from .share import materialize
+    from .stock import ordinary
     from .structure import Attr, Description, Gate, Slot, Structure
 
 __version__ = "0.1.0"
@@ -67,7 +68,7 @@ _HOME = {
     "gate": ("gated",),
     "latency": ("best_round_to", "latency_prices"),
     "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
-    "ordinary": ("ordinary",),
+    "stock": ("ordinary",),
     "plan": ("Plan",),
     "share": ("materialize",),
     "cutting": ("rewrite",),

@@ -62,6 +62,7 @@ def bench(
     compiled: bool = False,
     threads: int = 0,
     seconds: float = 10.0,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """How fast the model in ``folder`` is, and how much faster than that in ``against``.
@@ -93,7 +94,7 @@ def bench(
         facts[name] |= _size(models[name], example(1))
     runs: list[dict[str, Any]] = []
     faster: list[dict[str, Any]] = []
-    engines = _engines(models, folders, compiled)
+    engines = _engines(models, folders, compiled, trust_remote_code)
     for engine, callables in engines.items():
         for batch_size in batch_sizes:
             progress.phase(f"timing {engine}, batch {batch_size}")
@@ -181,7 +182,7 @@ def _size(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _engines(
-    models: Mapping[str, Any], folders: Mapping[str, Path], compiled: bool
+    models: Mapping[str, Any], folders: Mapping[str, Path], compiled: bool, trust: bool
 ) -> dict[str, dict[str, Any]]:
     """{engine: {model: what is called}}."""
     engines: dict[str, dict[str, Any]] = {"eager": dict(models)}
@@ -190,7 +191,9 @@ def _engines(
     exports = {name: export_folders(place) for name, place in folders.items()}
     for export in sorted({one for found in exports.values() for one in found}):
         engines[export] = {
-            name: Exported(found[export]) for name, found in exports.items() if export in found
+            name: Exported(found[export], trust_remote_code=trust)
+            for name, found in exports.items()
+            if export in found
         }
     return engines
 

@@ -32,6 +32,10 @@ app = typer.Typer(
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=False)
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Open torch.export files, which run code when read."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -108,6 +112,7 @@ def evaluate(
         Path | None,
         typer.Option(help="A JSON file for what the model says, as evaluation servers take it."),
     ] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure a saved model on the test data of its recipe.
@@ -119,7 +124,7 @@ def evaluate(
     chosen = load_recipe(found, overrides or [])
     from .run import evaluate_folder
 
-    metrics = evaluate_folder(folder, chosen, _Shown(), results)
+    metrics = evaluate_folder(folder, chosen, _Shown(), results, trust_remote_code)
     if as_json:
         print(json.dumps(metrics))
         return
@@ -175,6 +180,7 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the result in FOLDER/bench.json, for the report.")
     ] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Time a model, next to the one it was made from: latency, throughput, memory, loading, MACs.
@@ -193,6 +199,7 @@ def bench(
         compiled=compiled,
         threads=threads,
         seconds=seconds,
+        trust_remote_code=trust_remote_code,
         progress=_Shown(),
     )
     if save:

@@ -52,10 +52,14 @@ TOLERANCE = 1e-3
 class Exported:
     """An exported model, read from its folder, called like the model it came from.
 
-    Its runtime gets torch's present number of threads, and computes in float32.
+    Its runtime gets ``threads`` (default: torch's number of them), and computes in float32.
+    torch.export writes pickles, which run code when they are read: such a folder is only opened
+    with ``trust_remote_code``. Raises CheckpointError, UnsupportedError.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, threads: int | None = None, trust_remote_code: bool = False
+    ) -> None:
         folder = Path(folder)
         if not is_export(folder):
             raise CheckpointError(f"{folder} is no export: it holds no {MANIFEST}")
@@ -63,6 +67,13 @@ class Exported:
         threads = threads or torch.get_num_threads()
         self.format = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["export_format"]
         options: dict[str, Any] = {}
+        if self.format not in ("onnx", "openvino"):
+            if not trust_remote_code:
+                raise UnsupportedError(
+                    f"{folder} is a torch.export, which runs code when it is read: if you trust "
+                    "who made it, add --trust-remote-code (trust_remote_code=True)"
+                )
+            options["trust_remote_code"] = True
         if self.format == "onnx":
             runtime = _needs("onnxruntime")
             options["session_options"] = runtime.SessionOptions()
@@ -159,7 +170,7 @@ def export(
                 raise UnsupportedError(
                     f"{type(model).__name__} cannot be exported to {to}: {_sentence(error)}"
                 ) from error
-            written = Exported(staged)
+            written = Exported(staged, trust_remote_code=True)  # written a moment ago
             check = _checked_stages if generation else _checked
             checked = check(model, written, samples)
         worst = max(row["difference"] for row in checked)

@@ -35,7 +35,6 @@ from .export import Exported, export, is_export
 from .gate import evaluating
 from .latency import best_round_to
 from .methods import METHODS, Method, Random
-from .ordinary import ordinary
 from .plan import Plan
 from .probe import made_up_inputs
 from .progress import Progress
@@ -43,6 +42,7 @@ from .recipe import Recipe, Training
 from .report import model_card
 from .scan import SHARES, scan
 from .share import is_shared, materialize
+from .stock import ordinary
 from .tasks import TASKS, Task
 from .teacher import Taught
 from .train import fit, prepare
@@ -420,19 +420,24 @@ def _read_note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def _open_folder(folder: Path, recipe: Recipe) -> tuple[Task, Any]:
+def _open_folder(folder: Path, recipe: Recipe, trust_remote_code: bool = False) -> tuple[Task, Any]:
     """The task of ``recipe`` and the model, or the exported model, in ``folder``."""
     transformers.utils.logging.disable_progress_bar()
     prepare(recipe.seed, recipe.threads)
     if is_export(folder):
-        return make_task(recipe, folder.parent / "data"), Exported(folder)
+        model = Exported(folder, trust_remote_code=trust_remote_code)
+        return make_task(recipe, folder.parent / "data"), model
     task = make_task(recipe, folder / "data")
     check_weights(folder)
     return task, task.load(folder)
 
 
 def evaluate_folder(
-    folder: Path, recipe: Recipe, progress: Progress | None = None, results: Path | None = None
+    folder: Path,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    results: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """The metrics of the model in ``folder`` on the test data of ``recipe``.
 
@@ -440,7 +445,7 @@ def evaluate_folder(
     task's evaluation server where there is one.
     """
     progress = progress or Progress()
-    task, model = _open_folder(folder, recipe)
+    task, model = _open_folder(folder, recipe, trust_remote_code)
     try:
         metrics = _evaluate(task, model, "evaluating", progress)
     except AttributeError as error:

@@ -190,29 +190,28 @@ class CutBlipTextSelfAttention(_ProjectedForward, BlipTextSelfAttention):  # typ
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, tokens, width) -> the heads' output, and the attention maps."""
+        # transformers 5.24 calls ``cache`` what was ``past_key_values``
+        past = cache if cache is not None else past_key_values
         crosses = encoder_hidden_states is not None
         source = encoder_hidden_states if encoder_hidden_states is not None else hidden_states
         mask = encoder_attention_mask if crosses else attention_mask
-        cache = past_key_values
-        both = isinstance(past_key_values, EncoderDecoderCache)
+        both = isinstance(past, EncoderDecoderCache)
+        own = past
         if both:
-            cache = (
-                past_key_values.cross_attention_cache
-                if crosses
-                else past_key_values.self_attention_cache
-            )
+            own = past.cross_attention_cache if crosses else past.self_attention_cache
         q = self.heads(self.query(hidden_states))
-        if both and crosses and past_key_values.is_updated.get(self.layer_idx):
-            k, v = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        if both and crosses and past.is_updated.get(self.layer_idx):
+            k, v = own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
         else:
             k, v = self.heads(self.key(source)), self.heads(self.value(source))
-            if cache is not None:
-                k, v = cache.update(k, v, self.layer_idx)
+            if own is not None:
+                k, v = own.update(k, v, self.layer_idx)
             if both and crosses:
-                past_key_values.is_updated[self.layer_idx] = True
+                past.is_updated[self.layer_idx] = True
         return self.attend(q, k, v, mask)
 
 
