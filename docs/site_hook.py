@@ -33,6 +33,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return markdown if source in _places() else _moved(markdown, ROOT / "docs" / source, source)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Docstrings name functions as Sphinx does; here the name alone is shown."""
+    return re.sub(r":(?:meth|func|class|mod|data|attr):(?=<code>)", "", html)
+
+
 def _moved(text: str, path: Path, page: str) -> str:
     """Links relative to ``path`` become relative to ``page``; to code, plain text."""
     pages = {file.resolve(): name for name, file in _places().items()}

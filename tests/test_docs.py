@@ -152,6 +152,11 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert {"index.html", "tutorial.html", "api.html", "commands.html"} <= pages
     api = (tmp_path / "site" / "api.html").read_text()
     assert "The same model object, really smaller" in api
+    assert not re.search(r":(?:meth|func|class):", api)
+    import vlprune
+
+    for name in vlprune.__all__:
+        assert f'id="vlprune.{name}"' in api or name in ("errors", "testing", "VlpruneError"), name
     home = (tmp_path / "site" / "index.html").read_text()
     outside = re.findall(r'<(?:link|script|img)[^>]+(?:href|src)="(https?://[^"]+)"', home)
     assert outside == []  # it opens without a network
