@@ -69,7 +69,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
-    """A clock that stands still but for linear layers: a second a million numbers they read."""
+    """A clock that counts work in linear layers and activations, in place of time."""
     from torch import nn
 
     from vlprune import latency
@@ -79,6 +79,8 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     def count(module: Any, args: Any, _output: Any) -> None:
         if isinstance(module, nn.Linear):
             work["done"] += args[0].numel() // args[0].shape[-1] * module.weight.numel() / 1e6
+        elif "GELU" in type(module).__name__ or "Activation" in type(module).__name__:
+            work["done"] += 20 * args[0].numel() / 1e6
 
     handle = nn.modules.module.register_module_forward_hook(count)
     monkeypatch.setattr(latency._Clock, "now", lambda self: work["done"])

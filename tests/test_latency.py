@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import vlprune
 from vlprune import latency
@@ -22,7 +23,7 @@ FAMILIES = ["clip", "blip_vqa", "bert", "detr", "llava"]
 def test_what_the_table_expects_is_what_the_cut_model_takes(
     family: str, worked: dict[str, float]
 ) -> None:
-    """On the counting clock all time is in linear layers, so the table must be exact."""
+    """On the counting clock time is proportional to widths, so the table must be exact."""
     sample = build(family)
     attention = "head" if family == "llava" else "head_dim"
     description = vlprune.discover(sample.model, attention)  # type: ignore[arg-type]
@@ -38,6 +39,29 @@ def test_what_the_table_expects_is_what_the_cut_model_takes(
     small = vlprune.rewrite(copy.deepcopy(sample.model), description.structures, plan)
     expected = prices.cost({name: len(units) for name, units in keep.items()})
     assert latency.seconds_of(small.eval(), inputs) == pytest.approx(expected, rel=0.02)
+
+
+class Twice(nn.Module):
+    """A model that is run twice in one forward pass."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs: Any) -> Any:
+        self.inner(**inputs)
+        return self.inner(**inputs)
+
+
+def test_a_layer_that_runs_twice_costs_twice(worked: dict[str, float]) -> None:
+    sample = build("bert")
+    once = vlprune.latency_prices(
+        sample.model, vlprune.discover(sample.model).structures, sample.inputs
+    )
+    model = Twice(sample.model)
+    twice = vlprune.latency_prices(model, vlprune.discover(model).structures, sample.inputs)
+    for name, curve in once.curve.items():
+        assert twice.curve[f"inner.{name}"][-1] == pytest.approx(2 * curve[-1])
 
 
 def test_a_latency_budget_is_met_and_reported(worked: dict[str, float]) -> None:

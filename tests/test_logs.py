@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vlprune
 from small_runs import DEMO, TINY
@@ -31,8 +32,6 @@ def trainer_for(folder: Path, sample: Any, callbacks: Any = None, **more: Any) -
 def test_tensorboard_gets_the_searchs_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     sample = build("clip")
     compressor = vlprune.Compressor(sample.model, vlprune.UPop(), {"params": 0.8})
@@ -88,6 +87,10 @@ def test_a_recipe_logs_every_phase_and_shows_what_is_kept(run: Any, tmp_path: Pa
     assert {path.name for path in (out / "logs").iterdir()} == {"train", "search", "retrain"}
     assert "searching 2/2 loss" in stderr
     assert ", keeps " in stderr
+    (file,) = (out / "logs" / "search").glob("events*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert "train/search/remains" in events.Tags()["scalars"]
     report = json.loads((out / "report.json").read_text())
     assert report["search_history"]
     logged = [row for row in report["history"]["search"] if "search/remains" in row]
