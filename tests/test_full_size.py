@@ -77,5 +77,7 @@ def test_full_size_models_are_cut_proved_and_reloaded(family: str, tmp_path: Pat
     again = vlprune.load(tmp_path / "m").eval()
     with torch.no_grad():
         a, b = small(**inputs), again(**inputs)
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
     first = next(iter(k for k in a if isinstance(a[k], torch.Tensor)))
-    assert torch.equal(a[first], b[first])
+    torch.testing.assert_close(a[first], b[first])  # where weights lie in memory changes last bits
