@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vlprune.bench import _seconds_exported
+from vlprune.bench import seconds_exported
 from vlprune.export import Exported
 from vlprune.latency import seconds_of, take_turns
 from vlprune.recipe import load_recipe
@@ -64,7 +64,7 @@ def main(out: Path) -> None:
                 model_of = Exported(place)
                 accuracy = task.evaluate(model_of, lambda done: None)[task.metric]
                 rows[key] = (accuracy, sum(facts["files"].values()))
-                timers[key] = partial(_seconds_exported, model_of, batch)
+                timers[key] = partial(seconds_exported, model_of, batch)
     timed: dict[str, list[float]] = {}
     for engine in dict.fromkeys(key.partition(", ")[2] for key in timers):  # one pool of threads
         pair = {key: timer for key, timer in timers.items() if key.endswith(f", {engine}")}

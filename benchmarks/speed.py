@@ -26,7 +26,7 @@ import transformers as T
 from torch.profiler import ProfilerActivity, profile
 
 from vlprune import Plan, cost, discover, rewrite, select
-from vlprune.bench import _seconds_exported
+from vlprune.bench import seconds_exported
 from vlprune.export import Exported, export
 from vlprune.latency import seconds_of, take_turns
 from vlprune.probe import made_up_inputs
@@ -149,7 +149,7 @@ def exported(models: dict[str, Any], inputs: Any) -> None:
                 facts = export(model, samples, to, place, int8=int8)
                 key = f"{label}, {to}{' int8' if int8 else ''}"
                 sizes[key] = (sum(facts["files"].values()), facts["checked"][0]["difference"])
-                timers[key] = partial(_seconds_exported, Exported(place), inputs)
+                timers[key] = partial(seconds_exported, Exported(place), inputs)
         timed: dict[str, list[float]] = {}
         for engine in dict.fromkeys(key.partition(", ")[2] for key in timers):  # one thread pool
             pair = {key: timer for key, timer in timers.items() if key.endswith(f", {engine}")}

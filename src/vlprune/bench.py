@@ -26,7 +26,7 @@ from .latency import conditions, moved_to, seconds_of, take_turns
 from .probe import TEXT_TOKENS, made_up_inputs
 from .progress import Progress
 
-__all__ = ["bench", "latencies"]
+__all__ = ["bench", "latencies", "seconds_exported"]
 
 NOISE = 0.2
 """The largest spread (interquartile range over median) of what is to be told apart."""
@@ -200,11 +200,12 @@ def _engines(
 
 def _timer(run: Any, model: Any, batch: Mapping[str, Any]) -> Callable[[], float]:
     if isinstance(run, Exported):
-        return partial(_seconds_exported, run, {n: v.cpu() for n, v in batch.items()})
+        return partial(seconds_exported, run, {n: v.cpu() for n, v in batch.items()})
     return partial(seconds_of, run, moved_to(model, batch))
 
 
-def _seconds_exported(run: Exported, batch: Mapping[str, Any]) -> float:
+def seconds_exported(run: Exported, batch: Mapping[str, Any]) -> float:
+    """Seconds of one call of an exported model."""
     start = time.perf_counter()
     run(**batch)
     return time.perf_counter() - start
