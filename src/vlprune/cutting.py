@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .difference import tensors_of
 from .errors import PlanError, VerificationError
 from .gate import evaluating, gated
 from .layers import PaddedLinear, is_linear, linear_axes
@@ -21,7 +22,7 @@ from .share import Tie, check_shares, mixed, moved, settled, tie, ties_of, untie
 from .structure import Description, Structure
 from .units import owner_of, plain_name, positions, span
 
-__all__ = ["Verification", "apply_plan", "rewrite", "tensors_of"]
+__all__ = ["Verification", "apply_plan", "rewrite"]
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
 
@@ -323,14 +324,3 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> lis
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return tensors_of(model(**{name: cast(value) for name, value in inputs.items()}))
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Every floating tensor in a model output, depth first."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):  # attention maps have as many heads as the model has left
-        output = [part for name, part in output.items() if "attentions" not in str(name)]
-    if isinstance(output, list | tuple):
-        return [tensor for part in output for tensor in tensors_of(part)]
-    return []

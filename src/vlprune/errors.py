@@ -5,6 +5,7 @@
     ├── BudgetError         a budget that is no budget, or cannot be reached
     ├── UnsupportedError    a model or a request that vlprune cannot handle exactly
     ├── VerificationError   the cut model does not answer like the masked one
+    │   └── IncomparableError   the two could not be compared at all
     ├── CheckpointError     a folder that is incomplete, damaged or cannot be written
     ├── DataError           a data file that is missing, malformed or empty
     └── RecipeError         a recipe with an unknown key or an impossible value
@@ -22,6 +23,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "DataError",
+    "IncomparableError",
     "PlanError",
     "RecipeError",
     "UnsupportedError",
@@ -49,6 +51,10 @@ class UnsupportedError(VlpruneError):
 
 class VerificationError(VlpruneError):
     """The cut model does not answer like the masked one; the model was put back."""
+
+
+class IncomparableError(VerificationError):
+    """Masked and cut model could not be compared; the model was put back."""
 
 
 class CheckpointError(VlpruneError):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import EXPORT_FILE
-from .cutting import tensors_of
+from .difference import tensors_of
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .gate import evaluating
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from .. import cost
 from ..architectures import discover
 from ..checkpoint import load, save
-from ..cutting import rewrite, tensors_of
+from ..cutting import rewrite
+from ..difference import tensors_of
 from ..errors import PlanError
 from ..gate import gated, ones, plan_gates
 from ..plan import Plan
