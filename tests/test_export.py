@@ -12,7 +12,7 @@ import transformers
 
 import vlprune
 from vlprune import export as exporting
-from vlprune.cutting import tensors_of
+from vlprune.difference import tensors_of
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
 from vlprune.export import Exported, export
 from vlprune.probe import made_up_inputs

@@ -13,7 +13,7 @@ import torch
 
 import vlprune
 from small_runs import DEMO, TINY
-from vlprune.cutting import tensors_of
+from vlprune.difference import tensors_of
 from vlprune.errors import UnsupportedError
 from vlprune.record import read_record
 from vlprune.testing import build
