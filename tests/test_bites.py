@@ -22,14 +22,14 @@ def test_the_unbroken_code_passes() -> None:
 
 
 def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = cutting._cut_parameter
+    cut = cutting._narrow
 
     def forgetful(model: Any, name: str, axes: Any, scale: float, log: Any) -> None:
         if name.endswith(".bias"):
             axes = {axis: (torch.arange(len(index)), n) for axis, (index, n) in axes.items()}
         cut(model, name, axes, scale, log)
 
-    monkeypatch.setattr(cutting, "_cut_parameter", forgetful)
+    monkeypatch.setattr(cutting, "_narrow", forgetful)
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "clip"), "head_dim")
 
@@ -72,8 +72,7 @@ def test_an_off_by_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     import vlprune.gate as gate
 
-    scale = gate._scale_weights
-    monkeypatch.setattr(gate, "_scale_weights", lambda *args: scale(*args) and (lambda: None))
+    monkeypatch.setattr(gate, "_take_off", lambda module: None)
     with pytest.raises(AssertionError, match="hook"):
         CHECKS["ones_change_nothing"](partial(build, "vit"), "head_dim")
 

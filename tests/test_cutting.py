@@ -25,12 +25,12 @@ def half(description: Any) -> Plan:
 def test_the_proof_says_how_close_it_was() -> None:
     sample = build("blip_vqa")
     description = discover(sample.model)
-    small = rewrite(sample.model, description, half(description), verify=sample.inputs)
-    assert small is sample.model
-    proof = small._vlprune_verification
+    cut = cutting.settle(sample.model, description, half(description))
+    proof = cutting.perform(sample.model, cut, sample.inputs)
     assert proof.dtype == "float64"
+    assert proof.compared == 1.0
     assert proof.difference <= 1e-12 * max(1, proof.scale)
-    assert all(p.dtype == torch.float32 for p in small.parameters())
+    assert all(p.dtype == torch.float32 for p in sample.model.parameters())
 
 
 def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before_class = {n: type(m) for n, m in sample.model.named_modules()}
     before = copy.deepcopy(sample.model.state_dict())
     description = discover(sample.model)
-    monkeypatch.setattr(cutting, "_axis_index", _shifted(cutting._axis_index))
+    monkeypatch.setattr(cutting, "_positions_that_stay", _shifted(cutting._positions_that_stay))
     with pytest.raises(VerificationError, match="put back"):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     after = sample.model.state_dict()
@@ -66,7 +66,7 @@ def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = build("llava")
     description = discover(sample.model)
     before = copy.deepcopy(sample.model.state_dict())
-    monkeypatch.setattr(cutting, "_axis_index", _shifted(cutting._axis_index))
+    monkeypatch.setattr(cutting, "_positions_that_stay", _shifted(cutting._positions_that_stay))
     with pytest.raises(VerificationError):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     assert not any(isinstance(m, PaddedLinear) for m in sample.model.modules())

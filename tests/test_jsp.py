@@ -265,6 +265,7 @@ def test_same_seed_same_plan_and_a_stopped_run_is_the_run_it_continues() -> None
     for stop in (17, 41):  # while it learns, and after the freeze
         half, model, optimizer = run(range(stop))
         state = copy.deepcopy((half.state(), optimizer.state_dict()))
+        half.detach()
         resumed, model, _ = run(range(stop, STEPS), state, model)
         assert resumed.plan() == whole.plan()
         assert resumed.search.watched == whole.search.watched
@@ -370,7 +371,7 @@ def test_a_search_too_short_to_learn_in_is_refused_as_it_begins() -> None:
     compressor = vlprune.Compressor(clip((4, 4)), vlprune.JSP(), {"params": 0.6}, held_out=HELD_OUT)
 
     class Args:
-        bf16 = fp16 = False
+        bf16 = fp16 = load_best_model_at_end = False
 
     class State:
         global_step, max_steps = 0, 12

@@ -6,7 +6,7 @@ Pure: numbers in, numbers out, no torch, no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -64,6 +64,25 @@ class Prices:
         if name in self.curve:
             return -np.diff(np.asarray(self.curve[name])[::-1])
         return self.of(name)[order]
+
+    def fixing(self, names: Collection[str]) -> Prices:
+        """The same prices where these structures stay whole, and so count as fixed."""
+        if not names:
+            return self
+
+        def others(table: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in table.items() if name not in names}
+
+        whole = sum(self.whole(name) for name in self.unit if name in names)
+        return Prices(
+            self.what,
+            others(self.unit),
+            others(self.sizes),
+            self.fixed + whole,
+            others(self.borrowed),
+            others(self.elsewhere),
+            others(self.curve),
+        )
 
     @property
     def total(self) -> float:
@@ -151,6 +170,7 @@ def select(
     round_to: int = 1,
     floors: Sequence[Floor] = (),
     groups: Mapping[str, str] | None = None,
+    closest: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """The units that stay: {structure: units, ascending}.
 
@@ -163,14 +183,15 @@ def select(
     (of the same size) keep equally many units, each its own best: what goes first in all of them
     is then ranked by the mean of their scores.
 
-    Raises BudgetError if the budget cannot be reached, or a score is not a number.
+    Raises BudgetError if the budget cannot be reached (``closest``: what comes nearest to it is
+    returned instead), or a score is not a number.
     """
     if groups:
-        return _select_groups(scores, prices, budget, round_to, floors, groups)
+        return _select_groups(scores, prices, budget, round_to, floors, groups, closest)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise BudgetError(f"round_to must be a whole number of at least 1, not {round_to!r}")
     lowest = least(prices, round_to, floors)
-    if budget < lowest:
+    if budget < lowest and not closest:
         raise _unreachable(prices, budget, lowest, round_to, floors)
     orders: dict[str, np.ndarray[Any, Any]] = {}
     block_scores, block_structure, block_size, block_price = [], [], [], []
@@ -208,7 +229,7 @@ def select(
             room[floor_name] -= price
         removed[name] += block_size[block]
         cost -= price
-    if closed and cost > target:
+    if closed and cost > target and not closest:
         raise _unreachable(prices, budget, cost / prices.total, round_to, floors)
     return {
         name: tuple(sorted(int(unit) for unit in orders[name][removed[name] :])) for name in names
@@ -222,6 +243,7 @@ def _select_groups(
     round_to: int,
     floors: Sequence[Floor],
     groups: Mapping[str, str],
+    closest: bool,
 ) -> dict[str, tuple[int, ...]]:
     """As :func:`select`, on one stand-in a group, whose nth unit is the nth best of each member."""
     if prices.elsewhere:
@@ -255,7 +277,7 @@ def _select_groups(
         for f in floors
     ]
     plain = {group: values.tolist() for group, values in ranked.items()}
-    chosen = select(plain, together, budget, round_to, merged)
+    chosen = select(plain, together, budget, round_to, merged, closest=closest)
     kept = {}
     for group, names in members.items():
         count = len(chosen[group])

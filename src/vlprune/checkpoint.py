@@ -18,8 +18,9 @@ from .architectures import discover
 from .cutting import apply_plan
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .models import MODELS
-from .record import METHOD, Record, read_record
+from .record import METHOD, Record, gather_record
 from .structure import Structure
+from .wrappers import uncompiled
 
 __all__ = ["check_weights", "load", "model_class", "open_model", "rebuild_shapes", "save"]
 
@@ -27,15 +28,18 @@ PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
 BENCH_FILE, EXPORT_FILE = "bench.json", "vlprune-export.json"
 
 
-def rebuild_shapes(model: Any, section: Mapping[str, Any]) -> Any:
-    """Cut a freshly built, still empty model to the shapes that ``section`` describes."""
-    record = Record.from_section(section)
-    apply_plan(model, *_matched(model, record))
-    return model
+def rebuild_shapes(model: Any, section: Mapping[str, Any]) -> Record:
+    """Cut a freshly built, still empty model to the shapes that ``section`` describes.
+
+    Returns the record in the names that this model has for its structures.
+    """
+    cut, record = _matched(model, Record.from_section(section))
+    apply_plan(model, cut, record.plan)
+    return record
 
 
-def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
-    """The model's structures that the record cut, and the plan in the model's own names.
+def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
+    """The model's structures that the record cut, and the record in the model's own names.
 
     A folder may be opened by a class one level up or down (AutoModel on a folder written by
     a head class), whose module names lack or gain the base model's prefix.
@@ -76,7 +80,11 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Any]:
             )
         if target is not None and giver is not None:
             share[target.name] = (giver.name, *paired)
-    return cut, replace(record.plan, keep=keep, share=share)
+    return cut, Record(
+        replace(record.plan, keep=keep, share=share),
+        {structure.name: structure.size for structure in cut},
+        {structure.name: structure.layout for structure in cut},
+    )
 
 
 def save(
@@ -95,7 +103,8 @@ def save(
 
     Raises CheckpointError if the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), uncompiled(model)
+    record = gather_record(model)
     partial, old = _neighbours(folder)
     _recover(folder)
     try:
@@ -107,7 +116,6 @@ def save(
         model.save_pretrained(partial)
         if processor is not None:
             processor.save_pretrained(partial)
-        record = read_record(model)
         if record is not None:
             (partial / PLAN_FILE).write_text(record.plan.to_json() + "\n", encoding="utf-8")
         for name, text in (extras or {}).items():

@@ -4,36 +4,124 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .difference import tensors_of
-from .errors import PlanError, VerificationError
-from .gate import evaluating, gated
+from .difference import Difference, difference, tensors_of
+from .errors import IncomparableError, PlanError, UnsupportedError, VerificationError
+from .first_batch import run_inputs
+from .gate import evaluating, gated, has_gates
 from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
-from .record import read_record, record_of, write_record
+from .record import Record, read_record, record_of, write_record
 from .registry import native_forward
-from .share import Tie, check_shares, mixed, moved, settled, tie, ties_of, untie
-from .structure import Description, Structure
+from .share import Tie, check_shares, mixed, moved, settled, tie, ties_in, ties_of, untie
+from .structure import Description, Structure, fingerprint, unit_of
 from .units import owner_of, plain_name, positions, span
+from .wrappers import unwrapped
 
-__all__ = ["Verification", "apply_plan", "rewrite"]
+__all__ = ["Cut", "Verification", "apply_plan", "perform", "rewrite", "settle"]
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Relative difference of masked and cut model that is rounding."""
+HALF_TOLERANCE = 5e-2
+"""The same where a kernel knows only half precision."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest difference between masked and cut model, the outputs' scale, and the dtype."""
+    """How the cut was proved.
+
+    The largest ``difference`` between masked and cut model, the outputs' ``scale``, the ``dtype``
+    it was measured in, the fraction of all values that was ``compared`` (the others are infinite
+    or NaN on both sides), and the attention ``kernel`` that ran, "" for the model's own.
+    """
 
     difference: float
     scale: float
     dtype: str
+    compared: float = 1.0
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A plan, resolved for one model and checked once: what :func:`perform` makes true.
+
+    ``structures`` are those that lose units, share or are shared; ``plan`` also says what follows
+    from sharing that the model had before; ``record`` is what the model will remember.
+    """
+
+    description: Description
+    plan: Plan
+    structures: tuple[Structure, ...]
+    record: Record
+
+
+def settle(model: nn.Module, structures: Description | Sequence[Structure], plan: Plan) -> Cut:
+    """The cut that ``plan`` means for ``model``.
+
+    Raises PlanError for a plan that does not fit, UnsupportedError for a model that carries
+    another quantizer, gates, or weights that are no plain parameters.
+    """
+    if isinstance(structures, Description):
+        description = structures
+    else:
+        unit = unit_of(structures) or plan.attention
+        description = Description(tuple(structures), attention=unit)  # type: ignore[arg-type]
+    if plan.attention != description.attention:
+        raise PlanError(
+            f"the plan counts attention in {plan.attention!r}, the description in "
+            f"{description.attention!r}: describe the model with "
+            f"vlprune.discover(model, attention={plan.attention!r})"
+        )
+    plan.check(description.structures, fingerprint(plan.attention, description.structures))
+    if has_gates(model):
+        raise UnsupportedError(
+            "a search is running on this model: call finish() or detach() of its Compressor, then "
+            "cut"
+        )
+    check_plain(model, description.structures)
+    before = read_record(model)
+    if before is not None:
+        before.check(description.structures)
+    check_shares(model, description.structures, plan)
+    plan = settled(model, description.structures, plan)
+    sharing = {*plan.share, *(source for source, *_ in plan.share.values())}
+    cut = tuple(s for s in description if len(plan.kept(s)) < s.size or s.name in sharing)
+    return Cut(description, plan, cut, record_of(description, plan, before, cut))
+
+
+def check_plain(model: nn.Module, structures: Sequence[Structure]) -> None:
+    """Raise UnsupportedError unless all weights of the structures are ordinary parameters.
+
+    Our own sharing aside, a weight that is computed from others (adapters, ``weight_norm``,
+    ``torch.nn.utils.prune``) cannot be cut: what it is computed from would keep its size.
+    """
+    shared = {one.target for one in ties_in(model)}
+    for structure in structures:
+        for slot in structure.slots:
+            path, leaf = owner_of(slot.param)
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                raise UnsupportedError(f"the model has no {path} (any more){_REMEDY}") from None
+            plain = isinstance(module._parameters.get(leaf), nn.Parameter)
+            if not plain and slot.param not in shared:
+                raise UnsupportedError(f"{slot.param} is not an ordinary parameter{_REMEDY}")
+
+
+_REMEDY = (
+    ": adapters, torch.nn.utils.prune, weight_norm or a quantizer have replaced it. Undo that "
+    "first (merge_and_unload(), prune.remove(), remove_parametrizations()), compress, and put it "
+    "on the small model"
+)
 
 
 def rewrite(
@@ -44,266 +132,194 @@ def rewrite(
 ) -> nn.Module:
     """The same model object, really smaller.
 
-    Everything is checked before the first weight is touched. Parameters are replaced one
-    by one, so no second copy of the model is held. Units that the plan shares are stored once
-    afterwards (:mod:`vlprune.share`). With ``verify`` (inputs for one forward
+    Everything is checked before the first weight is touched. Units that the plan shares are
+    stored once afterwards (:mod:`vlprune.share`). With ``verify`` (inputs for one forward
     pass) the masked and the cut model must give the same output, in float64 for models of
-    up to 100 M parameters, in float32 above; otherwise the model is put back as it was and
-    VerificationError is raised. Verifying holds on to the old weights until it is done.
+    up to 100 M parameters, in float32 above, and in the model's own dtype where its kernels know
+    no wider one. If they differ, or anything else ends the cut early (Ctrl-C, no memory), the
+    model is put back as it was; so the old weights are held until the cut is done.
 
     Raises PlanError for a plan that does not fit, UnsupportedError for a model that
-    carries another quantizer.
+    carries another quantizer, VerificationError if masked and cut model differ, and its kind
+    IncomparableError if they could not be compared.
     """
-    description = (
-        structures
-        if isinstance(structures, Description)
-        else Description(tuple(structures), attention=plan.attention)  # type: ignore[arg-type]
-    )
-    known = description.fingerprint if isinstance(structures, Description) else ""
-    plan.check(description.structures, known)
-    check_shares(model, description.structures, plan)
-    plan = settled(model, description.structures, plan)
-    before = read_record(model)
-    sharing = {*plan.share, *(source for source, *_ in plan.share.values())}
-    cut = [s for s in description if len(plan.kept(s)) < s.size or s.name in sharing]
-    record = record_of(description, plan, before, cut)
-    if verify is not None:
-        verification = _verified_cut(model, description, plan, cut, verify)
-        model._vlprune_verification = verification  # type: ignore[assignment]
-    else:
-        apply_plan(model, cut, plan, ties=untie(model))
-    write_record(model, record)
+    model = unwrapped(model)
+    perform(model, settle(model, structures, plan), verify)
     return model
 
 
-def _verified_cut(
-    model: nn.Module,
-    description: Description,
-    plan: Plan,
-    cut: Sequence[Structure],
-    inputs: Mapping[str, Any],
-) -> Verification:
-    """Cut, compare with the masked model, and put everything back if they differ.
-
-    A model that shares already is cut on whole weights; what was tied is tied again.
-    """
-    count = sum(p.numel() for p in model.parameters())
-    probe, tolerance = (
-        (torch.float64, 1e-9) if count <= SMALL_ENOUGH_FOR_FLOAT64 else (torch.float32, 1e-3)
-    )
-    undo: list[Any] = []
-    with evaluating(model), _in_dtype(model, probe):
-        ties = untie(model)
-        try:
-            with mixed(model, cut, plan), gated(model, description.structures, plan):
-                masked = _run(model, inputs, probe)
-            apply_plan(model, cut, plan, undo, ties)
-            result = _compare(masked, _run(model, inputs, probe), probe, tolerance)
-        except Exception as error:
-            _roll_back(model, undo)
-            tie(model, ties)
-            raise VerificationError(
-                f"the cut was not proved right ({error}); the model was put back as it was: "
-                "check the probe inputs, or report this architecture"
-            ) from error
-    return result
+def perform(
+    model: nn.Module, cut: Cut, verify: Mapping[str, Any] | None = None
+) -> Verification | None:
+    """Cut the model as :func:`rewrite` does; returns the proof, None without ``verify``."""
+    if verify is None:
+        with _undone_on_failure() as undo:
+            _apply(model, cut, undo)
+            write_record(model, cut.record, undo)
+        return None
+    with evaluating(model), ExitStack() as setting:
+        masked, dtype, kernel = _masked(model, cut, verify, setting)
+        with _undone_on_failure() as undo:
+            _apply(model, cut, undo)
+            proof = _compared(model, masked, verify, dtype)
+            write_record(model, cut.record, undo)
+    name = str(dtype).removeprefix("torch.")
+    return Verification(proof.largest, proof.scale, name, proof.compared, kernel)
 
 
-def _compare(
-    masked: Sequence[Tensor], small: Sequence[Tensor], probe: torch.dtype, tolerance: float
-) -> Verification:
-    """How far apart two lists of outputs are. Raises VerificationError beyond ``tolerance``."""
-    difference, scale, seen = 0.0, 0.0, False
-    for a, b in zip(masked, small, strict=True):
-        if a.shape != b.shape:
-            raise VerificationError(f"an output has shape {tuple(b.shape)}, not {tuple(a.shape)}")
-        finite = torch.isfinite(a) | torch.isfinite(b)
-        if finite.any():
-            seen = True
-            difference = max(difference, float((a - b)[finite].abs().max()))
-            scale = max(scale, float(a[finite].abs().max()))
-    if not seen:
-        raise VerificationError("the probe inputs give no finite output")
-    if not difference <= tolerance * max(1.0, scale):
-        raise VerificationError(
-            f"masked and cut model differ by {difference:.2g} on outputs up to {scale:.2g}"
-        )
-    return Verification(difference, scale, str(probe).removeprefix("torch."))
-
-
-def apply_plan(
-    model: nn.Module,
-    structures: Sequence[Structure],
-    plan: Plan,
-    undo: list[Any] | None = None,
-    ties: Sequence[Tie] = (),
-) -> None:
-    """Cut and share without any check. Works on meta tensors, which is how loading uses it.
-
-    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are those
-    that the model had before and that go on. With ``undo``, what was there before is appended
-    to it.
-    """
-    log = undo if undo is not None else _Forget()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ties = [*ties, *ties_of(structures, plan, shapes)]
-    cut = [s for s in structures if len(plan.kept(s)) < s.size]
-    for structure in cut:
-        if structure.swap is not None:
-            path, key = structure.swap
-            module: Any = model.get_submodule(path)
-            target = native_forward(key)
-            if not isinstance(module, target):
-                log.append(("class", module, type(module), dict(module.__dict__)))
-                module.__class__ = target
-                module.adopt()
-    index = _axis_index(model, cut, plan)
-    scale = {
-        param: math.sqrt(len(plan.kept(s)) / s.size)
-        for s in cut
-        if s.layout == "native"
-        for param in s.folds
-    }
-    padded: dict[str, dict[int, tuple[Tensor, int]]] = defaultdict(dict)
-    for structure in cut:
-        if structure.layout == "padded":
-            for slot in structure.slots:
-                path, leaf = owner_of(slot.param)
-                if leaf == "weight":
-                    padded[path][slot.axis] = index[slot.param][slot.axis]
-    for name, axes in index.items():
-        _cut_parameter(model, name, axes, scale.get(name, 1.0), log)
-    for path, axes in padded.items():
-        _pad(model, path, axes, log)
-    for structure in cut:
-        if structure.layout == "padded":
-            continue
-        for attr in structure.attrs:
-            module = model.get_submodule(attr.module)
-            log.append(("attr", module, attr.name, getattr(module, attr.name)))
-            setattr(module, attr.name, attr.per_unit * len(plan.kept(structure)))
+def _apply(model: nn.Module, cut: Cut, undo: ExitStack) -> None:
+    """Cut, whole weights first: what was tied is tied again, as far as it is left."""
+    ties = ties_in(model)
     if ties:
-        log.append(("tie", model, "", None))
-        tie(model, moved(ties, index, scale))
+        undo.callback(_tie_again, model, ties)
+        untie(model)
+    apply_plan(model, cut.structures, cut.plan, undo, ties)
 
 
-class _Forget(list[Any]):
-    """An undo log that keeps nothing, so that old weights are freed at once."""
-
-    def append(self, _item: Any) -> None:
-        """Drop the item."""
+def _tie_again(model: nn.Module, ties: Sequence[Tie]) -> None:
+    untie(model)
+    tie(model, ties)
 
 
-def _axis_index(
-    model: nn.Module, cut: Sequence[Structure], plan: Plan
-) -> dict[str, dict[int, tuple[Tensor, int]]]:
-    """{parameter: {axis: (positions that stay, old length)}}, for every parameter to be cut."""
-    masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for structure in cut:
-        for slot in structure.slots:
-            length = model.get_parameter(slot.param).shape[slot.axis]
-            mask = masks[slot.param].setdefault(
-                slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
-            )
-            mask[slot.start : slot.start + span(slot, structure.size)] = False
-            mask[positions(slot, structure.size, plan.kept(structure))] = True
-    return {
-        name: {axis: (mask.nonzero().reshape(-1), mask.numel()) for axis, mask in axes.items()}
-        for name, axes in masks.items()
-    }
+@contextmanager
+def _undone_on_failure() -> Iterator[ExitStack]:
+    """A list of calls that are made, last first, if the block is left by any exception."""
+    with ExitStack() as undo:
+        yield undo
+        undo.pop_all()
 
 
-@torch.no_grad()
-def _cut_parameter(
-    model: nn.Module,
-    name: str,
-    axes: Mapping[int, tuple[Tensor, int]],
-    scale: float,
-    log: list[Any],
-) -> None:
-    """Replace one parameter by its kept rows and columns, times ``scale``."""
-    path, leaf = owner_of(name)
-    module = model.get_submodule(path)
-    old = module._parameters[leaf]
-    if old is None:
-        raise PlanError(f"the model has no parameter {name!r}")
-    data = old.detach()
-    for axis, (index, _length) in axes.items():
-        data = data.index_select(axis, index.to(data.device))
-    if scale != 1.0:
-        data = data * scale
-    log.append(("param", module, leaf, old))
-    module._parameters[leaf] = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
-    if leaf == "weight" and is_linear(module):
-        out_axis, in_axis = linear_axes(module)
-        names = ("nf", "nx") if out_axis == 1 else ("out_features", "in_features")
-        for attr, width in zip(names, (data.shape[out_axis], data.shape[in_axis]), strict=True):
-            if hasattr(module, attr):
-                log.append(("attr", module, attr, getattr(module, attr)))
-                setattr(module, attr, width)
+# -- the proof -------------------------------------------------------------------------
 
 
-def _pad(
-    model: nn.Module, path: str, axes: Mapping[int, tuple[Tensor, int]], log: list[Any]
-) -> None:
-    """Wrap an already cut projection so that its outside keeps the old width."""
-    module: Any = model.get_submodule(path)
-    device = module.weight.device
-    out_axis, in_axis = linear_axes(module)
-    rows, columns = axes.get(out_axis), axes.get(in_axis)
-    layer = PaddedLinear(
-        module.weight,
-        module.bias,
-        rows[0].to(device) if rows else None,
-        columns[0].to(device) if columns else None,
-        full_out=rows[1] if rows else module.weight.shape[out_axis],
-        full_in=columns[1] if columns else module.weight.shape[in_axis],
-        transposed=out_axis == 1,
+def _masked(
+    model: nn.Module, cut: Cut, inputs: Mapping[str, Any], setting: ExitStack
+) -> tuple[list[Tensor], torch.dtype, str]:
+    """The masked model's outputs, their dtype, and the kernel that gave them.
+
+    Tried are the wide dtype with the kernels that the model has, with others that may know that
+    dtype (flash attention does not), and last the model's own dtype. ``setting`` keeps what worked
+    until the cut model has run in it, too.
+    """
+    problems: list[str] = []
+    for dtype, kernel in _settings(model):
+        with ExitStack() as tried:
+            try:
+                if kernel:
+                    tried.enter_context(_kernels(model, kernel))
+                tried.enter_context(_in_dtype(model, dtype))
+                with (
+                    _untied(model),
+                    mixed(model, cut.structures, cut.plan),
+                    gated(model, cut.description.structures, cut.plan),
+                ):
+                    outputs = _run(model, inputs, dtype)
+                difference(outputs, outputs)
+            except Exception as error:
+                problems.append(f"{str(dtype).removeprefix('torch.')}: {_first_line(error)}")
+                continue
+            setting.enter_context(tried.pop_all())
+            return outputs, dtype, kernel
+    raise IncomparableError(
+        f"the masked model could not be run for the proof ({'; '.join(dict.fromkeys(problems))}), "
+        "so nothing was cut: give other example_inputs, or cut without proof by "
+        "finish(verify=False)"
     )
-    layer.train(module.training)
-    parent_path, leaf = owner_of(path)
-    parent = model.get_submodule(parent_path)
-    log.append(("module", parent, leaf, module))
-    setattr(parent, leaf, layer)
 
 
-def _roll_back(model: nn.Module, log: list[Any]) -> None:
-    """Undo a cut, last step first."""
-    for kind, module, name, old in reversed(log):
-        if kind == "param":
-            module._parameters[name] = old
-        elif kind == "module":
-            module._modules[name] = old
-        elif kind == "attr":
-            setattr(module, name, old)
-        elif kind == "tie":
-            untie(module)
-        else:
-            module.__class__ = name
-            module.__dict__.clear()
-            module.__dict__.update(old)
+def _compared(
+    model: nn.Module, masked: Sequence[Tensor], inputs: Mapping[str, Any], dtype: torch.dtype
+) -> Difference:
+    """How far the cut model is from the masked one. Raises VerificationError."""
+    advice = (
+        "the model was put back as it was: report this architecture, or, if you know better, "
+        "cut without proof by finish(verify=False)"
+    )
+    try:
+        found = _run(model, inputs, dtype)
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run ({_first_line(error)}); {advice}"
+        ) from error
+    try:
+        apart = difference(masked, found)
+    except VerificationError as error:
+        raise VerificationError(f"masked and cut model differ: {error}; {advice}") from None
+    if not apart.relative <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+        raise VerificationError(
+            f"masked and cut model differ by {apart.largest:.2g} on outputs up to "
+            f"{apart.scale:.2g}; {advice}"
+        )
+    return apart
 
 
-class _in_dtype:
-    """The model in a wider dtype while the block runs; widening and back is lossless.
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
+    """Dtypes and kernels to try the proof in, best first."""
+    count = sum(p.numel() for p in model.parameters())
+    wide = torch.float64 if count <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
+    yield wide, ""
+    if hasattr(model, "set_attn_implementation"):
+        yield wide, "sdpa"
+        yield wide, "eager"
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), wide)
+    if own != wide:
+        yield own, ""
+
+
+@contextmanager
+def _kernels(model: Any, name: str) -> Iterator[None]:
+    """The model with other attention kernels, and plain ones for experts, while the block runs."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    fields = ("_attn_implementation_internal", "_experts_implementation_internal")
+    before = [
+        (config, field, config.__dict__[field])
+        for config in configs.values()
+        for field in fields
+        if field in getattr(config, "__dict__", {})
+    ]
+    try:
+        model.set_attn_implementation(name)
+        with suppress(Exception):  # only models with experts can
+            model.set_experts_implementation("eager")
+        yield
+    finally:
+        for config, field, value in before:
+            config.__dict__[field] = value
+
+
+@contextmanager
+def _untied(model: nn.Module) -> Iterator[None]:
+    """The model with whole weights in place of shared ones while the block runs."""
+    ties = ties_in(model)
+    if not ties:
+        yield
+        return
+    try:
+        untie(model)
+        yield
+    finally:
+        _tie_again(model, ties)
+
+
+@contextmanager
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model in another dtype while the block runs; widening and back is lossless.
 
     Parameters cut inside the block come back in the dtype they had.
     """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
-        self.before = {
-            plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype
-        }
-
-    def __enter__(self) -> None:
-        if self.before:
-            self.model.to(self.dtype)
-
-    def __exit__(self, *_exc: object) -> None:
-        for name, tensor in _floating(self.model):
-            if plain_name(name) in self.before:
-                tensor.data = tensor.data.to(self.before[plain_name(name)])
+    before = {plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype}
+    try:
+        if before:
+            model.to(dtype)
+        yield
+    finally:
+        for name, tensor in _floating(model):
+            if plain_name(name) in before:
+                tensor.data = tensor.data.to(before[plain_name(name)])
 
 
 def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -315,12 +331,167 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """Every floating tensor of one forward pass."""
     device = next(model.parameters()).device
-
-    def cast(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype if value.is_floating_point() else None)
-
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return tensors_of(model(**{name: cast(value) for name, value in inputs.items()}))
+        return tensors_of(model(**run_inputs(model, inputs, device, dtype)))
+
+
+# -- surgery ---------------------------------------------------------------------------
+
+
+def apply_plan(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    plan: Plan,
+    undo: ExitStack | None = None,
+    ties: Sequence[Tie] = (),
+) -> None:
+    """Cut and share without any check. Works on meta tensors, which is how loading uses it.
+
+    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are those
+    that the model had before and that go on. ``undo`` takes the calls that put back what was
+    there before; without it old weights are freed one by one.
+    """
+    undo = undo if undo is not None else _Forget()
+    kept = {s.name: plan.kept(s) for s in structures}
+    cut = [s for s in structures if len(kept[s.name]) < s.size]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ties = [*ties, *ties_of(structures, plan, shapes)]
+    index = _positions_that_stay(model, cut, kept)
+    scale = {
+        param: math.sqrt(len(kept[s.name]) / s.size)
+        for s in cut
+        if s.layout == "native"
+        for param in s.folds
+    }
+    _swap_forwards(model, cut, undo)
+    for name, axes in index.items():
+        _narrow(model, name, axes, scale.get(name, 1.0), undo)
+    _pad(model, cut, index, undo)
+    _follow(model, cut, kept, undo)
+    if ties:
+        undo.callback(untie, model)
+        tie(model, moved(ties, index, scale))
+
+
+class _Forget(ExitStack):
+    """An undo list that keeps nothing."""
+
+    def callback(self, callback: Any, /, *_args: Any, **_kwds: Any) -> Any:
+        """Drop the call."""
+        return callback
+
+
+Axes = Mapping[int, tuple[Tensor, int]]
+"""{axis: (positions that stay, old length)} of one parameter."""
+
+
+def _positions_that_stay(
+    model: nn.Module, cut: Sequence[Structure], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Axes]:
+    """For every parameter to be cut."""
+    masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for structure in cut:
+        for slot in structure.slots:
+            length = model.get_parameter(slot.param).shape[slot.axis]
+            mask = masks[slot.param].setdefault(
+                slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
+            )
+            mask[slot.start : slot.start + span(slot, structure.size)] = False
+            mask[positions(slot, structure.size, kept[structure.name])] = True
+    return {
+        name: {axis: (mask.nonzero().reshape(-1), mask.numel()) for axis, mask in axes.items()}
+        for name, axes in masks.items()
+    }
+
+
+def _swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
+    """Give modules our forward where the stock one does not take narrower weights."""
+    for structure in cut:
+        if structure.swap is None:
+            continue
+        path, key = structure.swap
+        module: Any = model.get_submodule(path)
+        target = native_forward(key)
+        if not isinstance(module, target):
+            undo.callback(_become, module, type(module), dict(module.__dict__))
+            module.__class__ = target
+            module.adopt()
+
+
+def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+    module.__class__ = cls
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
+
+
+@torch.no_grad()
+def _narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
+    """Replace one parameter by its kept rows and columns, times ``scale``."""
+    path, leaf = owner_of(name)
+    module = model.get_submodule(path)
+    old = module._parameters[leaf]
+    if old is None:
+        raise PlanError(f"the model has no parameter {name!r}")
+    data = old.detach()
+    for axis, (index, _length) in axes.items():
+        data = data.index_select(axis, index.to(data.device))
+    if scale != 1.0:
+        data = data * scale
+    undo.callback(module._parameters.__setitem__, leaf, old)
+    module._parameters[leaf] = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
+    if leaf == "weight" and is_linear(module):
+        out_axis, in_axis = linear_axes(module)
+        names = ("nf", "nx") if out_axis == 1 else ("out_features", "in_features")
+        for attr, width in zip(names, (data.shape[out_axis], data.shape[in_axis]), strict=True):
+            if hasattr(module, attr):
+                _set(module, attr, width, undo)
+
+
+def _pad(
+    model: nn.Module, cut: Sequence[Structure], index: Mapping[str, Axes], undo: ExitStack
+) -> None:
+    """Wrap cut projections so that their outside keeps the old width, where none is native."""
+    padded: dict[str, dict[int, tuple[Tensor, int]]] = defaultdict(dict)
+    for structure in cut:
+        for slot in structure.slots if structure.layout == "padded" else ():
+            path, leaf = owner_of(slot.param)
+            if leaf == "weight":
+                padded[path][slot.axis] = index[slot.param][slot.axis]
+    for path, axes in padded.items():
+        module: Any = model.get_submodule(path)
+        device = module.weight.device
+        out_axis, in_axis = linear_axes(module)
+        rows, columns = axes.get(out_axis), axes.get(in_axis)
+        layer = PaddedLinear(
+            module.weight,
+            module.bias,
+            rows[0].to(device) if rows else None,
+            columns[0].to(device) if columns else None,
+            full_out=rows[1] if rows else module.weight.shape[out_axis],
+            full_in=columns[1] if columns else module.weight.shape[in_axis],
+            transposed=out_axis == 1,
+        )
+        layer.train(module.training)
+        parent_path, leaf = owner_of(path)
+        parent = model.get_submodule(parent_path)
+        undo.callback(parent._modules.__setitem__, leaf, module)
+        setattr(parent, leaf, layer)
+
+
+def _follow(
+    model: nn.Module,
+    cut: Sequence[Structure],
+    kept: Mapping[str, Sequence[int]],
+    undo: ExitStack,
+) -> None:
+    """Let the numbers that forwards read follow the cut."""
+    for structure in cut:
+        for attr in structure.attrs if structure.layout == "native" else ():
+            module = model.get_submodule(attr.module)
+            _set(module, attr.name, attr.per_unit * len(kept[structure.name]), undo)
+
+
+def _set(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
+    undo.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)

@@ -1,9 +1,12 @@
-"""Gates: one number a unit, multiplied into a running model without changing it."""
+"""Gates: one number per unit, multiplied into a running model without changing it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from .plan import Plan
 from .structure import Gate, Structure
 from .units import spread
 
-__all__ = ["Gates", "evaluating", "gated", "ones", "plan_gates"]
+__all__ = ["Gates", "evaluating", "gated", "has_gates", "ones", "plan_gates"]
 
 Gates = Mapping[str, Tensor]
 """{structure: gate values (size,)}; a structure that is absent is not gated."""
@@ -59,15 +62,17 @@ def gated(
 
     ``values`` are gates {structure: (size,)} or a plan. All ones give the untouched model
     bit for bit. Values may require gradients; they are read anew at every forward pass, so
-    changing them in place takes effect at once. No hook stays behind, whatever happens.
+    changing them in place takes effect at once. Nothing stays behind, whatever happens, and copies
+    of the model have no gates.
 
-    Raises PlanError for an unknown structure or a wrong number of values.
+    Raises PlanError for an unknown structure or a wrong number of values, UnsupportedError if
+    there are gates in the model already.
     """
     if isinstance(values, Plan):
         values.check(structures)
         values = plan_gates(structures, values)
     by_name = {s.name: s for s in structures}
-    scales: dict[str, list[_Scale]] = {}
+    placed: dict[str, list[tuple[Gate, Tensor]]] = {}
     for name, gate_values in values.items():
         if name not in by_name:
             raise PlanError(f"no structure is called {name!r}.{did_you_mean(name, by_name)}")
@@ -78,41 +83,170 @@ def gated(
                 f"{tuple(gate_values.shape)}"
             )
         for gate in structure.gates:
-            scales.setdefault(gate.module, []).append((gate, gate_values))
+            placed.setdefault(gate.module, []).append((gate, gate_values))
     with ExitStack() as stack:
-        for path, members in scales.items():
-            module = model.get_submodule(path)
-            if _takes_scaled_weights(module, members):
-                stack.callback(_scale_weights(module, members))
-                continue
-            for gate, gate_values in members:
-                for remove in _attach(module, gate, gate_values):
-                    stack.callback(remove)
+        for path, members in placed.items():
+            stack.callback(_take_off, _put_on(model.get_submodule(path), path, members))
         yield model
 
 
-_Scale = tuple[Gate, Tensor]
+def has_gates(model: nn.Module) -> bool:
+    """Whether gates are in place anywhere in the model."""
+    return any(GATES in module.__dict__ for module in model.modules())
 
 
-def _takes_scaled_weights(module: nn.Module, members: Sequence[_Scale]) -> bool:
-    """Whether scaling rows or columns of the weight does what scaling the activations would.
+# A gated module is of a subclass made for the purpose. Nothing in it refers to another module, and
+# a copy of it, a pickle, or the module once its gates are gone is of the stock class again: so
+# copies made during a search (momentum encoders, averages, checkpoints) compute with their own
+# weights, without gates.
 
-    Not for subclasses, nor where somebody has replaced ``forward``: those keep the hooks.
-    """
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and all(gate.at in ("output", "input") for gate, _ in members)
-    )
+GATES = "_vlprune_gates"
 
 
-def _scale_weights(module: nn.Module, members: Sequence[_Scale]) -> Callable[[], None]:
-    """Let the layer multiply by its gated weight; returns the call that ends it.
+@dataclass(frozen=True)
+class _Gates:
+    """What a gated module carries: its gates, and the ``forward`` of its own that it had."""
+
+    members: tuple[tuple[Gate, Tensor], ...]
+    base: type[nn.Module]
+    forward: Any = None
+
+
+def _put_on(module: nn.Module, path: str, members: Sequence[tuple[Gate, Tensor]]) -> nn.Module:
+    """Gate a module. Raises UnsupportedError if that is impossible."""
+    if GATES in module.__dict__:
+        raise UnsupportedError(
+            f"{path} is gated already: another Compressor is at work on this model; finish() it, "
+            "or call its detach(), first"
+        )
+    names = [name for gate, _ in members for name in gate.params]
+    if any(parametrize.is_parametrized(module, name) for name in names):
+        raise UnsupportedError(
+            "the projections of an nn.MultiheadAttention share their weights, so they cannot be "
+            "gated: call vlprune.materialize on the model first, or skip this module"
+        )
+    base, own = type(module), module.__dict__.get("forward")
+    module.__dict__[GATES] = _Gates(tuple(members), base, own)
+    module.__class__ = _gated_class(base)
+    if own is not None:  # as accelerate leaves it on a model that is spread over devices
+        module.__dict__["forward"] = partial(_through_own_forward, module)
+    return module
+
+
+def _take_off(module: nn.Module) -> None:
+    """The module as it was; whoever has changed its class meanwhile keeps that."""
+    gates: _Gates | None = module.__dict__.pop(GATES, None)
+    if gates is None:
+        return
+    if type(module).__dict__.get("gated_base") is gates.base:
+        module.__class__ = gates.base
+    if gates.forward is not None:
+        module.__dict__["forward"] = gates.forward
+
+
+@contextmanager
+def _bare(module: nn.Module) -> Iterator[None]:
+    """The module without its gates while the block runs."""
+    cls: Any = type(module)
+    gates, own_forward = module.__dict__.get(GATES), module.__dict__.get("forward")
+    _take_off(module)
+    if type(module) is cls:  # its gates are gone already, its class is not
+        module.__class__ = cls.__mro__[1]
+    try:
+        yield
+    finally:
+        module.__class__ = cls
+        if gates is not None:
+            module.__dict__[GATES] = gates
+        if own_forward is not None:
+            module.__dict__["forward"] = own_forward
+
+
+def _gated_class(base: type[nn.Module]) -> Any:
+    """The subclass of ``base`` that multiplies by gates, and leaves no trace in copies."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        gates = getattr(self, GATES, None)
+        if gates is None:
+            return base.forward(self, *args, **kwargs)
+        if base is nn.Linear and all(gate.at != "weight" for gate, _ in gates.members):
+            return _through_weight(self, gates.members, *args, **kwargs)
+        return _through(self, gates.members, partial(base.forward, self), args, kwargs)
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        with _bare(self):
+            return copy.deepcopy(self, memo)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        with _bare(self):
+            parts: Any = self.__reduce_ex__(protocol)
+            return tuple(dict(part) if isinstance(part, dict) else part for part in parts)
+
+    members = {
+        "gated_base": base,
+        "forward": forward,
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _through_own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """As the gated class's forward, for a module whose instance has a ``forward`` of its own."""
+    gates = module.__dict__[GATES]
+    return _through(module, gates.members, gates.forward, args, kwargs)
+
+
+def _through(
+    module: nn.Module,
+    members: Sequence[tuple[Gate, Tensor]],
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """``forward`` with its first input, its weights and its output multiplied by gates."""
+    by_place: dict[str, list[tuple[Gate, Tensor]]] = {"input": [], "weight": [], "output": []}
+    for gate, values in members:
+        by_place[gate.at].append((gate, values))
+    for gate, values in by_place["input"]:
+        first, *rest = args
+        args = (first * _like(first, spread(values, gate, first.shape[-1])), *rest)
+    shadowed = []
+    try:
+        for gate, values in by_place["weight"]:
+            for name in gate.params:
+                # An entry in __dict__ is found before nn.Module looks into _parameters, so the
+                # parameter itself, its name and its order are never touched.
+                module.__dict__[name] = _product(getattr(module, name), gate, values)
+                shadowed.append(name)
+        output = forward(*args, **kwargs)
+    finally:
+        for name in shadowed:
+            module.__dict__.pop(name, None)
+    for gate, values in by_place["output"]:
+        output = output * _like(output, spread(values, gate, output.shape[-1]))
+    return output
+
+
+def _product(weight: Tensor, gate: Gate, values: Tensor) -> Tensor:
+    """The rows of a weight times the gates."""
+    scale = _like(weight, spread(values, gate, weight.shape[0]))
+    product = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        # torch's matmul picks its kernel by this flag; without it the last bit moves
+        product.requires_grad_(weight.requires_grad)
+    return product
+
+
+def _through_weight(module: Any, members: Sequence[tuple[Gate, Tensor]], inputs: Tensor) -> Tensor:
+    """A linear layer with its gated weight.
 
     A weight is small beside the activations of a batch, so this costs a small fraction of
     what scaling activations costs in time, and next to no memory.
     """
-    assert isinstance(module, nn.Linear)
 
     def scale(at: str, like: Tensor, size: int) -> Tensor | None:
         product = None
@@ -122,15 +256,11 @@ def _scale_weights(module: nn.Module, members: Sequence[_Scale]) -> Callable[[],
                 product = one if product is None else product * one
         return product
 
-    def forward(inputs: Tensor) -> Tensor:
-        weight = module.weight
-        rows = scale("output", weight, weight.shape[0])
-        columns = scale("input", weight, weight.shape[1])
-        result: Tensor = _GatedLinear.apply(inputs, weight, module.bias, rows, columns)
-        return result
-
-    module.forward = forward  # type: ignore[method-assign, assignment]
-    return lambda: module.__dict__.pop("forward", None)
+    weight = module.weight
+    rows = scale("output", weight, weight.shape[0])
+    columns = scale("input", weight, weight.shape[1])
+    result: Tensor = _GatedLinear.apply(inputs, weight, module.bias, rows, columns)
+    return result
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -196,53 +326,6 @@ def _gated_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -
     if columns is not None:
         weight = weight * columns.to(weight.dtype)
     return weight
-
-
-def _attach(module: nn.Module, gate: Gate, values: Tensor) -> list[Callable[[], None]]:
-    """Install one gate; return the calls that take it away again."""
-    if gate.at == "output":
-
-        def scale_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return output * _like(output, spread(values, gate, output.shape[-1]))
-
-        return [module.register_forward_hook(scale_output).remove]
-
-    if gate.at == "input":
-
-        def scale_input(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            first, *rest = args
-            return (first * _like(first, spread(values, gate, first.shape[-1])), *rest)
-
-        return [module.register_forward_pre_hook(scale_input).remove]
-
-    if any(parametrize.is_parametrized(module, name) for name in gate.params):
-        raise UnsupportedError(
-            "the projections of an nn.MultiheadAttention share their weights, so they cannot be "
-            "gated: call vlprune.materialize on the model first, or skip this module"
-        )
-
-    # at == "weight": shadow the parameter with its gated product for one forward pass. An
-    # entry in __dict__ is found before nn.Module looks into _parameters, so the parameter
-    # itself, its name and its order are never touched.
-    def shadow(module: nn.Module, _args: Any) -> None:
-        for name in gate.params:
-            weight = getattr(module, name)
-            scale = _like(weight, spread(values, gate, weight.shape[0]))
-            product = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-            if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                # torch's matmul picks its kernel by this flag; without it the last bit moves
-                product.requires_grad_(weight.requires_grad)
-            module.__dict__[name] = product
-
-    def unshadow(module: nn.Module, _args: Any, _output: Any) -> None:
-        for name in gate.params:
-            module.__dict__.pop(name, None)
-
-    return [
-        module.register_forward_pre_hook(shadow).remove,
-        module.register_forward_hook(unshadow, always_call=True).remove,
-        lambda: unshadow(module, None, None),
-    ]
 
 
 def _like(tensor: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ def stock_name(module: nn.Module) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is ``y = x W + b`` with a plain dense weight."""
-    return isinstance(module, nn.Linear) or stock_name(module) == "Conv1D"
+    return isinstance(module, nn.Linear | PaddedLinear) or stock_name(module) == "Conv1D"
 
 
 def linear_axes(module: nn.Module) -> tuple[int, int]:
@@ -22,7 +22,7 @@ def linear_axes(module: nn.Module) -> tuple[int, int]:
     return (1, 0) if stock_name(module) == "Conv1D" else (0, 1)
 
 
-class PaddedLinear(nn.Linear):
+class PaddedLinear(nn.Module):
     """A small projection with the full width outside.
 
     ``rows`` are the output positions that exist: the small result is scattered into zeros
@@ -30,8 +30,14 @@ class PaddedLinear(nn.Linear):
     it sees the shapes it always saw, so rotary embeddings, q/k norms and hard-coded
     reshapes stay exact; parameters and projection MACs fall, the attention core does not.
     Both index buffers are saved with the weights.
+
+    It is no ``nn.Linear``, because its weight is smaller than its inputs and outputs say: what
+    replaces or wraps every ``nn.Linear`` by these numbers (adapters, quantizers) would compute
+    something else, so it must pass by, or refuse.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     rows: Tensor | None
     columns: Tensor | None
 
@@ -45,16 +51,13 @@ class PaddedLinear(nn.Linear):
         full_in: int,
         transposed: bool = False,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.in_features, self.out_features = full_in, full_out
         self.transposed = transposed  # stored (in, out), as Conv1D does
         self.weight = weight
         self.register_parameter("bias", bias)
         self.register_buffer("rows", rows)
         self.register_buffer("columns", columns)
-
-    def reset_parameters(self) -> None:
-        """Nothing: the weights come from the dense layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., full_in) -> (..., full_out)."""
@@ -70,4 +73,7 @@ class PaddedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         inside = tuple(self.weight.shape)
-        return f"in={self.in_features}, out={self.out_features}, stored={inside}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, stored={inside}, "
+            "padded by vlprune: not an nn.Linear, so adapters and quantizers leave it out"
+        )

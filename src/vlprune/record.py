@@ -2,7 +2,7 @@
 
 The section is named ``quantization_config`` because that is the one hook transformers
 offers for "rebuild the module shapes before the weights are loaded". It holds the whole
-plan in a compact form (a bit mask a structure), so every folder that ``save_pretrained``
+plan in a compact form (a bit mask per structure), so every folder that ``save_pretrained``
 writes can be loaded, and cut again, without any other file.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ from .errors import CheckpointError, UnsupportedError
 from .plan import Plan
 from .structure import Description, Structure
 
-__all__ = ["METHOD", "Record", "read_record", "record_of", "write_record"]
+__all__ = ["METHOD", "Record", "gather_record", "read_record", "record_of", "write_record"]
 
 METHOD = "vlprune"
 VERSIONS = (1, 2)
@@ -45,6 +47,32 @@ class Record:
         sizes = self.sizes.items()
         bare = [Structure(name, "", size, "", (), ()) for name, size in sizes]
         return {structure.name: self.plan.kept(structure) for structure in bare}
+
+    def renamed(self, new_name: Callable[[str], str]) -> Record:
+        """The same record with other names for the structures."""
+        keep = {new_name(name): units for name, units in self.plan.keep.items()}
+        share = {
+            new_name(name): (new_name(source), *pairs)
+            for name, (source, *pairs) in self.plan.share.items()
+        }
+        return Record(
+            replace(self.plan, keep=keep, share=share),
+            {new_name(name): size for name, size in self.sizes.items()},
+            {new_name(name): layout for name, layout in self.layouts.items()},
+        )
+
+    def check(self, structures: Sequence[Structure]) -> None:
+        """Raise UnsupportedError if a model with these structures was not cut as it says."""
+        alive = self.alive()
+        for structure in structures:
+            left = len(alive.get(structure.name, range(structure.size)))
+            if left != structure.size:
+                raise UnsupportedError(
+                    f"the config says that {structure.name} was cut to {left} units, but it has "
+                    f"{structure.size}: a model built from the config of a cut model has full "
+                    "size; load the cut one with from_pretrained, or delete "
+                    "model.config.quantization_config"
+                )
 
     def section(self, prefix: str = "") -> dict[str, Any]:
         """The record as a config section, for the sub-model at ``prefix``."""
@@ -169,8 +197,33 @@ def _composed(
 def read_record(model: nn.Module) -> Record | None:
     """The record of a cut model, None for a dense one.
 
-    Raises UnsupportedError if the model carries another quantizer.
+    Where only a part of the model was cut (its vision tower, say), the part's record in the names
+    that the whole model has for it. Raises UnsupportedError if the model carries another
+    quantizer, or its parts were cut with different attention units.
     """
+    record = _own_record(model)
+    seen = {id(getattr(model, "config", None))}
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if not path or not hasattr(module, "base_model_prefix") or id(config) in seen:
+            continue
+        seen.add(id(config))
+        part = _own_record(module)
+        if part is not None:
+            record = _joined(record, part, path + ".")
+    return record
+
+
+def gather_record(model: nn.Module) -> Record | None:
+    """As :func:`read_record`; what only a part of the model knew, its own config says, too."""
+    record, own = read_record(model), _own_record(model)
+    if record is not None and (own is None or own.plan.keep.keys() != record.plan.keep.keys()):
+        write_record(model, record)
+    return record
+
+
+def _own_record(model: nn.Module) -> Record | None:
+    """What the model's own config says, in the model's own names."""
     section = getattr(getattr(model, "config", None), "quantization_config", None)
     if section is None:
         return getattr(model, "_vlprune_record", None)
@@ -185,12 +238,42 @@ def read_record(model: nn.Module) -> Record | None:
     return Record.from_section(section)
 
 
-def write_record(model: nn.Module, record: Record) -> None:
-    """Make the model remember its cut, in its config and in those of its sub-models."""
-    config = getattr(model, "config", None)
-    if config is None:
+def _joined(whole: Record | None, part: Record, prefix: str) -> Record:
+    """``whole`` with what only ``part``, a sub-model at ``prefix``, knows."""
+    if whole is None:
+        whole = Record(Plan(attention=part.plan.attention), {})
+    named = part.renamed(lambda name: prefix + name)
+    new = named.plan.keep.keys() - whole.plan.keep.keys()
+    if not new:
+        return whole
+    if part.plan.attention != whole.plan.attention:
+        raise UnsupportedError(
+            f"parts of this model were cut with attention={whole.plan.attention!r} and "
+            f"{part.plan.attention!r}: a model is saved and cut with one; cut them alike"
+        )
+    return Record(
+        replace(
+            whole.plan,
+            keep={**{n: named.plan.keep[n] for n in sorted(new)}, **whole.plan.keep},
+            share={**named.plan.share, **whole.plan.share},
+        ),
+        {**named.sizes, **whole.sizes},
+        {**named.layouts, **whole.layouts},
+    )
+
+
+def write_record(model: nn.Module, record: Record, undo: ExitStack | None = None) -> None:
+    """Make the model remember its cut, in its config and in those of its sub-models.
+
+    The model gets a config of its own for this: another model that was built from the same config
+    object stays what it is. ``undo`` takes the calls that put everything back.
+    """
+    undo = undo if undo is not None else ExitStack()
+    if getattr(model, "config", None) is None:
+        undo.callback(model.__dict__.__setitem__, "_vlprune_record", _own_record(model))
         model._vlprune_record = record  # type: ignore[assignment]
         return
+    config = _own_config(model, undo)
     config.quantization_config = record.section()
     # CLIPVisionModel.from_pretrained(folder of a CLIPModel) reads only the sub-config.
     own = {id(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
@@ -199,6 +282,18 @@ def write_record(model: nn.Module, record: Record) -> None:
         if path and id(sub) in own and hasattr(module, "base_model_prefix"):
             own.discard(id(sub))
             sub.quantization_config = record.section(prefix=path + ".")
+
+
+def _own_config(model: nn.Module, undo: ExitStack) -> Any:
+    """A copy of the model's config, put in place wherever the model refers to the old one."""
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            if hasattr(value, "model_type") and id(value) in copies:
+                undo.callback(module.__dict__.__setitem__, name, value)
+                module.__dict__[name] = copies[id(value)]
+    return config
 
 
 def _unshare(entry: Mapping[str, Any], size: int) -> tuple[Any, ...]:

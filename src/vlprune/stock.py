@@ -74,6 +74,8 @@ def ordinary(model: Any) -> Any:
         )
     plain = cls(config)
     plain.load_state_dict(model.state_dict())
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.to(next(model.parameters()).device, next(model.parameters()).dtype).train(
         model.training
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Attr", "Description", "Gate", "Slot", "Structure", "fingerprint"]
+__all__ = ["Attr", "Description", "Gate", "Slot", "Structure", "fingerprint", "unit_of"]
 
 AttentionUnit = Literal["head_dim", "qk_vo", "head"]
 
@@ -91,6 +91,16 @@ def fingerprint(attention: str, structures: Iterable[Structure]) -> str:
     """Twelve hex digits that two models share only if a plan for one fits the other."""
     facts = [attention, *sorted((s.name, s.kind, s.size) for s in structures)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def unit_of(structures: Iterable[Structure]) -> str:
+    """The attention unit that structures were described in; "" where only FFNs are among them."""
+    attention = [s for s in structures if s.kind != "ffn"]
+    if any(s.kind != "attention" for s in attention):
+        return "qk_vo"
+    if not attention:
+        return ""
+    return "head" if all(s.slots[0].inner > 1 for s in attention) else "head_dim"
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def _register_quantizer(auto: Any) -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
             rebuild = importlib.import_module("vlprune.checkpoint").rebuild_shapes
-            return rebuild(model, self.quantization_config.to_dict())
+            self.record = rebuild(model, self.quantization_config.to_dict())
+            return model
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
             # From here on it is an ordinary model: no flag may keep Trainer, .half() or a
@@ -134,6 +135,8 @@ def _register_quantizer(auto: Any) -> None:
             for module in model.modules():
                 if hasattr(getattr(module, "config", None), "_is_quantized"):
                     module.config._is_quantized = False
+            # In its own names: another class may have written the folder.
+            importlib.import_module("vlprune.record").write_record(model, self.record)
             model.is_quantized = False
             for flag in ("hf_quantizer", "quantization_method"):
                 if hasattr(model, flag):

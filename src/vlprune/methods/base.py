@@ -8,14 +8,14 @@ is refused) and a :class:`Search`; then a line in ``methods/__init__.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..budget import Prices, select
+from ..budget import Prices, least, select
 from ..errors import RecipeError
 from ..structure import Structure
 from ..vectors import Vectors
@@ -56,6 +56,17 @@ class Problem:
     )
     groups: Mapping[str, str] = field(default_factory=dict)
 
+    def without(self, names: Collection[str]) -> Problem:
+        """The problem that is left where these structures stay whole."""
+        if not names:
+            return self
+        return replace(
+            self,
+            structures=tuple(s for s in self.structures if s.name not in names),
+            prices=self.prices.fixing(names),
+            groups={name: group for name, group in self.groups.items() if name not in names},
+        )
+
 
 class Search(ABC):
     """The state of one search."""
@@ -72,6 +83,25 @@ class Search(ABC):
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self.whole: frozenset[str] = frozenset()
+
+    @property
+    def decides_on(self) -> frozenset[str]:
+        """The structures that it may take units from."""
+        return frozenset(s.name for s in self.problem.structures)
+
+    def leave_whole(self, names: frozenset[str]) -> None:
+        """Take nothing from these structures: what it has seen says nothing about them (yet)."""
+        self.whole = names
+
+    @property
+    def open(self) -> Problem:
+        """The problem without the structures that stay whole."""
+        return self.problem.without(self.whole)
+
+    def least_left(self) -> float:
+        """The smallest fraction that a plan could reach now."""
+        return least(self.open.prices)
 
     def reprice(self, prices: Prices) -> None:
         """Go on with these prices: a measured table is taken from a checkpoint."""

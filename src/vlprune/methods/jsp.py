@@ -7,7 +7,7 @@ this method is used only where it is asked for by name, and is the default nowhe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -189,6 +189,10 @@ class _JspSearch(Alternating):
         self.watched: list[dict[str, float]] = []
         self._drawn: Vectors | None = None
 
+    @property
+    def decides_on(self) -> frozenset[str]:
+        return frozenset(vector.structure.name for vector in self.vectors)
+
     # -- logits to vectors -----------------------------------------------------------------
 
     def _logits(self) -> list[Tensor]:
@@ -230,20 +234,34 @@ class _JspSearch(Alternating):
         return list({v.structure.name: v.structure for v in self.vectors}.values())
 
     @torch.no_grad()
-    def _vectors_at(self, threshold: float) -> Vectors:
-        """Without noise: u is 1 where the logit, with the noise's median, exceeds a threshold."""
+    def _vectors_at(self, threshold: float, whole: Collection[str] = ()) -> Vectors:
+        """Without noise: u is 1 where the logit, with the noise's median, exceeds a threshold.
+
+        And everywhere in the structures that stay ``whole``.
+        """
         logits = self._logits()
-        return self._assemble([(x + MEDIAN >= threshold).float() for x in logits], logits)
+        decided = [
+            torch.ones_like(x) if v.structure.name in whole else (x + MEDIAN >= threshold).float()
+            for x, v in zip(logits, self.vectors, strict=True)
+        ]
+        return self._assemble(decided, logits)
 
     @torch.no_grad()
     def _fitted(self) -> Vectors:
         """The vectors at the lowest threshold that meets the budget: exported, deterministic."""
         levels = torch.cat(self._logits()).add(MEDIAN).unique()  # ascending
         low, high = 0, len(levels)  # at levels[low] too much may remain, at +inf it fits
-        found, self.threshold = self._vectors_at(math.inf), math.inf
+        found, self.threshold = self._vectors_at(math.inf, self.whole), math.inf
+        if float(found.cost(self.prices)) > self.target * (1 + 1e-12):
+            raise BudgetError(
+                f"the loss on held-out batches does not depend on {min(self.whole)}"
+                + (f" and {len(self.whole) - 1} more structures" if len(self.whole) > 1 else "")
+                + ", which stay whole, and without them the budget cannot be reached: give "
+                "held-out batches that need them, or ask for a larger budget"
+            )
         while low < high:
             middle = (low + high) // 2
-            trial = self._vectors_at(float(levels[middle]))
+            trial = self._vectors_at(float(levels[middle]), self.whole)
             if float(trial.cost(self.prices)) <= self.target * (1 + 1e-12):
                 found, self.threshold, high = trial, float(levels[middle]), middle
             else:

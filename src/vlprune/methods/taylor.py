@@ -61,5 +61,6 @@ class _TaylorSearch(Search):
                 "Taylor has seen no finite gradient yet: train at least one step with "
                 "compressor.callback(), or call compressor.step(progress) after each backward"
             )
-        scores = {name: total / self.steps for name, total in self.sums.items()}
-        return self.method.best(self.problem, scores)
+        problem = self.open
+        scores = {s.name: self.sums[s.name] / self.steps for s in problem.structures}
+        return self.method.best(problem, scores)

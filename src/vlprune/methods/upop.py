@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -50,8 +50,8 @@ class UPop(Method):
     the authors' L1 term, as in ``{"attention": 1.44e-2, "ffn": 5e-4}``; its gradient is the
     same for every gate of a kind, so standardisation cancels it while no gate is 0, and it is
     left out by default. ``round_to`` (multiples of so many units) and ``floors``
-    (``{"vision": 0.3}``: that share of the tower's prunable cost stays) hold for the last
-    decision; both are ours.
+    (``{"vision": 0.3}``: that share of the tower's prunable cost stays) hold for every decision,
+    so that what fades is what goes; both are ours.
     """
 
     interval: int | str = "auto"
@@ -164,7 +164,8 @@ class _UPopSearch(Search):
         values = torch.full((sum(self.sizes),), fading)
         start = 0
         for structure in self.structures:
-            values[start + torch.tensor(kept[structure.name])] = 1
+            units = kept.get(structure.name, range(structure.size))
+            values[start + torch.tensor([*units])] = 1
             start += structure.size
         self.values = values.to(self.total.device)
         facts = self.facts()
@@ -182,18 +183,33 @@ class _UPopSearch(Search):
 
     def _scores(self) -> dict[str, list[float]]:
         _, sign = IMPORTANCE[self.method.importance]
-        scores = standardised(self.structures, self._split(sign * self.total))
+        totals = self._split(sign * self.total)
+        scores = standardised(self.open.structures, totals)
         return {name: values.tolist() for name, values in scores.items()}
 
     def _select(
         self, scores: Mapping[str, list[float]], progress: float
     ) -> dict[str, tuple[int, ...]]:
-        share = 1 - (1 - self.budget) * removed_share(progress)
-        if progress >= 1:
-            round_to, floors = self.method.round_to, self.floors
-            return select(scores, self.prices, share, round_to, floors, self.problem.groups)
-        share = max(share, least(self.prices))
-        return select(scores, self.prices, share, groups=self.problem.groups)
+        """The units that stay when the search has come so far: as near as blocks and floors allow.
+
+        Raises BudgetError at the end of the search if the budget cannot be reached.
+        """
+        floors = [
+            replace(floor, structures=tuple(n for n in floor.structures if n not in self.whole))
+            for floor in self.floors
+        ]
+        return select(
+            scores,
+            self.prices.fixing(self.whole),
+            1 - (1 - self.budget) * removed_share(progress),
+            self.method.round_to,
+            floors,
+            self.open.groups,
+            closest=progress < 1,
+        )
+
+    def least_left(self) -> float:
+        return least(self.prices.fixing(self.whole), self.method.round_to)
 
     def gates(self, progress: float) -> Mapping[str, Tensor]:
         return self._split(self.values)

@@ -31,7 +31,7 @@ from ..checkpoint import load, save
 from ..cutting import rewrite
 from ..difference import tensors_of
 from ..errors import PlanError
-from ..gate import gated, ones, plan_gates
+from ..gate import gated, has_gates, ones, plan_gates
 from ..plan import Plan
 from ..share import materialize, mixed, shareable, ties_in
 from ..structure import AttentionUnit, Description, Structure
@@ -125,6 +125,7 @@ def _hooks(model: nn.Module) -> int:
         + len(m._forward_pre_hooks)
         + len(m._backward_hooks)
         + ("forward" in m.__dict__)
+        + has_gates(m)
         for m in model.modules()
     )
 

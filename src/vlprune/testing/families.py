@@ -128,10 +128,11 @@ _CLIP_TEXT: dict[str, Any] = {
 
 @_family
 def clip() -> Sample:
-    config = T.CLIPConfig(
-        text_config=_text(**_CLIP_TEXT), vision_config=_vision(), projection_dim=16
-    )
-    inputs = {"input_ids": _ids(), "pixel_values": _pixels(), "attention_mask": _ones()}
+    text, vision = _text(**_CLIP_TEXT, projection_dim=16), _vision(projection_dim=16)
+    config = T.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    ids = _ids()
+    ids[:, -1] = _CLIP_TEXT["eos_token_id"]  # where the text is read off
+    inputs = {"input_ids": ids, "pixel_values": _pixels(), "attention_mask": _ones()}
     return Sample(T.CLIPModel(config), inputs)
 
 

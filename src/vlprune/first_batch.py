@@ -1,0 +1,50 @@
+"""The batch that a cut is proved on: the first one of training, copied; and how it is run again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+__all__ = ["copied", "run_inputs"]
+
+
+def copied(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one forward pass by name, tensors copied at any depth.
+
+    Caches of keys and values are left out: the pass fills them, so they are no inputs any more.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    plain = {name: value for name, value in given.items() if not _is_cache(name, value)}
+    copies: dict[str, Any] = recursively_apply(lambda tensor: tensor.detach().clone(), plain)
+    return copies
+
+
+def run_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """``inputs`` for a model on ``device`` in ``dtype``, at any depth, without caches."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    plain = {name: value for name, value in inputs.items() if not _is_cache(name, value)}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        plain["use_cache"] = False
+    ready: dict[str, Any] = recursively_apply(cast, plain)
+    return ready
+
+
+def _is_cache(name: str, value: Any) -> bool:
+    by_class = any(cls.__name__ in ("Cache", "EncoderDecoderCache") for cls in type(value).__mro__)
+    return by_class or name in (
+        "past_key_values",
+        "past_key_value",
+        "cache_params",
+        "cache_position",
+    )
