@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import vlprune
 
 SOURCE = Path(vlprune.__file__).parent
+ROOT = SOURCE.parent.parent
 LEVELS = {
     0: "errors structure plan budget schedule registry recipe report page progress",
     1: "trainee units gate layers cost record share vectors cutting difference",
@@ -107,14 +107,30 @@ def test_no_file_is_called_utils() -> None:
     assert not names & {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 
 
-def test_the_readme_names_every_command_and_every_supported_family() -> None:
+def test_the_readme_names_every_command() -> None:
     from vlprune.cli import app
-    from vlprune.testing import FAMILIES
 
-    root = SOURCE.parent.parent
-    readme = (root / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for command in app.registered_commands:
         assert f"vlprune {command.callback.__name__}" in readme, command
-    supported = (root / "docs" / "supported.md").read_text()
-    rows = set(re.findall(r"^\| `(\w+)`", supported, flags=re.MULTILINE))
-    assert rows == set(FAMILIES)
+
+
+def test_the_tables_of_supported_families_are_those_that_are_printed() -> None:
+    from vlprune.testing import FAMILIES, VARIANTS
+    from vlprune.testing.__main__ import table
+
+    supported = (ROOT / "docs" / "supported.md").read_text()
+    for models in (FAMILIES, VARIANTS):
+        assert table(models) in supported, "print it again: python -m vlprune.testing"
+
+
+def test_the_number_of_families_is_the_same_wherever_it_is_told() -> None:
+    from vlprune.testing import FAMILIES
+
+    number = len(FAMILIES)
+    for path, words in {
+        "README.md": f"{number - 6} more tested families",  # six are named before it
+        "docs/index.md": f"{number} families of models",
+        "CHANGELOG.md": f"{number} tested families",
+    }.items():
+        assert words in (ROOT / path).read_text(), f"{path} should say {words!r}"
