@@ -13,7 +13,6 @@ import pytest
 import vlprune
 
 SOURCE = Path(vlprune.__file__).parent
-ROOT = SOURCE.parent.parent
 LEVELS = {
     0: "errors structure plan budget schedule registry recipe report page progress",
     1: "trainee units gate layers cost record share vectors cutting difference",
@@ -110,27 +109,6 @@ def test_no_file_is_called_utils() -> None:
 def test_the_readme_names_every_command() -> None:
     from vlprune.cli import app
 
-    readme = (ROOT / "README.md").read_text()
+    readme = (SOURCE.parent.parent / "README.md").read_text()
     for command in app.registered_commands:
         assert f"vlprune {command.callback.__name__}" in readme, command
-
-
-def test_the_tables_of_supported_families_are_those_that_are_printed() -> None:
-    from vlprune.testing import FAMILIES, VARIANTS
-    from vlprune.testing.__main__ import table
-
-    supported = (ROOT / "docs" / "supported.md").read_text()
-    for models in (FAMILIES, VARIANTS):
-        assert table(models) in supported, "print it again: python -m vlprune.testing"
-
-
-def test_the_number_of_families_is_the_same_wherever_it_is_told() -> None:
-    from vlprune.testing import FAMILIES
-
-    number = len(FAMILIES)
-    for path, words in {
-        "README.md": f"{number - 6} more tested families",  # six are named before it
-        "docs/index.md": f"{number} families of models",
-        "CHANGELOG.md": f"{number} tested families",
-    }.items():
-        assert words in (ROOT / path).read_text(), f"{path} should say {words!r}"
