@@ -17,12 +17,20 @@ from safetensors import SafetensorError, safe_open
 from .architectures import discover
 from .cutting import apply_plan
 from .errors import CheckpointError, UnsupportedError, VlpruneError
-from .models import MODELS
+from .models import MODELS, PREFIX
 from .record import METHOD, Record, gather_record
 from .structure import Structure
 from .wrappers import uncompiled
 
-__all__ = ["check_weights", "load", "model_class", "open_model", "rebuild_shapes", "save"]
+__all__ = [
+    "check_weights",
+    "load",
+    "model_class",
+    "open_config",
+    "open_model",
+    "rebuild_shapes",
+    "save",
+]
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
 BENCH_FILE, EXPORT_FILE = "bench.json", "vlprune-export.json"
@@ -226,13 +234,28 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def open_config(name: str | Path) -> Any:
+    """The config in a folder or on the hub."""
+    found, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    if _is_ours(found):
+        return MODELS[found["architectures"][0]].config_class.from_pretrained(name)
+    return transformers.AutoConfig.from_pretrained(name)
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names a model of ours, not one of the same name elsewhere."""
+    name = (config.get("architectures") or [""])[0]
+    prefixed = str(config.get("model_type", "")).startswith(PREFIX)
+    return name in MODELS and (prefixed or not hasattr(transformers, name))
+
+
 def model_class(config: Mapping[str, Any], where: object) -> Any:
-    """The transformers class a ``config.json`` names. Never runs code from the folder."""
-    names = config.get("architectures") or []
-    cls: Any = (MODELS.get(names[0]) or getattr(transformers, names[0], None)) if names else None
+    """The class a ``config.json`` names, ours or transformers'. Never runs code from the folder."""
+    names = config.get("architectures") or [""]
+    cls: Any = MODELS[names[0]] if _is_ours(config) else getattr(transformers, names[0], None)
     if cls is None or not issubclass(cls, transformers.PreTrainedModel):
         raise UnsupportedError(
-            f"{where} names the model class {names[0] if names else 'nothing'!r}, which this "
+            f"{where} names the model class {names[0] or 'nothing'!r}, which this "
             "transformers does not have: update transformers, or load it with its own class"
         )
     return cls
@@ -280,7 +303,7 @@ def open_model(name: str, config_only: bool = False) -> Any:
         if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
             config = AutoConfig.for_model(name)
         else:
-            config = AutoConfig.from_pretrained(name)
+            config = open_config(name)
         if not config_only:
             if Path(name).is_dir():
                 check_weights(Path(name))

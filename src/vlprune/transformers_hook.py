@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from .models import MODEL_TYPES, PREFIX
+
 __all__ = ["install"]
 
 
@@ -65,14 +67,10 @@ def _register_configs(auto: Any) -> None:
     """Teach AutoConfig our model types; the configs teach AutoModel when they are imported."""
     for model_type, name in MODEL_TYPES.items():
         auto.CONFIG_MAPPING.register(model_type, _Later(name), exist_ok=True)
-
-
-MODEL_TYPES = {
-    "blip_nlvr": "BlipNlvrConfig",
-    "glip": "GlipConfig",
-    "mdetr": "MdetrConfig",
-    "segmenter": "SegmenterConfig",
-}
+        # For folders from before the prefix, unless transformers has a model of that type itself.
+        former = model_type.removeprefix(PREFIX)
+        if former not in auto.CONFIG_MAPPING:
+            auto.CONFIG_MAPPING.register(former, _Later(name))
 
 
 class _Later:

@@ -17,7 +17,7 @@ from ..layers import is_linear, linear_axes, stock_name
 from ..structure import Attr, Gate, Slot, Structure
 from ..units import owner_of
 from . import layouts
-from .layouts import NATIVE, Native
+from .layouts import NATIVE, PADDED, Native
 
 __all__ = ["UNITS", "Block", "Leave", "Part", "join", "measure_multihead", "measure_projected"]
 
@@ -346,10 +346,9 @@ def measure_multihead(path: str, module: Any, tower: str) -> Block:
 
 def _native(core: nn.Module, name: str) -> Native:
     """What the forward accepts; nothing for a class that only shares a known one's name."""
-    nothing = Native(head=False, head_dim=False)
     home = next(c for c in type(core).__mro__ if not c.__name__.startswith("Parametrized"))
     known = home.__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
-    return NATIVE.get(name, nothing) if known else nothing
+    return NATIVE.get(name, PADDED) if known else PADDED
 
 
 def _number(module: nn.Module, names: tuple[str, ...]) -> int:

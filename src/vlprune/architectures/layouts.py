@@ -4,15 +4,28 @@ Layouts are matched by child names and shapes, so a family never seen before is 
 covered. Whether its forward takes narrower weights is known only for the classes listed
 here; every other class gets padded projections, which are exact under any forward.
 
-To add an architecture: add a row. To let its forward run natively: add its class to
-``NATIVE`` and a model to ``vlprune.testing.families``; the conformance suite decides.
+To add an architecture: add a row. To let its forward run natively: add a model to
+``vlprune.testing.families`` and the class to ``NATIVE`` under that model's name; the
+conformance suite decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-__all__ = ["ATTENTION", "DENSE", "FFN", "HEAD_COUNTS", "HEAD_SIZES", "NATIVE", "WIDTHS", "Native"]
+__all__ = [
+    "ATTENTION",
+    "DENSE",
+    "FFN",
+    "HEAD_COUNTS",
+    "HEAD_SIZES",
+    "NATIVE",
+    "PADDED",
+    "WIDTHS",
+    "Native",
+]
 
 
 @dataclass(frozen=True)
@@ -86,13 +99,15 @@ WIDTHS = ("all_head_size", "split_size")
 class Native:
     """What a stock attention forward accepts without padding.
 
-    ``head`` and ``head_dim``: fewer heads, smaller heads (the same for q, k and v).
-    ``qk_vo``: value heads of another size than query heads. ``fold``: the forward derives
-    the softmax temperature from the head size. ``swap``: our subclass does the forward.
-    ``widths``: further attributes equal to heads x head size. ``per_head``: parameters
-    with one column a head, as (path below the block, axis).
+    ``family`` names the family or variant of :mod:`vlprune.testing` in which the class is cut
+    natively, so there is no row that nothing tests. ``head`` and ``head_dim``: fewer heads,
+    smaller heads (the same for q, k and v). ``qk_vo``: value heads of another size than query
+    heads. ``fold``: the forward derives the softmax temperature from the head size. ``swap``:
+    our subclass does the forward. ``widths``: further attributes equal to heads x head size.
+    ``per_head``: parameters with one column per head, as (path below the block, axis).
     """
 
+    family: str
     head: bool = True
     head_dim: bool = True
     qk_vo: bool = False
@@ -102,56 +117,98 @@ class Native:
     per_head: tuple[tuple[str, int], ...] = ()
 
 
-def _rows(native: Native, names: str) -> dict[str, Native]:
-    return dict.fromkeys(names.split(), native)
+PADDED = Native("", head=False, head_dim=False)
+"""What a forward is taken to accept while nothing is known about it."""
+
+
+def _rows(accepts: Callable[[str], Native], **families: str) -> dict[str, Native]:
+    """One row per class, given as ``ClassName="the family that tests it"``."""
+    return {name: accepts(family) for name, family in families.items()}
 
 
 NATIVE: dict[str, Native] = {
     # forward views its projections as (..., -1, head_dim) and keeps its own scale
     **_rows(
-        Native(),
-        "CLIPAttention SiglipAttention Siglip2Attention AltCLIPAttention CLIPSegAttention "
-        "OwlViTAttention Owlv2Attention ViTAttention DeiTAttention Dinov2Attention "
-        "Dinov2WithRegistersAttention DetrSelfAttention DetrCrossAttention "
-        "BertSelfAttention BertCrossAttention RobertaSelfAttention RobertaCrossAttention "
-        "XLMRobertaSelfAttention DistilBertSelfAttention BartAttention OPTAttention "
-        "SmolVLMVisionAttention Idefics3VisionAttention Idefics2VisionAttention "
-        "Blip2QFormerMultiHeadAttention InstructBlipQFormerMultiHeadAttention "
-        "BridgeTowerSelfAttention BridgeTowerCrossAttention GPT2Attention",
+        Native,
+        CLIPAttention="clip",
+        SiglipAttention="siglip",
+        Siglip2Attention="siglip2",
+        AltCLIPAttention="altclip",
+        CLIPSegAttention="clipseg",
+        OwlViTAttention="owlvit",
+        Owlv2Attention="owlv2",
+        ViTAttention="vit",
+        DeiTAttention="deit",
+        Dinov2Attention="dinov2",
+        Dinov2WithRegistersAttention="vision_text_dual_encoder",
+        DetrSelfAttention="detr",
+        DetrCrossAttention="detr",
+        BertSelfAttention="bert",
+        BertCrossAttention="bert_decoder",
+        RobertaSelfAttention="roberta",
+        RobertaCrossAttention="roberta_decoder",
+        XLMRobertaSelfAttention="vision_text_dual_encoder",
+        DistilBertSelfAttention="distilbert",
+        BartAttention="florence2",
+        OPTAttention="blip2",
+        SmolVLMVisionAttention="smolvlm",
+        Idefics3VisionAttention="idefics3",
+        Idefics2VisionAttention="idefics2",
+        Blip2QFormerMultiHeadAttention="blip2",
+        InstructBlipQFormerMultiHeadAttention="instructblip",
+        BridgeTowerSelfAttention="bridgetower",
+        BridgeTowerCrossAttention="bridgetower",
+        GPT2Attention="gpt2",
     ),
     **_rows(
-        Native(per_head=(("relative_position_bias.relative_position_bias_table", 1),)),
-        "SwinAttention",
+        partial(Native, per_head=(("relative_position_bias.relative_position_bias_table", 1),)),
+        SwinAttention="swin",
     ),
-    **_rows(Native(widths=("embed_dim",)), "InternVLVisionAttention"),
+    **_rows(partial(Native, widths=("embed_dim",)), InternVLVisionAttention="internvl"),
     # forward divides by sqrt(attention_head_size), and spells attention out: ours is fused
     **_rows(
-        Native(fold=True, swap="spelled"),
-        "BlipTextSelfAttention ViltSelfAttention FlavaSelfAttention",
+        partial(Native, fold=True, swap="spelled"),
+        BlipTextSelfAttention="blip_captioning",
+        ViltSelfAttention="vilt",
+        FlavaSelfAttention="flava",
     ),
     # and its callers build masks with the full number of heads, which would broadcast
     **_rows(
-        Native(head=False, fold=True),
-        "GroundingDinoMultiheadAttention MMGroundingDinoMultiheadAttention",
+        partial(Native, head=False, fold=True),
+        GroundingDinoMultiheadAttention="grounding_dino",
+        MMGroundingDinoMultiheadAttention="mm_grounding_dino",
     ),
     # rotary embeddings tie head dimensions to fixed frequencies: whole heads only
     **_rows(
-        Native(head_dim=False),
-        "LlamaAttention MistralAttention Qwen2Attention Qwen3Attention Qwen2VLAttention "
-        "Qwen2_5_VLAttention Qwen3VLTextAttention GemmaAttention Gemma2Attention "
-        "Gemma3Attention Qwen2VLVisionAttention VisionAttention Qwen2_5_VLVisionAttention "
-        "Qwen3VLVisionAttention",
+        partial(Native, head_dim=False),
+        LlamaAttention="llava",
+        MistralAttention="idefics2",
+        Qwen2Attention="internvl",
+        Qwen3Attention="internvl_qwen3",
+        Qwen2VLAttention="qwen2_vl",
+        Qwen2_5_VLAttention="qwen2_5_vl",
+        Qwen3VLTextAttention="qwen3_vl",
+        GemmaAttention="paligemma",
+        Gemma2Attention="paligemma2",
+        Gemma3Attention="gemma3",
+        VisionAttention="qwen2_vl",
+        Qwen2_5_VLVisionAttention="qwen2_5_vl",
+        Qwen3VLVisionAttention="qwen3_vl",
     ),
     # forward fixes its shapes: our subclass reads them from the weights
-    **_rows(Native(qk_vo=True, swap="fused"), "BlipAttention Blip2Attention InstructBlipAttention"),
-    **_rows(Native(qk_vo=True, swap="multihead"), "MultiheadAttention"),
+    **_rows(
+        partial(Native, qk_vo=True, swap="fused"),
+        BlipAttention="blip",
+        Blip2Attention="blip2",
+        InstructBlipAttention="instructblip",
+    ),
+    **_rows(partial(Native, qk_vo=True, swap="multihead"), MultiheadAttention="siglip"),
 }
 
 # A fused projection is split only where its row order is known.
 FUSED_ORDER_KNOWN = frozenset(
-    "BlipAttention Blip2Attention InstructBlipAttention Qwen2VLVisionAttention VisionAttention "
-    "Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Florence2VisionWindowAttention "
-    "GPT2Attention".split()
+    "BlipAttention Blip2Attention InstructBlipAttention VisionAttention Qwen2_5_VLVisionAttention "
+    "Qwen3VLVisionAttention Florence2VisionWindowAttention GPT2Attention".split()
 )
 
 # Blocks that look like a row of the table but are something else.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODELS",
+    "MODEL_TYPES",
+    "PREFIX",
     "BlipForVisualReasoning",
     "BlipNlvrConfig",
     "GlipConfig",
@@ -34,7 +36,17 @@ _HOME = {
     "MdetrForGrounding": "mdetr",
     "SegmenterForSemanticSegmentation": "segmenter",
 }
-_CONFIGS = ("BlipNlvrConfig", "GlipConfig", "MdetrConfig", "SegmenterConfig")
+
+PREFIX = "vlprune_"
+"""Begins every model type of ours, so that no release of transformers can bring the same one."""
+
+MODEL_TYPES = {
+    "vlprune_blip_nlvr": "BlipNlvrConfig",
+    "vlprune_glip": "GlipConfig",
+    "vlprune_mdetr": "MdetrConfig",
+    "vlprune_segmenter": "SegmenterConfig",
+}
+"""The config class of each model type."""
 
 
 class _Models(Mapping[str, Any]):
@@ -56,6 +68,6 @@ MODELS = _Models()
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return MODELS[name]
-    if name in _CONFIGS:
+    if name in MODEL_TYPES.values():
         return getattr(import_module(".configs", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,27 +11,47 @@ from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.detr.configuration_detr import DetrConfig
 from transformers.models.vit.configuration_vit import ViTConfig
 
+from . import PREFIX
+
 __all__ = ["BlipNlvrConfig", "GlipConfig", "MdetrConfig", "SegmenterConfig"]
 
 
-class BlipNlvrConfig(BlipConfig):
+class _PrefixedType:
+    """Lets a config read folders from before its model type began with ``vlprune_``."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, with the model type of today."""
+        found, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if PREFIX + str(found.get("model_type")) == cls.model_type:
+            found = {**found, "model_type": cls.model_type}
+        return found, rest
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)  # it would hide the class's
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+class BlipNlvrConfig(_PrefixedType, BlipConfig):
     """A BlipConfig, and from which text layer on the two cross-attentions are merged linearly."""
 
-    model_type = "blip_nlvr"
+    model_type = "vlprune_blip_nlvr"
 
     merge_from_layer: int = 6
 
 
-class SegmenterConfig(ViTConfig):
+class SegmenterConfig(_PrefixedType, ViTConfig):
     """A ViTConfig, and the number of layers of the mask transformer."""
 
-    model_type = "segmenter"
+    model_type = "vlprune_segmenter"
 
     decoder_layers: int = 2
     semantic_loss_ignore_index: int = 255
 
 
-class MdetrConfig(DetrConfig):
+class MdetrConfig(_PrefixedType, DetrConfig):
     """A DetrConfig, the text encoder, and what MDETR adds.
 
     ``backbone_config`` is a convolutional backbone (ResNet) or a vision transformer (DeiT, ViT:
@@ -39,7 +59,7 @@ class MdetrConfig(DetrConfig):
     object". ``answer_heads`` maps each answer head of question answering to its number of classes.
     """
 
-    model_type = "mdetr"
+    model_type = "vlprune_mdetr"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig, model_type="resnet", init_kwargs={"out_features": ["stage4"]}
@@ -59,14 +79,14 @@ class MdetrConfig(DetrConfig):
         super().__post_init__(**{**kwargs, "use_timm_backbone": False})
 
 
-class GlipConfig(PreTrainedConfig):
+class GlipConfig(_PrefixedType, PreTrainedConfig):
     """GLIP-T: a Swin backbone, a BERT, and the sizes of the head.
 
     ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text; an anchor
     is ``anchor_scale`` strides wide; ``atss_candidates`` anchors a level compete for a box.
     """
 
-    model_type = "glip"
+    model_type = "vlprune_glip"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,

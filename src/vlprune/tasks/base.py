@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
-from ..checkpoint import model_class
+from ..checkpoint import model_class, open_config
 from ..data.files import open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
@@ -168,13 +168,13 @@ class Task(ABC):
 
     def load_by_name(self, path: str | Path) -> Any:
         """The model in a folder or on the hub, by the class that its config names."""
-        return model_class(AutoConfig.from_pretrained(path).to_dict(), path).from_pretrained(path)
+        return model_class(open_config(path).to_dict(), path).from_pretrained(path)
 
     def start_token(self) -> int:
         """The token that begins what a decoder says."""
         if not self.model_spec.path:
             return int(self.processor.tokenizer.bos_token_id)
-        config = AutoConfig.from_pretrained(self.model_spec.path)
+        config = open_config(self.model_spec.path)
         return int(config.get_text_config().bos_token_id)
 
     def _processor(self) -> Any:

@@ -56,7 +56,7 @@ class GqaTask(RegionTask):
 
     def new_config(self) -> Any:
         config = super().new_config()
-        if config.model_type != "mdetr":
+        if config.model_type != "vlprune_mdetr":
             raise UnsupportedError(
                 "GQA needs answer heads, which only MDETR has: options.model=mdetr"
             )

@@ -74,7 +74,7 @@ class Grounder(ABC):
 class MdetrGrounder(Grounder):
     """MDETR and ViTMDETR; a query's probabilities sum to 1 over all tokens and "no object"."""
 
-    model_types = ("mdetr",)
+    model_types = ("vlprune_mdetr",)
 
     def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
         from transformers import DeiTConfig, RobertaConfig
@@ -165,7 +165,7 @@ def _detr_settings(spec: ModelSpec, width: int, options: Mapping[str, Any]) -> d
 class GlipGrounder(Grounder):
     """GLIP: every place of a pyramid is a query, and every token a yes or a no."""
 
-    model_types = ("glip",)
+    model_types = ("vlprune_glip",)
     suppresses = True
 
     def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:

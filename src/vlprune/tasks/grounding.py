@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.loss.loss_for_object_detection import box_iou
 
+from ..checkpoint import open_config
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..errors import DataError
 from ..models.set_loss import corners
@@ -40,7 +40,7 @@ class RegionTask(Task):
         """The family of the model: what ``model.path`` holds, or ``options.model``."""
         if not self.model_spec.path:
             return grounder_of(self.options["model"])
-        return grounder_of(AutoConfig.from_pretrained(self.model_spec.path).model_type)
+        return grounder_of(open_config(self.model_spec.path).model_type)
 
     def texts(self) -> list[str]:
         """Every text of the training set, for the vocabulary of a new model."""
@@ -71,9 +71,7 @@ class RegionTask(Task):
     def positions(self) -> int:
         """How many text positions a query can stand for."""
         path = self.model_spec.path
-        return self.grounder.positions(
-            AutoConfig.from_pretrained(path) if path else self.new_config()
-        )
+        return self.grounder.positions(open_config(path) if path else self.new_config())
 
     # -- one batch ---------------------------------------------------------------------
 

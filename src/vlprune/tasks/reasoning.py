@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checkpoint import open_config
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
@@ -51,13 +52,12 @@ class ReasoningTask(Task):
 
         sizes = blip_config(self.model_spec, self.processor.tokenizer).to_dict()
         merged = self.model_spec.text_layers // 2
-        config = BlipNlvrConfig(**{**sizes, "model_type": "blip_nlvr"}, merge_from_layer=merged)
-        return self.model_type()(config)
+        return self.model_type()(BlipNlvrConfig(**sizes, merge_from_layer=merged))
 
     def load(self, path: str | Path) -> Any:
-        from transformers import AutoConfig, BlipForImageTextRetrieval
+        from transformers import BlipForImageTextRetrieval
 
-        if AutoConfig.from_pretrained(path).model_type == "blip":
+        if open_config(path).model_type == "blip":
             return self.model_type().from_blip(BlipForImageTextRetrieval.from_pretrained(path))
         return super().load(path)
 

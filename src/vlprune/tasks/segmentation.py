@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from ..checkpoint import open_config
 from ..data.files import open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from .base import Advance, Task
@@ -61,9 +62,9 @@ class SegmentationTask(Task):
 
     def load(self, path: str | Path) -> Any:
         """A Segmenter, or a new decoder on the encoder of a ViT."""
-        from transformers import AutoConfig, ViTModel
+        from transformers import ViTModel
 
-        config = AutoConfig.from_pretrained(path)
+        config = open_config(path)
         if config.model_type != "vit":
             return super().load(path)
         from ..models import SegmenterConfig

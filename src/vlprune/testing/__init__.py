@@ -1,6 +1,6 @@
 """The conformance suite, for our families and for architectures of your own."""
 
 from .conformance import CHECKS
-from .families import FAMILIES, Sample, build
+from .families import FAMILIES, VARIANTS, Sample, build
 
-__all__ = ["CHECKS", "FAMILIES", "Sample", "build"]
+__all__ = ["CHECKS", "FAMILIES", "VARIANTS", "Sample", "build"]

@@ -1,24 +1,25 @@
-"""``python -m vlprune.testing`` prints the table of supported families (docs/supported.md)."""
+"""``python -m vlprune.testing`` prints the tables of supported families (docs/supported.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import get_args
 
 from ..architectures import discover
 from ..structure import AttentionUnit
-from .families import FAMILIES, build
+from .families import FAMILIES, VARIANTS, build
 
 __all__ = ["table"]
 
 
-def table() -> str:
-    """One Markdown row a family: its class, and how each attention unit is cut."""
+def table(families: Iterable[str]) -> str:
+    """One Markdown row per family: its class, and how each attention unit is cut."""
     units = get_args(AttentionUnit)
     lines = [
         "| family | class tested | FFN | " + " | ".join(f"`{unit}`" for unit in units) + " |",
         "|---|---|---|" + "---|" * len(units),
     ]
-    for family in FAMILIES:
+    for family in families:
         model = build(family).model
         cells = []
         for unit in units:
@@ -36,4 +37,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(FAMILIES), table(VARIANTS), sep="\n\n")

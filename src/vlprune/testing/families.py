@@ -14,7 +14,7 @@ import torch
 import transformers as T
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Sample", "build"]
+__all__ = ["FAMILIES", "VARIANTS", "Sample", "build"]
 
 VOCAB = 64
 IMAGE, PATCH = 16, 8
@@ -36,12 +36,19 @@ class Sample:
 
 
 FAMILIES: dict[str, Callable[[], Sample]] = {}
+"""Those that every check of the conformance suite runs on."""
+
+VARIANTS: dict[str, Callable[[], Sample]] = {}
+"""Those whose attention differs from a family's by the name of its class only.
+
+Two checks are enough for them: that masked equals cut, and that the order is right.
+"""
 
 
 def build(name: str, seed: int = 0) -> Sample:
-    """A fresh sample of the family, in eval mode, the same for the same seed."""
+    """A fresh sample of the family or variant, in eval mode, the same for the same seed."""
     torch.manual_seed(seed)
-    sample = FAMILIES[name]()
+    sample = (FAMILIES.get(name) or VARIANTS[name])()
     sample.model.eval()
     for parameter in sample.model.parameters():
         # Stock initialisation is so small that attention hardly moves the output, and its
@@ -55,6 +62,11 @@ def build(name: str, seed: int = 0) -> Sample:
 
 def _family(make: Callable[[], Sample]) -> Callable[[], Sample]:
     FAMILIES[make.__name__] = make
+    return make
+
+
+def _variant(make: Callable[[], Sample]) -> Callable[[], Sample]:
+    VARIANTS[make.__name__] = make
     return make
 
 
@@ -134,6 +146,45 @@ def clip() -> Sample:
     ids[:, -1] = _CLIP_TEXT["eos_token_id"]  # where the text is read off
     inputs = {"input_ids": ids, "pixel_values": _pixels(), "attention_mask": _ones()}
     return Sample(T.CLIPModel(config), inputs)
+
+
+@_variant
+def altclip() -> Sample:
+    text = _text(max_position_embeddings=16, project_dim=20, pad_token_id=1)
+    config = T.AltCLIPConfig(text_config=text, vision_config=_vision(), projection_dim=16)
+    inputs = {"input_ids": _ids(), "pixel_values": _pixels(), "attention_mask": _ones()}
+    return Sample(T.AltCLIPModel(config), inputs)
+
+
+@_variant
+def clipseg() -> Sample:
+    config = T.CLIPSegConfig(
+        text_config=_text(**_CLIP_TEXT),
+        vision_config=_vision(),
+        projection_dim=16,
+        extract_layers=[0, 1],
+        reduce_dim=16,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=28,
+    )
+    inputs = {"input_ids": _ids(), "pixel_values": _pixels(), "attention_mask": _ones()}
+    return Sample(T.CLIPSegForImageSegmentation(config), inputs)
+
+
+@_family
+def vision_text_dual_encoder() -> Sample:
+    vision = _vision(mlp_ratio=2, num_register_tokens=2)
+    del vision["intermediate_size"]
+    config = T.VisionTextDualEncoderConfig(
+        vision_config={"model_type": "dinov2_with_registers", **vision},
+        text_config={
+            "model_type": "xlm-roberta",
+            **_text(max_position_embeddings=16, pad_token_id=1),
+        },
+        projection_dim=16,
+    )
+    inputs = {"input_ids": _ids(), "pixel_values": _pixels(), "attention_mask": _ones()}
+    return Sample(T.VisionTextDualEncoderModel(config), inputs)
 
 
 @_family
@@ -230,6 +281,27 @@ def blip2() -> Sample:
 
 
 @_family
+def instructblip() -> Sample:
+    config = T.InstructBlipConfig(
+        vision_config=_vision(),
+        qformer_config=_text(
+            encoder_hidden_size=32, cross_attention_frequency=2, max_position_embeddings=16
+        ),
+        text_config={"model_type": "llama", **_language_model()},
+        num_query_tokens=4,
+        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
+    )
+    inputs = {
+        "input_ids": _prompt(4),
+        "qformer_input_ids": _ids(),
+        "qformer_attention_mask": _ones(),
+        "pixel_values": _pixels(),
+    }
+    return Sample(T.InstructBlipForConditionalGeneration(config), inputs, dict(inputs))
+
+
+@_family
 def vit() -> Sample:
     config = T.ViTConfig(**_vision(num_labels=5))
     return Sample(T.ViTForImageClassification(config), {"pixel_values": _pixels()})
@@ -269,6 +341,27 @@ def bert() -> Sample:
 def roberta() -> Sample:
     config = T.RobertaConfig(**_text(max_position_embeddings=32, pad_token_id=1, num_labels=3))
     return Sample(T.RobertaForSequenceClassification(config), {"input_ids": _ids()})
+
+
+def _text_decoder(config_class: Any, model_class: Any) -> Sample:
+    """A text encoder's class as a decoder that reads an image encoder's states."""
+    config = config_class(
+        **_text(max_position_embeddings=32, pad_token_id=1, bos_token_id=0, eos_token_id=2),
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    inputs = {"input_ids": _ids(), "encoder_hidden_states": _pixels(2, PATCHES, 24)}
+    return Sample(model_class(config), inputs)
+
+
+@_family
+def bert_decoder() -> Sample:
+    return _text_decoder(T.BertConfig, T.BertLMHeadModel)
+
+
+@_variant
+def roberta_decoder() -> Sample:
+    return _text_decoder(T.RobertaConfig, T.RobertaForCausalLM)
 
 
 @_family
@@ -491,6 +584,21 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Sample
 
 
 @_family
+def qwen2_vl() -> Sample:
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+    }
+    return _qwen(T.Qwen2VLConfig, T.Qwen2VLForConditionalGeneration, vision)
+
+
+@_family
 def qwen2_5_vl() -> Sample:
     vision = {
         "depth": 2,
@@ -524,14 +632,13 @@ def qwen3_vl() -> Sample:
     return _qwen(T.Qwen3VLConfig, T.Qwen3VLForConditionalGeneration, vision)
 
 
-@_family
-def paligemma() -> Sample:
+def _paligemma(text: str, **more: Any) -> Sample:
     config = T.PaliGemmaConfig(
         vision_config={
             "model_type": "siglip_vision_model",
             **_vision(vision_use_head=False, projection_dim=32),
         },
-        text_config={"model_type": "gemma", **_language_model(head_dim=8)},
+        text_config={"model_type": text, **_language_model(head_dim=8, **more)},
         image_token_id=IMAGE_TOKEN,
         image_token_index=IMAGE_TOKEN,
         projection_dim=32,
@@ -539,6 +646,16 @@ def paligemma() -> Sample:
     ids = _prompt(PATCHES)
     inputs = {"input_ids": ids, "pixel_values": _pixels(), "token_type_ids": torch.zeros_like(ids)}
     return Sample(T.PaliGemmaForConditionalGeneration(config), inputs, dict(inputs))
+
+
+@_family
+def paligemma() -> Sample:
+    return _paligemma("gemma")
+
+
+@_variant
+def paligemma2() -> Sample:
+    return _paligemma("gemma2", query_pre_attn_scalar=8, sliding_window=16)
 
 
 @_family
@@ -585,10 +702,29 @@ def idefics3() -> Sample:
     return _idefics(T.Idefics3Config, T.Idefics3ForConditionalGeneration)
 
 
-def _internvl(**vision: Any) -> Sample:
+@_family
+def idefics2() -> Sample:
+    config = T.Idefics2Config(
+        vision_config=_vision(),
+        perceiver_config={
+            "hidden_size": 32,
+            "resampler_n_latents": 3,
+            "resampler_depth": 2,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 6,
+            "num_key_value_heads": 1,
+        },
+        text_config={"model_type": "mistral", **_language_model()},
+        image_token_id=IMAGE_TOKEN,
+    )
+    inputs = {"input_ids": _prompt(3), "pixel_values": _pixels().unsqueeze(1)}
+    return Sample(T.Idefics2ForConditionalGeneration(config), inputs, dict(inputs))
+
+
+def _internvl(text: str = "qwen2", **vision: Any) -> Sample:
     config = T.InternVLConfig(
         vision_config=_vision(image_size=[IMAGE, IMAGE], patch_size=[PATCH, PATCH]) | vision,
-        text_config={"model_type": "qwen2", **_language_model()},
+        text_config={"model_type": text, **_language_model()},
         image_token_id=IMAGE_TOKEN,
         image_seq_length=1,
         downsample_ratio=0.5,
@@ -605,6 +741,11 @@ def internvl() -> Sample:
 @_family
 def internvl_qk_norm() -> Sample:
     return _internvl(use_qk_norm=True)
+
+
+@_variant
+def internvl_qwen3() -> Sample:
+    return _internvl("qwen3")
 
 
 @_family
