@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.loss.loss_for_object_detection import box_iou
 
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
@@ -40,7 +39,7 @@ class RegionTask(Task):
         """The family of the model: what ``model.path`` holds, or ``options.model``."""
         if not self.model_spec.path:
             return grounder_of(self.options["model"])
-        return grounder_of(AutoConfig.from_pretrained(self.model_spec.path).model_type)
+        return grounder_of(self.model_config.model_type)
 
     def texts(self) -> list[str]:
         """Every text of the training set, for the vocabulary of a new model."""
@@ -70,9 +69,8 @@ class RegionTask(Task):
     @cached_property
     def positions(self) -> int:
         """How many text positions a query can stand for."""
-        path = self.model_spec.path
         return self.grounder.positions(
-            AutoConfig.from_pretrained(path) if path else self.new_config()
+            self.model_config if self.model_spec.path else self.new_config()
         )
 
     # -- one batch ---------------------------------------------------------------------
