@@ -134,9 +134,8 @@ def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> fl
     for floor in floors:
         own = sum(last[name] for name in floor.structures)
         lowest += max(0.0, _floor_cost(floor, prices) - own)
-    return min(
-        1.0, lowest / prices.total
-    )  # floors of 1 add up to the whole, and may round above it
+    # floors of 1 add up to the whole, which may round above the total
+    return min(1.0, lowest / prices.total)
 
 
 def _whole(names: Sequence[str], prices: Prices) -> float:
