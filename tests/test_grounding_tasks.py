@@ -246,9 +246,11 @@ def test_detection_by_pycocotools(scenes: Path) -> None:
 def test_the_best_detections_are_those_of_each_class_by_itself(model: str, scenes: Path) -> None:
     task = DetectionTask(TINY, data(scenes), scenes, {"model": model})
     g = torch.Generator().manual_seed(0)
-    low = torch.randint(0, 20, (1200, 2), generator=g)
-    places = torch.cat([low, low + torch.randint(1, 9, (1200, 2), generator=g)], dim=1).float()
-    scores = torch.randint(0, 500, (5, 1200), generator=g) / 500  # many are equal
+    low = torch.randint(0, 2, (1200, 2), generator=g)  # so few differ that fewer than 100 stay
+    places = torch.cat([low, low + torch.randint(1, 4, (1200, 2), generator=g)], dim=1).float()
+    scores = torch.randint(0, 500, (2, 1200), generator=g) / 500  # many are equal
+    places[7], scores[:, 7] = torch.tensor([20.0, 20, 30, 30]), -1  # alone, but the 1,200th
+    places[8], scores[:, 8] = torch.tensor([40.0, 40, 50, 50]), 0.5  # alone, and about the 600th
     expected: list[tuple[float, int, list[float]]] = []
     for number, own in enumerate(scores):
         order = own.argsort(descending=True, stable=True)[:1000]
