@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor, nn
+from transformers.loss.loss_for_object_detection import box_iou
 
 from vlprune import discover
 from vlprune.errors import CheckpointError
-from vlprune.models import GlipConfig, GlipForGrounding, MdetrConfig, MdetrForGrounding
+from vlprune.models import GlipConfig, GlipForGrounding, MdetrConfig, MdetrForGrounding, atss
 from vlprune.models.atss import anchors, assign_places, centerness, decode, encode, suppress
 from vlprune.models.dynamic_head import sampled_convolution
 from vlprune.models.mdetr_weights import convert_mdetr
@@ -414,6 +415,51 @@ def test_suppression_keeps_the_best_of_each_heap() -> None:
     scores = torch.tensor([0.8, 0.9, 0.5, 0.7])
     assert suppress(boxes, scores, 0.6).tolist() == [1, 3, 2]
     assert suppress(boxes, scores, 1.0).tolist() == [1, 0, 3, 2]
+
+
+def suppressed_one_by_one(boxes: Tensor, scores: Tensor, limit: float) -> list[int]:
+    """The definition, on one class: ask the boxes in turn, best first."""
+    overlap, stays = box_iou(boxes, boxes)[0], []
+    for place in sorted(range(len(boxes)), key=lambda place: -float(scores[place])):
+        if not any(overlap[other, place] > limit for other in stays):
+            stays.append(place)
+    return stays
+
+
+@pytest.mark.parametrize("block", [1, 3, 256])
+@pytest.mark.parametrize("seed", range(6))
+def test_suppression_in_one_call_is_that_of_each_class_by_itself(
+    seed: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a coarse grid, where scores are equal and overlaps lie exactly on the limit."""
+    monkeypatch.setattr(atss, "BLOCK", block)
+    g = torch.Generator().manual_seed(seed)
+    count, limit = 120, (0.5, 0.6)[seed % 2]
+    low = torch.randint(0, 4, (count, 2), generator=g)
+    boxes = torch.cat([low, low + torch.randint(0, 5, (count, 2), generator=g)], dim=1).float()
+    scores = torch.randint(0, (4, 1000)[seed % 2], (count,), generator=g) / 7
+    classes = torch.randint(0, 3, (count,), generator=g)
+    if seed < 2:
+        classes.zero_()
+    stays = suppress(boxes, scores, limit, classes)
+    expected = []
+    for number in range(3):
+        own = (classes == number).nonzero()[:, 0]
+        expected += own[suppressed_one_by_one(boxes[own], scores[own], limit)].tolist()
+    assert sorted(stays.tolist()) == sorted(expected)
+    assert len(stays) < count
+    assert stays.tolist() == sorted(expected, key=lambda place: (-float(scores[place]), place))
+    for most in (1, 10, count):
+        assert suppress(boxes, scores, limit, classes, most).tolist() == stays[:most].tolist()
+
+
+def test_suppression_of_a_long_chain_and_of_nothing() -> None:
+    """Each box covers the next one only, so every second stays, however many rounds that takes."""
+    left = torch.arange(100.0)[:, None]
+    boxes = torch.cat([left, 0 * left, left + 5, 0 * left + 1], dim=1)
+    scores = torch.arange(100.0, 0, -1)
+    assert suppress(boxes, scores, 0.6).tolist() == list(range(0, 100, 2))
+    assert suppress(boxes[:0], scores[:0]).tolist() == []
 
 
 def test_focal_loss_by_hand() -> None:

@@ -21,6 +21,7 @@ from vlprune.data.regions import (
 )
 from vlprune.data.shapes import write_shapes
 from vlprune.errors import DataError, RecipeError
+from vlprune.models.atss import suppress
 from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
 from vlprune.run import compress
 from vlprune.tasks import DetectionTask, GqaTask, GroundingTask
@@ -239,6 +240,26 @@ def test_detection_by_pycocotools(scenes: Path) -> None:
     assert set(entry) == {"image_id", "category_id", "score", "bbox"}
     wrong = task.evaluate(Oracle(task, task.test, wrong=100), QUIET, batch_size=100)
     assert wrong["ap"] < 0.2
+
+
+@pytest.mark.parametrize("model", ["glip", "grounding-dino"])
+def test_the_best_detections_are_those_of_each_class_by_itself(model: str, scenes: Path) -> None:
+    task = DetectionTask(TINY, data(scenes), scenes, {"model": model})
+    g = torch.Generator().manual_seed(0)
+    low = torch.randint(0, 2, (1200, 2), generator=g)  # so few differ that fewer than 100 stay
+    places = torch.cat([low, low + torch.randint(1, 4, (1200, 2), generator=g)], dim=1).float()
+    scores = torch.randint(0, 500, (2, 1200), generator=g) / 500  # many are equal
+    places[7], scores[:, 7] = torch.tensor([20.0, 20, 30, 30]), -1  # alone, but the 1,200th
+    places[8], scores[:, 8] = torch.tensor([40.0, 40, 50, 50]), 0.5  # alone, and about the 600th
+    expected: list[tuple[float, int, list[float]]] = []
+    for number, own in enumerate(scores):
+        order = own.argsort(descending=True, stable=True)[:1000]
+        if model == "glip":
+            order = order[suppress(places[order], own[order])]
+        expected += [(float(own[i]), number, places[i].tolist()) for i in order[:100]]
+    expected = sorted(expected, key=lambda one: -one[0])[:100]
+    found = task._best(scores, places)
+    assert [(score, number, place.tolist()) for score, number, place in found] == expected
 
 
 def test_gqa_has_an_answer_head_for_every_type(scenes: Path) -> None:

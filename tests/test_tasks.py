@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+import vlprune
 from vlprune.errors import DataError, RecipeError
 from vlprune.recipe import DataSpec, ModelSpec
 from vlprune.tasks import TASKS, RetrievalTask, VqaTask
@@ -130,6 +132,26 @@ def test_a_task_trains_a_step_and_evaluates(cls: Any, tmp_path: Path) -> None:
     assert all(value >= 0 for value in metrics.values())
     assert metrics == task.evaluate(model, lambda n, note="": None, batch_size=2)
     assert len(task.predict(model, list(task.test[:2]))) == 2
+
+
+@pytest.mark.parametrize("name", ["vqa", "captioning", "grounding"])
+def test_the_config_in_a_folder_is_read_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = TASKS[name]
+    maker = cls(SMALL, FEW, tmp_path / "data")
+    vlprune.save(maker.new_model(), tmp_path / "model", processor=maker.processor)
+    task = cls(ModelSpec(path=str(tmp_path / "model")), FEW, tmp_path / "data")
+    model = task.dense_model()
+    asked = []
+    read = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda path: asked.append(path) or read(path)
+    )
+    for number in range(3):
+        task.collate(list(task.train[:2]), random.Random(number))
+    task.evaluate(model, lambda n, note="": None, batch_size=1)
+    assert len(asked) <= 1
 
 
 def test_the_label_is_what_most_people_say(tmp_path: Path) -> None:

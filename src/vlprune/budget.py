@@ -138,21 +138,23 @@ def parse_budget(budget: Mapping[str, Any]) -> Budget:
 
 
 def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> float:
-    """The smallest fraction that any plan can reach: one block of each structure stays.
+    """The smallest fraction that is reached whatever the scores: one block of each structure stays.
 
-    With ``floors`` a lower bound: units are whole, so a plan may have to stay above it.
+    Where units of a structure differ in price, that is its dearest block. With ``floors`` a lower
+    bound: units are whole, so a plan may have to stay above it.
     """
-    cheapest = {
+    last = {
         name: prices.curve[name][min(max(1, round_to), size)]
         if name in prices.curve
-        else float(np.sort(prices.of(name))[: max(1, round_to)].sum())
+        else float(np.sort(prices.of(name))[-max(1, round_to) :].sum())
         for name, size in prices.sizes.items()
     }
-    lowest = prices.fixed + sum(cheapest.values())
+    lowest = prices.fixed + sum(last.values())
     for floor in floors:
-        own = sum(cheapest[name] for name in floor.structures)
+        own = sum(last[name] for name in floor.structures)
         lowest += max(0.0, _floor_cost(floor, prices) - own)
-    return lowest / prices.total
+    # floors of 1 add up to the whole, which may round above the total
+    return min(1.0, lowest / prices.total)
 
 
 def _whole(names: Sequence[str], prices: Prices) -> float:
@@ -178,10 +180,11 @@ def select(
     model costs at most ``budget`` times its total. Every structure keeps at least one unit.
     With ``round_to=8`` units go in blocks, so that every cut structure keeps a multiple of
     8 (a block's score is the mean of its units). A block whose removal would break one of the
-    ``floors`` stays. Equal scores are settled by the order of ``scores`` and then by unit, so
-    the result depends on nothing else. Structures of one of the ``groups`` {structure: group}
-    (of the same size) keep equally many units, each its own best: what goes first in all of them
-    is then ranked by the mean of their scores.
+    ``floors`` stays; no two floors share a structure. Equal scores are settled by the order of
+    ``scores`` and then by unit, so the result depends on nothing else. Structures of one of the
+    ``groups`` {structure: group} (of the same size, under the same floor) keep equally many units,
+    each its own best: what goes first in all of them is then ranked by the mean of their scores.
+    A larger budget keeps all that a smaller one keeps: which block goes next depends on no budget.
 
     Raises BudgetError if the budget cannot be reached (``closest``: what comes nearest to it is
     returned instead), or a score is not a number.
@@ -205,8 +208,11 @@ def select(
         first = array.size % round_to or round_to
         edges = [0, *range(first, array.size, round_to)]
         ascending, costs = array[order], prices.ranked(name, order)
+        highest = -math.inf
         for start, stop in pairwise(edges):  # the last block always stays
-            block_scores.append(ascending[start:stop].mean())
+            # rounding can put the mean of equal scores below that of the block before
+            highest = max(highest, float(ascending[start:stop].mean()))
+            block_scores.append(highest)
             block_structure.append(number)
             block_size.append(stop - start)
             block_price.append(float(costs[start:stop].sum()))
@@ -229,7 +235,7 @@ def select(
             room[floor_name] -= price
         removed[name] += block_size[block]
         cost -= price
-    if closed and cost > target and not closest:
+    if cost > target * (1 + 1e-9) and not closest:  # beyond what subtracting many prices rounds
         raise _unreachable(prices, budget, cost / prices.total, round_to, floors)
     return {
         name: tuple(sorted(int(unit) for unit in orders[name][removed[name] :])) for name in names

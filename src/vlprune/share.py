@@ -361,11 +361,13 @@ class SharedWeight(nn.Module):
     """A weight put together from the part it stores and parts of other weights.
 
     The parametrization of one parameter: ``own`` and ``part_N`` say where along ``axis`` each part
-    comes from, ``order`` where it goes. The index buffers are saved with the weights.
+    comes from, ``order`` where it goes. The index buffers are saved with the weights. ``later``
+    are the parameters that come after this one in its module, whose order untying restores.
     """
 
     own: Tensor
     order: Tensor
+    later: tuple[str, ...] = ()
 
     def __init__(self, weight: Tensor, axis: int, parts: Sequence[tuple[nn.Module, str, Tie]]):
         super().__init__()
@@ -415,6 +417,8 @@ def tie(model: nn.Module, ties: Sequence[Tie]) -> None:
         weight = module._parameters[leaf]
         assert weight is not None
         shared = SharedWeight(weight, group[0].axis, parts)
+        names = [*module._parameters]
+        shared.later = tuple(names[names.index(leaf) + 1 :])
         wanted = weight.requires_grad
         parametrize.register_parametrization(module, leaf, shared, unsafe=weight.is_meta)
         module.parametrizations[leaf].original.requires_grad_(wanted)  # type: ignore[union-attr, index]
@@ -465,12 +469,15 @@ def ties_in(model: nn.Module) -> list[Tie]:
 def untie(model: nn.Module) -> list[Tie]:
     """Give every module its whole weight as a parameter of its own; returns what was tied."""
     ties = ties_in(model)
-    for path, leaf, _ in _shared_weights(model):
+    for path, leaf, shared in _shared_weights(model):
         module = model.get_submodule(path)
         # torch takes the weight's property off the module's class, which copies of it have, too
         cls = type(module)
         module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
         parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+        for name in shared.later:  # torch appends the weight; optimizers go by this order
+            if name in module._parameters:
+                module._parameters[name] = module._parameters.pop(name)
     return ties
 
 

@@ -18,6 +18,9 @@ __all__ = ["anchors", "assign_places", "centerness", "decode", "encode", "suppre
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 """By which the four numbers of a box code are scaled."""
 
+BLOCK = 256
+"""Candidates that are suppressed at once; measured by ``benchmarks/suppression.py``."""
+
 
 def anchors(sizes: Sequence[tuple[int, int]], strides: Sequence[int], scale: float) -> list[Tensor]:
     """A square of ``scale`` strides around every place of every level: (places, 4) each."""
@@ -91,15 +94,52 @@ def centerness(anchor: Tensor, boxes: Tensor) -> Tensor:
     return (low / high.clamp(min=1e-6)).clamp(min=0).prod(1).sqrt()
 
 
-def suppress(boxes: Tensor, scores: Tensor, limit: float = 0.6) -> Tensor:
-    """Non-maximum suppression: which boxes stay, best first. Greedy, exact, on any device."""
+def suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    limit: float = 0.6,
+    classes: Tensor | None = None,
+    most: int | None = None,
+) -> Tensor:
+    """Non-maximum suppression: which boxes stay, best first. Greedy, exact, on any device.
+
+    A box goes if its IoU with a better one that stays is above ``limit``; with ``classes`` (n,)
+    only if both are of one class. Equal scores are settled by position. With ``most`` only so many
+    of the boxes that stay are looked for.
+    """
+    if classes is None:
+        classes = torch.zeros_like(scores, dtype=torch.long)
+    most = len(scores) if most is None else most
     order = scores.argsort(descending=True, stable=True)
-    overlap = box_iou(boxes[order], boxes[order])[0] > limit
-    gone = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
-    for number in range(len(order)):
-        if not gone[number]:
-            gone[number + 1 :] |= overlap[number, number + 1 :]
-    return order[~gone]
+    stays = order[:0]
+    for block in order.split(BLOCK):
+        # classes are compared, not moved apart by offsets, which would round the boxes
+        alive = block[~_covered(stays, block, boxes, classes, limit).any(0)]
+        covers = _covered(alive, alive, boxes, classes, limit).triu(1)
+        stays = torch.cat([stays, alive[_uncovered(covers)]])
+        if len(stays) >= most:
+            break
+    return stays[:most]
+
+
+def _covered(better: Tensor, worse: Tensor, boxes: Tensor, classes: Tensor, limit: float) -> Tensor:
+    """Whether a box of ``better``, if it stays, suppresses one of ``worse``: (better, worse)."""
+    alike = classes[better][:, None] == classes[worse]
+    return (box_iou(boxes[better], boxes[worse])[0] > limit) & alike
+
+
+def _uncovered(covers: Tensor) -> Tensor:
+    """Which boxes stay when the best is asked first: (n,), from the (n, n) above the diagonal.
+
+    The answer is the only one that agrees with itself: a box stays if no box that stays covers
+    it. Each round settles at least the next box in line, and in practice a few settle all.
+    """
+    stays = torch.ones(len(covers), dtype=torch.bool, device=covers.device)
+    while True:
+        again = ~(covers & stays[:, None]).any(0)
+        if torch.equal(again, stays):
+            return stays
+        stays = again
 
 
 def _centres(boxes: Tensor) -> Tensor:

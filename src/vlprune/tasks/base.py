@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -174,8 +175,12 @@ class Task(ABC):
         """The token that begins what a decoder says."""
         if not self.model_spec.path:
             return int(self.processor.tokenizer.bos_token_id)
-        config = open_config(self.model_spec.path)
-        return int(config.get_text_config().bos_token_id)
+        return int(self.model_config.get_text_config().bos_token_id)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The config in ``model.path``, read once: tasks ask for the start token in every batch."""
+        return open_config(self.model_spec.path)
 
     def _processor(self) -> Any:
         if not self.model_spec.path:

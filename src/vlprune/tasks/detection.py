@@ -127,18 +127,15 @@ class DetectionTask(RegionTask):
             words, _ = self.words([text] * len(items))
             words = {name: value.to(model.device) for name, value in words.items()}
             fit, boxes = (x.cpu() for x in self.grounder.read(model(**words, **looks)))
-            for name, row in self._maps(text, phrases).items():
-                number = self.classes.index(name)
-                for i, item in enumerate(items):
-                    scores = self.grounder.score(fit[i], row[: fit.shape[-1]])
-                    best = scores.argsort(descending=True, stable=True)[: 10 * MOST]
-                    places = in_pixels(boxes[i][best], item.size)
-                    scores = scores[best]
-                    if self.grounder.suppresses:
-                        stays = suppress(places, scores)
-                        places, scores = places[stays], scores[stays]
-                    pairs = zip(scores[:MOST].tolist(), places[:MOST], strict=True)
-                    said[i] += [(score, number, place) for score, place in pairs]
+            maps = self._maps(text, phrases)
+            asked = torch.tensor([self.classes.index(name) for name in maps])
+            for i, item in enumerate(items):
+                scores = torch.stack(
+                    [self.grounder.score(fit[i], row[: fit.shape[-1]]) for row in maps.values()]
+                )
+                places = in_pixels(boxes[i], item.size)
+                for score, number, place in self._best(scores, places):
+                    said[i].append((score, int(asked[number]), place))
         return [
             [
                 {"category_id": number + 1, "score": score, "bbox": _coco(place)}
@@ -146,6 +143,22 @@ class DetectionTask(RegionTask):
             ]
             for own in said
         ]
+
+    def _best(self, scores: Tensor, places: Tensor) -> list[tuple[float, int, Tensor]]:
+        """The best detections of one image, best first, as (score, row of ``scores``, place).
+
+        ``scores`` (classes, places). Of equal scores the earlier class comes first, then the
+        earlier place.
+        """
+        best = scores.argsort(dim=1, descending=True, stable=True)[:, : 10 * MOST]
+        rows = torch.arange(len(scores))[:, None].expand_as(best).reshape(-1)
+        values, places = scores.gather(1, best).reshape(-1), places[best.reshape(-1)]
+        if self.grounder.suppresses:
+            stays = suppress(places, values, classes=rows, most=MOST)
+        else:
+            stays = values.argsort(descending=True, stable=True)[:MOST]
+        found = zip(values[stays].tolist(), rows[stays].tolist(), places[stays], strict=True)
+        return [*found]
 
     def _average_precision(self, found: list[dict[str, Any]]) -> dict[str, float]:
         try:

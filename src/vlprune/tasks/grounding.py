@@ -40,7 +40,7 @@ class RegionTask(Task):
         """The family of the model: what ``model.path`` holds, or ``options.model``."""
         if not self.model_spec.path:
             return grounder_of(self.options["model"])
-        return grounder_of(open_config(self.model_spec.path).model_type)
+        return grounder_of(self.model_config.model_type)
 
     def texts(self) -> list[str]:
         """Every text of the training set, for the vocabulary of a new model."""
@@ -70,8 +70,9 @@ class RegionTask(Task):
     @cached_property
     def positions(self) -> int:
         """How many text positions a query can stand for."""
-        path = self.model_spec.path
-        return self.grounder.positions(open_config(path) if path else self.new_config())
+        return self.grounder.positions(
+            self.model_config if self.model_spec.path else self.new_config()
+        )
 
     # -- one batch ---------------------------------------------------------------------
 
