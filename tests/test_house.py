@@ -16,7 +16,7 @@ import vlprune
 SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
     0: "errors structure plan budget schedule registry recipe report page progress",
-    1: "trainee units gate layers cost record share vectors cutting difference",
+    1: "device trainee units gate layers cost record share vectors cutting difference",
     2: "architectures models latency stock",
     3: "methods data tasks checkpoint",
     4: "compressor teacher train bench export probe scan run testing",
