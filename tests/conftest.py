@@ -1,4 +1,4 @@
-"""Settings of every test process: one thread, no network, no denormal numbers."""
+"""Settings of every test process: one thread, no network, no denormal numbers, no GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Runs are compared to the last bit, so they compute on the CPU wherever the tests run. The GPUs
+# are left to the commands that tests/test_gpu.py starts.
+os.environ.setdefault("VLPRUNE_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -75,13 +79,18 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     from vlprune import latency
 
     work = {"done": 0.0}
+    linear = nn.Linear.forward
+
+    def counted(module: nn.Linear, inputs: Any) -> Any:
+        """In place of nn.Linear.forward, so that the work falls inside what is timed."""
+        work["done"] += inputs.numel() // inputs.shape[-1] * module.weight.numel() / 1e6
+        return linear(module, inputs)
 
     def count(module: Any, args: Any, _output: Any) -> None:
-        if isinstance(module, nn.Linear):
-            work["done"] += args[0].numel() // args[0].shape[-1] * module.weight.numel() / 1e6
-        elif "GELU" in type(module).__name__ or "Activation" in type(module).__name__:
+        if "GELU" in type(module).__name__ or "Activation" in type(module).__name__:
             work["done"] += 20 * args[0].numel() / 1e6
 
+    monkeypatch.setattr(nn.Linear, "forward", counted)
     handle = nn.modules.module.register_module_forward_hook(count)
     monkeypatch.setattr(latency._Clock, "now", lambda self: work["done"])
     yield work

@@ -15,7 +15,8 @@ import vlprune
 SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
     0: "errors structure plan budget schedule registry recipe report page progress",
-    1: "trainee units gate layers cost record share vectors cutting difference wrappers first_batch optimizers saved_names gating ranks",
+    1: "device trainee units gate layers cost record share vectors cutting difference wrappers "
+    "first_batch optimizers saved_names gating ranks",
     2: "architectures models latency stock",
     3: "methods data tasks checkpoint",
     4: "compressor callback summary turns teacher train bench export probe scan run testing",

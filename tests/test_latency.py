@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlprune
 from vlprune import latency
@@ -92,6 +94,83 @@ def test_measuring_changes_neither_the_model_nor_the_random_numbers() -> None:
     for name, value in sample.model.state_dict().items():
         assert torch.equal(value, before[name])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in sample.model.modules())
+
+
+class Attended(nn.Module):
+    """A model around nn.MultiheadAttention, whose projections are never called as modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.attn(hidden, hidden, hidden, need_weights=False)[0]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the calls of each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("family", ["multihead", "bridgetower", "blip_vqa", "clip", "vilt"])
+def test_the_stopwatch_times_the_kernels_that_run_without_it(family: str, cut: bool) -> None:
+    if family == "multihead":
+        torch.manual_seed(0)
+        model, inputs = Attended().eval(), {"hidden": torch.randn(2, 5, 16)}
+    else:
+        sample = build(family)
+        model, inputs = sample.model.eval(), sample.inputs
+    description = vlprune.discover(model)
+    structures = description.structures
+    if cut:
+        plan = vlprune.Plan(keep={s.name: range(max(1, s.size // 2)) for s in structures})
+        vlprune.rewrite(model, description, plan)
+    watch = latency._Stopwatch(model, structures)
+
+    def calls() -> Counter[str]:
+        with torch.no_grad(), Kernels() as kernels:
+            torch.manual_seed(0)  # ViLT draws patches
+            model(**inputs)
+        return kernels.calls
+
+    without = calls()
+    with watch.running():
+        watched = calls()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert watched == without
+    attention = [name for name in watched if "attention" in name or "multi_head" in name]
+    assert attention or not cut  # a cut model's attention is fused
+    spans = watch.read()
+    assert set(spans) <= {s.name for s in structures}  # BridgeTower does not use its last block
+    assert len(spans) > len(structures) / 2
+    assert min(spans.values()) > 0
+    assert not any("forward" in m.__dict__ for m in model.modules())  # nothing stays behind
+
+
+def test_the_stopwatch_keeps_a_forward_that_somebody_else_has_put_there() -> None:
+    sample = build("clip")
+    structures = vlprune.discover(sample.model).structures
+    layer = sample.model.vision_model.encoder.layers[0].mlp.fc1
+    calls = []
+    plain = layer.forward
+
+    def mine(inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return plain(inputs)
+
+    layer.forward = mine
+    with latency._Stopwatch(sample.model, structures).running():
+        sample.model(**sample.inputs)
+    assert calls == [1]
+    assert layer.forward is mine
 
 
 def test_a_search_goes_on_with_the_table_it_began_with(

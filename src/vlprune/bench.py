@@ -20,9 +20,10 @@ import torch
 from . import cost
 from .architectures import discover
 from .checkpoint import check_weights, open_model
+from .device import choose, device_of, moved_to, place
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .export import Exported, export_folders, is_export
-from .latency import conditions, moved_to, seconds_of, take_turns
+from .latency import conditions, seconds_of, take_turns
 from .probe import TEXT_TOKENS, made_up_inputs
 from .progress import Progress
 
@@ -39,7 +40,14 @@ def latencies(
     batch_sizes: tuple[int, ...] = (1, 16),
     rounds: int = 7,
 ) -> dict[str, dict[int, float]]:
-    """Median seconds of one forward pass: {model: {batch size: seconds}}; the models take turns."""
+    """Median seconds of one forward pass: {model: {batch size: seconds}}; the models take turns.
+
+    Raises VlpruneError if they do not all lie on one device.
+    """
+    places = {name: device_of(model) for name, model in models.items()}
+    if len(set(places.values())) > 1:
+        told = ", ".join(f"{name} on {device}" for name, device in places.items())
+        raise VlpruneError(f"only models on one device can be compared in time, not {told}")
     seconds: dict[str, dict[int, float]] = {name: {} for name in models}
     for batch_size in batch_sizes:
         batch = inputs(batch_size)
@@ -60,6 +68,7 @@ def bench(
     *,
     batch_sizes: Sequence[int] = (1, 8),
     compiled: bool = False,
+    device: str = "auto",
     threads: int = 0,
     seconds: float = 10.0,
     trust_remote_code: bool = False,
@@ -67,30 +76,31 @@ def bench(
 ) -> dict[str, Any]:
     """How fast the model in ``folder`` is, and how much faster than that in ``against``.
 
-    Both run in this process, on a GPU where there is one, in turns, for about ``seconds`` a batch
-    size and engine: eager, with ``compiled`` torch.compile, and the exports inside the folders.
-    Inputs are made up. Memory and loading are measured in a process of their own each.
+    Both run in this process, on one ``device`` (:func:`vlprune.device.choose`), in turns, for
+    about ``seconds`` per batch size and engine: eager, with ``compiled`` torch.compile, and the
+    exports inside the folders, whose runtimes use the CPU. Inputs are made up. Memory and loading
+    are measured in a process of their own each.
 
     Returns plain values: ``conditions``; ``models`` {name: params, macs (batch 1), disk_bytes,
     load_seconds, peak_bytes}; ``runs``, a list of engine, batch, model, median, low and high
     (quartiles, seconds), items_per_second; ``faster``, a list of engine, batch, times (median of
     dense over small, round by round), low, high, ideal (MACs of dense over small), of_ideal.
 
-    Raises VlpruneError if the machine is too busy to tell.
+    Raises VlpruneError if the machine is too busy to tell, RecipeError if it has no such device.
     """
     progress = progress or Progress()
     if threads:
         torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = choose(device)
     folders = {"small": folder, **({"dense": against} if against else {})}
     progress.phase("loading")
-    models = {name: _opened(place).to(device).eval() for name, place in folders.items()}
+    models = {name: place(_opened(path), chosen).eval() for name, path in folders.items()}
     example = _inputs(models, folders)
     largest = max(batch_sizes)
     facts = {}
-    for name, place in folders.items():
-        progress.phase(f"memory and loading time of {place}")
-        facts[name] = _alone(place, largest)
+    for name, path in folders.items():
+        progress.phase(f"memory and loading time of {path}")
+        facts[name] = _alone(path, largest, chosen)
         facts[name] |= _size(models[name], example(1))
     runs: list[dict[str, Any]] = []
     faster: list[dict[str, Any]] = []
@@ -121,7 +131,7 @@ def bench(
                 faster.append(row)
     told = conditions(models["small"], example(largest))
     return {
-        "folders": {name: str(place) for name, place in folders.items()},
+        "folders": {name: str(path) for name, path in folders.items()},
         "conditions": told | {"torch": torch.__version__},
         "models": facts,
         "runs": runs,
@@ -167,7 +177,7 @@ def _prompt(model: Any, folder: Path) -> dict[str, torch.Tensor] | None:
         )
     except Exception:
         return None
-    return {name: value.to(model.device) for name, value in made.items()}
+    return moved_to(model, dict(made))
 
 
 def _size(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def _engines(
     engines: dict[str, dict[str, Any]] = {"eager": dict(models)}
     if compiled:
         engines["compiled"] = {name: torch.compile(model) for name, model in models.items()}
-    exports = {name: export_folders(place) for name, place in folders.items()}
+    exports = {name: export_folders(path) for name, path in folders.items()}
     for export in sorted({one for found in exports.values() for one in found}):
         engines[export] = {
             name: Exported(found[export], trust_remote_code=trust)
@@ -255,11 +265,11 @@ def _summary(engine: str, batch_size: int, name: str, values: list[float]) -> di
 # -- in a process of its own ---------------------------------------------------------------
 
 
-def _alone(folder: Path, batch_size: int) -> dict[str, Any]:
+def _alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Loading time, peak memory and bytes on disk of the model in ``folder``."""
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     facts: dict[str, Any] = {"disk_bytes": sum(path.stat().st_size for path in weights)}
-    command = [sys.executable, "-m", "vlprune.bench", str(folder), str(batch_size)]
+    command = [sys.executable, "-m", "vlprune.bench", str(folder), str(batch_size), str(device)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     try:
@@ -271,18 +281,20 @@ def _alone(folder: Path, batch_size: int) -> dict[str, Any]:
         ) from None
 
 
-def _report_alone(folder: Path, batch_size: int) -> None:
+def _report_alone(folder: Path, batch_size: int, device: torch.device) -> None:
     """Print the seconds and the bytes that loading and one forward pass add to a bare process."""
     check_weights(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     before, peak = _resident(), _Peak()
     start = time.perf_counter()
-    model = open_model(str(folder)).to(device).eval()
+    model = place(open_model(str(folder)), device).eval()
     took = time.perf_counter() - start
     example = _inputs({"small": model}, {"small": folder})
     with torch.no_grad():
         model(**moved_to(model, example(batch_size)))
-    most = torch.cuda.max_memory_allocated() if device == "cuda" else peak.stop() - before
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+    else:
+        most = peak.stop() - before
     print(json.dumps({"load_seconds": took, "peak_bytes": most, "peak_batch": batch_size}))
 
 
@@ -317,4 +329,4 @@ class _Peak:
 if __name__ == "__main__":
     import vlprune  # noqa: F401  # installs the loading hook
 
-    _report_alone(Path(sys.argv[1]), int(sys.argv[2]))
+    _report_alone(Path(sys.argv[1]), int(sys.argv[2]), choose(sys.argv[3]))

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,8 @@ from rich.table import Table
 
 from .errors import RecipeError, VlpruneError
 from .progress import Progress
-from .recipe import load_recipe
-from .report import Block, human, percent, stage_header, stage_rows, summary
+from .recipe import Recipe, load_recipe
+from .report import Block, human, percent, stage_header, stage_rows, summary, where
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -37,6 +38,10 @@ Trust = Annotated[
     typer.Option("--trust-remote-code", help="Open torch.export files, which run code when read."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda, cuda:1, ...; default: the recipe's, which is auto."),
+]
 
 
 @app.command()
@@ -89,6 +94,7 @@ def compress(
         bool,
         typer.Option("--toy", help="A small new model and generated data: minutes, no downloads."),
     ] = False,
+    device: Device = "",
     as_json: Json = False,
 ) -> None:
     """Train or load a model, cut it, retrain it, evaluate it, and save it.
@@ -96,7 +102,7 @@ def compress(
     Example: vlprune compress recipes/easy-vqa.yaml budget.params=0.3 -o small
     """
     chosen = load_recipe(recipe, overrides or [], toy)
-    _run(chosen, output, as_json)
+    _run(_on(device, chosen), output, as_json)
 
 
 @app.command()
@@ -112,6 +118,7 @@ def evaluate(
         Path | None,
         typer.Option(help="A JSON file for what the model says, as evaluation servers take it."),
     ] = None,
+    device: Device = "",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -121,7 +128,7 @@ def evaluate(
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
     found = recipe or next((place for place in places if place.exists()), places[0])
-    chosen = load_recipe(found, overrides or [])
+    chosen = _on(device, load_recipe(found, overrides or []))
     from .run import evaluate_folder
 
     metrics = evaluate_folder(folder, chosen, _Shown(), results, trust_remote_code)
@@ -144,6 +151,7 @@ def scan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
     ] = None,
+    device: Device = "",
     as_json: Json = False,
 ) -> None:
     """Show which tower and kind can be cut how far, without training.
@@ -152,7 +160,7 @@ def scan(
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
     found = recipe or next((place for place in places if place.exists()), places[0])
-    chosen = load_recipe(found, overrides or [])
+    chosen = _on(device, load_recipe(found, overrides or []))
     from .run import scan_folder
 
     body = scan_folder(folder, chosen, _Shown())
@@ -173,6 +181,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time torch.compile as well: it takes minutes.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where both models run: auto, cpu, cuda, cuda:1, ...")
+    ] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as torch takes.")] = 0,
     seconds: Annotated[
         float, typer.Option(help="About how long to measure a batch size and engine.")
@@ -197,6 +208,7 @@ def bench(
         place,
         batch_sizes=sizes,
         compiled=compiled,
+        device=device,
         threads=threads,
         seconds=seconds,
         trust_remote_code=trust_remote_code,
@@ -327,6 +339,7 @@ def demo(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value pairs that replace the demo's.")
     ] = None,
+    device: Device = "",
     as_json: Json = False,
 ) -> None:
     """Run the whole thing on generated scenes: nothing to download, minutes on two cores.
@@ -334,10 +347,15 @@ def demo(
     Example: vlprune demo -o demo-output
     """
     recipe = load_recipe(str(files("vlprune") / "demo.yaml"), overrides or [])
-    _run(recipe, output, as_json)
+    _run(_on(device, recipe), output, as_json)
 
 
-def _run(recipe: Any, output: Path, as_json: bool) -> None:
+def _on(device: str, recipe: Recipe) -> Recipe:
+    """The recipe, to be run on ``device`` where one is given."""
+    return replace(recipe, device=device) if device else recipe
+
+
+def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
     err.print("[dim]loading torch and transformers[/dim]")
     from .run import compress as run_recipe
 
@@ -355,7 +373,7 @@ def _run(recipe: Any, output: Path, as_json: bool) -> None:
         table.add_row(*row)
     out.print(table)
     out.print(summary(report))
-    out.print(f"Took {report['seconds']:.0f} s on {report['threads']} CPU threads.")
+    out.print(f"Took {report['seconds']:.0f} s on {where(report)}.")
     out.print(
         f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original."
     )
@@ -374,8 +392,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _print_bench(body: dict[str, Any]) -> None:
     told = body["conditions"]
-    where = told["device"] if told["device"] != "cpu" else f"{told['threads']} CPU threads"
-    out.print(f"On {where}, {told['dtype']}, torch {told['torch']}.")
+    out.print(f"On {where(told)}, {told['dtype']}, torch {told['torch']}.")
     names = list(body["folders"])[::-1]  # dense first
     table = Table("model", *names)
     facts = body["models"]

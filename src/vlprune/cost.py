@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .budget import Prices
+from .device import moved_to
 from .gate import Gates, evaluating
 from .layers import is_linear
 from .plan import Plan
@@ -236,7 +237,8 @@ class _Counter(TorchDispatchMode):
 def measure_macs(
     model: nn.Module, structures: Sequence[Structure], example_inputs: Mapping[str, Any]
 ) -> MacsProfile:
-    """Run the dense model once and split its MACs by structure."""
+    """Run the dense model once, where it lies, and split its MACs by structure."""
+    inputs = moved_to(model, example_inputs)
     linear_macs: dict[str, int] = defaultdict(int)
     hooks = []
 
@@ -273,7 +275,7 @@ def measure_macs(
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel has no formula
     try:
         with evaluating(model), counter:
-            model(**example_inputs)
+            model(**inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in hooks:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import EXPORT_FILE
+from .device import device_of, moved_to, placed
 from .difference import tensors_of
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .gate import evaluating
@@ -131,7 +132,8 @@ def export(
 
     The first of ``inputs`` (keywords of one forward pass; of ``generate`` with ``generation``) is
     traced with all its dimensions dynamic; on every one of them what was written, read again,
-    must answer as the model does. They should differ in batch size and length. With
+    must answer as the model does. They should differ in batch size and length. A model on a GPU
+    is traced and checked on the CPU, where the runtimes compute, and put back afterwards. With
     ``generation`` the stages are exported that ``generate`` needs (encoders, prefill, decode),
     each checked on what ``generate`` hands it; the loop around them is the runtime's. With
     ``int8`` the quantizer is calibrated on ``calibration`` (more such inputs; default: the same
@@ -150,15 +152,20 @@ def export(
     for package in packages:
         _needs(package)
     started = time.monotonic()
-    samples = [{n: v for n, v in one.items() if n != "labels"} for one in inputs]
+    if device_of(model).type == "meta":
+        raise UnsupportedError("a model is exported with its weights, and this one has none")
     options: dict[str, Any] = {"dynamic": True}
-    if int8:
-        options["quantizer"] = _quantizer(exporters, to, calibration or samples)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        with evaluating(model), torch.no_grad():
+        with placed(model, torch.device("cpu")), evaluating(model), torch.no_grad():
+            samples = [
+                moved_to(model, {n: v for n, v in one.items() if n != "labels"}) for one in inputs
+            ]
+            if int8:
+                more = [moved_to(model, one) for one in calibration]
+                options["quantizer"] = _quantizer(exporters, to, more or samples)
             exporter = getattr(exporters, exporter_name)()
             config = getattr(exporters, config_name)(**options)
             run = exporter.export_for_generation if generation else exporter.export

@@ -2,7 +2,8 @@
 
 Time is no sum over units: kernels like some widths better than others. So the model is cut to
 several widths, every structure at once, and a stopwatch runs from the first projection of each
-structure to the end of its last one, inside the real forward pass, on the real device. Ours.
+structure to the end of its last one, inside the real forward pass, on the real device. (Not from
+the paper.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torch import nn
 
 from .budget import Prices
 from .cutting import rewrite
+from .device import device_name, device_of, moved_to, same_random_numbers
 from .errors import VlpruneError
 from .gate import evaluating
 from .layers import linear_axes
@@ -57,44 +59,36 @@ PATIENCE = 4.0
 def conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a measured time depends on: device, threads, dtype, shapes. Plain values."""
     weight = next(model.parameters())
-    on_gpu = weight.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(weight.device) if on_gpu else "cpu",
+        "device": device_name(weight.device),
         "threads": torch.get_num_threads(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shapes": {n: list(v.shape) for n, v in inputs.items() if isinstance(v, torch.Tensor)},
     }
 
 
-def moved_to(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs on the model's device, floating ones in its dtype."""
-    weight = next(model.parameters())
-    return {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in inputs.items()
-    }
-
-
 class _Clock:
-    """Moments in time, comparable after :meth:`wait`: GPU events where the model is on one."""
+    """Moments in time, comparable after :meth:`wait`: GPU events where the model is on one.
+
+    On accelerators other than CUDA's every moment waits for all that was launched before.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
 
     def now(self) -> Any:
         """A moment."""
         if not self.on_gpu:
+            self.wait()
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def wait(self) -> None:
         """Until all that was launched is done."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def between(self, start: Any, end: Any) -> float:
         """Seconds from one moment to a later one."""
@@ -106,7 +100,7 @@ class _Clock:
 @torch.no_grad()
 def seconds_of(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     """Seconds of one forward pass, launched alone and waited for."""
-    clock = _Clock(next(model.parameters()).device)
+    clock = _Clock(device_of(model))
     clock.wait()
     start = clock.now()
     model(**inputs)
@@ -133,13 +127,18 @@ def take_turns(
 
 
 class _Stopwatch:
-    """Seconds inside each structure of a running model, from its first projection to its last."""
+    """Seconds inside each structure of a running model, from its first projection to its last.
+
+    It stands around the ``forward`` of the projections and sets no hook: attention forwards look
+    for hooks, and where they find one they spell attention out for it, in place of the fused
+    kernel that is to be timed.
+    """
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
-        self.clock = _Clock(next(model.parameters()).device)
+        self.clock = _Clock(device_of(model))
         self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self.opened: dict[str, Any] = {}
-        self.members: list[tuple[nn.Module, str, bool]] = []
+        self.members: dict[nn.Module, dict[str, bool]] = defaultdict(dict)
         for structure in structures:
             ends: dict[str, bool] = {}
             for slot in structure.slots:
@@ -152,21 +151,15 @@ class _Stopwatch:
                 inward = inward or isinstance(module, nn.MultiheadAttention)
                 ends[path] = ends.get(path, False) or inward
             for path, closes in ends.items():
-                self.members.append((model.get_submodule(path), structure.name, closes))
+                self.members[model.get_submodule(path)][structure.name] = closes
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Times what runs inside the block."""
-        handles = []
-        for module, name, closes in self.members:
-            handles.append(module.register_forward_pre_hook(self._open(name)))
-            if closes:
-                handles.append(module.register_forward_hook(self._close(name)))
-        try:
+        with ExitStack() as stack:
+            for module, names in self.members.items():
+                stack.callback(self._stand_around(module, names))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def read(self) -> dict[str, float]:
         """Seconds a structure since it was last read."""
@@ -179,20 +172,29 @@ class _Stopwatch:
         self.opened.clear()
         return seconds
 
-    def _open(self, name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if name not in self.opened:
-                self.opened[name] = self.clock.now()
+    def _stand_around(self, module: nn.Module, names: Mapping[str, bool]) -> Callable[[], None]:
+        """Time a module's forward for {structure: whether it ends there}; returns the undoing."""
+        before, forward = module.__dict__.get("forward"), module.forward
 
-        return hook
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            for name in names:
+                if name not in self.opened:
+                    self.opened[name] = self.clock.now()
+            output = forward(*args, **kwargs)
+            for name, closes in names.items():
+                start = self.opened.pop(name, None) if closes else None
+                if start is not None:
+                    self.spans[name].append((start, self.clock.now()))
+            return output
 
-    def _close(self, name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            start = self.opened.pop(name, None)
-            if start is not None:
-                self.spans[name].append((start, self.clock.now()))
+        def undo() -> None:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
 
-        return hook
+        module.__dict__["forward"] = timed
+        return undo
 
 
 def _reads(module: nn.Module, axis: int) -> bool:
@@ -217,24 +219,16 @@ def latency_prices(
 
     Raises VlpruneError if the model is on the meta device.
     """
-    if next(model.parameters()).is_meta:
+    if device_of(model).type == "meta":
         raise VlpruneError("a latency is measured, so the model needs its weights")
     prices: list[Any] = [None]
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not several or dist.get_rank() == 0:
-        with evaluating(model), _quiet(model):
+        with evaluating(model), same_random_numbers(model):
             prices = [_measured(model, tuple(structures), moved_to(model, inputs), attention)]
     if several:
         dist.broadcast_object_list(prices)
     return prices[0]
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Random numbers as they were: a measurement must not change a training."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 @dataclass
@@ -306,12 +300,12 @@ def best_round_to(
     inputs: Mapping[str, Any],
     attention: str = "head_dim",
 ) -> int:
-    """The multiple of units that this device likes: the smallest that costs nothing beside 32.
+    """The multiple of units that the model's device likes: the smallest as fast as 32.
 
     Two copies of the model take turns: one keeps about half of every structure, a multiple of 64
     where it has so many, the other 1, 2, 4, ... units fewer, which should take a little less time.
     """
-    with evaluating(model), _quiet(model):
+    with evaluating(model), same_random_numbers(model):
         inputs = moved_to(model, inputs)
 
         def cut(fewer: int) -> nn.Module:

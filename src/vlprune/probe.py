@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .device import device_of, moved_to
 from .errors import UnsupportedError
 
 __all__ = ["made_up_inputs"]
@@ -19,10 +20,11 @@ def made_up_inputs(
 ) -> dict[str, torch.Tensor]:
     """Random images of the configured size and random tokens, as far as the model takes them.
 
-    No attention mask on the meta device: forward passes look into masks, which a model without
-    weights cannot. Raises UnsupportedError for models whose prompts hold image
-    placeholders or whose images are cut into patches beforehand: their inputs depend on their
-    processor.
+    They lie where the model does, and are the same numbers on every device. No attention mask on
+    the meta device: forward passes look into masks, which a model without weights cannot.
+
+    Raises UnsupportedError for models whose prompts hold image placeholders or whose images are
+    cut into patches beforehand: their inputs depend on their processor.
     """
     config = model.config
     takes = inspect.signature(model.forward).parameters
@@ -33,22 +35,25 @@ def made_up_inputs(
     text = next((getattr(config, n) for n in ("text_config",) if hasattr(config, n)), config)
     words = min(1000, getattr(text, "vocab_size", 1000))
     inputs = {}
-    gpu = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu), torch.device(model.device):
-        torch.manual_seed(0)
+    numbers = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
         if "pixel_values" in takes:
             side = getattr(vision, "image_size", None)
             if side is None:
                 raise UnsupportedError("its config does not say how large an image is")
             height, width = (side, side) if isinstance(side, int) else tuple(side)
             channels = getattr(vision, "num_channels", 3)
-            inputs["pixel_values"] = torch.randn(batch_size, channels, height, width)
+            inputs["pixel_values"] = torch.randn(
+                batch_size, channels, height, width, generator=numbers
+            )
         if "input_ids" in takes:
-            if "attention_mask" in takes and model.device.type != "meta":
+            if "attention_mask" in takes and device_of(model).type != "meta":
                 inputs["attention_mask"] = torch.ones(batch_size, tokens, dtype=torch.long)
-            inputs["input_ids"] = torch.randint(4, max(5, words), (batch_size, tokens))
+            ids = torch.randint(4, max(5, words), (batch_size, tokens), generator=numbers)
+            inputs["input_ids"] = ids
         if "decoder_input_ids" in takes:
-            inputs["decoder_input_ids"] = torch.randint(4, max(5, words), (batch_size, tokens))
+            ids = torch.randint(4, max(5, words), (batch_size, tokens), generator=numbers)
+            inputs["decoder_input_ids"] = ids
     if not inputs:
         raise UnsupportedError("it takes neither pixel_values nor input_ids")
-    return inputs
+    return moved_to(model, inputs)

@@ -116,8 +116,9 @@ class Recipe:
     ``search`` and ``retrain``, as in ``{"logits": 1, "features": 1, "similarities": 1}``; empty
     means no teacher. ``options`` are the task's own. ``skip`` are patterns of structures that
     stay dense. ``uniform`` gives all layers of a tower one width and saves an ordinary model where
-    its config can say that. ``threads`` 0 leaves the number of CPU threads alone. A budget in
-    latency is measured on batches of ``latency_batch_size``.
+    its config can say that. ``threads`` 0 leaves the number of CPU threads alone. ``device`` is
+    where all of it runs: ``auto`` (a CUDA GPU where there is one, else the CPU), ``cpu``, ``cuda``,
+    ``cuda:1``. A budget in latency is measured on batches of ``latency_batch_size``.
     """
 
     task: str
@@ -134,6 +135,7 @@ class Recipe:
     teacher: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     threads: int = 0
+    device: str = "auto"
     report_to: str = "none"
     latency_batch_size: int = 1
     uniform: bool = False

@@ -28,6 +28,7 @@ __all__ = [
     "stage_rows",
     "story",
     "summary",
+    "where",
 ]
 
 FORMATS = ("text", "markdown", "json", "html")
@@ -166,15 +167,13 @@ def _bench(report: Mapping[str, Any]) -> list[Block]:
     bench = report.get("bench")
     if not isinstance(bench, dict):
         return []
-    told = bench["conditions"]
-    where = told["device"] if told["device"] != "cpu" else f"{told['threads']} CPU threads"
     rows = [("engine", "batch", "model", "latency", "items a second")]
     for row in bench["runs"]:
         if "failed" not in row:
             speed = f"{row['items_per_second']:,.0f}"
             took = f"{1000 * row['median']:.3g} ms"
             rows.append((row["engine"], str(row["batch"]), row["model"], took, speed))
-    blocks = [Block(f"Speed on {where}", 2), Block(rows=tuple(rows))]
+    blocks = [Block(f"Speed on {where(bench['conditions'])}", 2), Block(rows=tuple(rows))]
     for row in bench["faster"]:
         ideal = f", {percent(row['of_ideal'])} of the MACs saved" if "of_ideal" in row else ""
         text = f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast{ideal}."
@@ -282,6 +281,12 @@ def stage_header(report: Mapping[str, Any]) -> list[str]:
     return ["model", "params", "MACs", *(f"batch {size}" for size in batches), *titles]
 
 
+def where(told: Mapping[str, Any]) -> str:
+    """On what something ran: the name of the device, or the number of CPU threads."""
+    device: str = told.get("device", "cpu")  # reports of earlier versions name no device
+    return device if device != "cpu" else f"{told['threads']} CPU threads"
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """Asked and reached, and whether the cut was proved, in one or two sentences."""
     budget, proof = report["budget"], report.get("verified")
@@ -291,10 +296,9 @@ def summary(report: Mapping[str, Any]) -> str:
     )
     timed = budget.get("seconds")
     if timed and "small" in timed:
-        where = timed["device"] if timed["device"] != "cpu" else f"{timed['threads']} CPU threads"
         batch = next(iter(timed["shapes"].values()))[0]
         text += (
-            f" On {where}, batch {batch}: {1000 * timed['dense']:.3g} ms before, "
+            f" On {where(timed)}, batch {batch}: {1000 * timed['dense']:.3g} ms before, "
             f"{1000 * timed['small']:.3g} ms after."
         )
     groups = report.get("groups", ())
@@ -361,8 +365,8 @@ model = {model_class}.from_pretrained("this folder")
 {_sharing(report)}
 {chr(10).join(lines)}
 
-Latency: median of one forward pass on {report["threads"]} CPU threads, or the GPU where there
-was one. MACs: multiply-adds of one forward pass at batch 1.
+Latency: median of one forward pass on {where(report)}.
+MACs: multiply-adds of one forward pass at batch 1.
 
 ## How it was made
 

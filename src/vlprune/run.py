@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .bench import latencies
 from .budget import Prices, least
 from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, open_model, save
 from .compressor import Compressor
+from .device import choose, device_name, place
 from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from .export import Exported, export, is_export
 from .gate import evaluating
@@ -112,18 +113,19 @@ def _disk_is_full(error: Exception, out: Path) -> bool:
 
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
     prepare(recipe.seed, recipe.threads)
+    device = choose(recipe.device)
     measures = recipe.method.get("round_to") == "auto"
     method = make_method({**recipe.method, "round_to": 1} if measures else recipe.method)
     for spec in (recipe.train, recipe.search, recipe.retrain):
-        if spec.fp16 and not torch.cuda.is_available():
+        if spec.fp16 and device.type == "cpu":
             raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = PartialState()
     progress.phase("reading data")
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
     if measures:
         progress.phase("measuring which widths this device likes")
-        method = make_method({**recipe.method, "round_to": _round_to(recipe, task, out)})
+        method = make_method({**recipe.method, "round_to": _round_to(recipe, task, out, device)})
     timed = "latency" in recipe.budget
     batch_size = recipe.latency_batch_size if timed else 1
     example = task.example_inputs(batch_size)
@@ -167,7 +169,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         if recipe.teacher:
             Taught(model, model, nn.Module(), recipe.teacher, rehearsal.structures)
 
-    dense, dense_metrics, history = _dense(recipe, task, out, progress, refuse_early)
+    dense, dense_metrics, history = _dense(recipe, task, out, device, progress, refuse_early)
     phase = _Phases(recipe, task, progress, out / "checkpoints", dense)
 
     key = _digest(
@@ -187,7 +189,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     if known:
         progress.phase("cut model: taken from an earlier run of this recipe")
         check_weights(done)
-        small = task.load(done)
+        small = place(task.load(done), device)
         plan = Plan.load(done / PLAN_FILE)
         report, cut_metrics, history["search"] = known["report"], known["metrics"], known["history"]
     else:
@@ -238,6 +240,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         "metric": task.metric,
         "metrics": metrics,
         "latency_seconds": seconds,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "history": history,
         "seconds": round(time.monotonic() - started, 1),
@@ -260,13 +263,13 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     return report
 
 
-def _round_to(recipe: Recipe, task: Task, out: Path) -> int:
+def _round_to(recipe: Recipe, task: Task, out: Path, device: torch.device) -> int:
     """The multiple of units that is fast here; measured once a run, by the first process."""
     processes = PartialState()
     note = out / "checkpoints" / "round-to.json"
     found: list[Any] = [_read_note(note).get("round_to")]
     if found[0] is None and processes.is_main_process:
-        model = task.dense_model()
+        model = place(task.dense_model(), device)
         structures = discover(model, recipe.attention).structures  # type: ignore[arg-type]
         size = recipe.latency_batch_size if "latency" in recipe.budget else 8
         found = [best_round_to(model, structures, task.example_inputs(size), recipe.attention)]
@@ -375,7 +378,12 @@ def _evaluate(task: Task, model: Any, title: str, progress: Progress) -> dict[st
 
 
 def _dense(
-    recipe: Recipe, task: Task, out: Path, progress: Progress, check: Callable[[Any], None]
+    recipe: Recipe,
+    task: Task,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+    check: Callable[[Any], None],
 ) -> tuple[Any, dict[str, float], dict[str, Any]]:
     """The trained dense model, from an earlier run of the same recipe where there is one."""
     folder, note = out / "dense", out / "dense" / "vlprune-dense.json"
@@ -384,9 +392,9 @@ def _dense(
     if known.get("key") == key:
         progress.phase("dense model: taken from an earlier run of this recipe")
         check_weights(folder)
-        model = task.load(folder)
+        model = place(task.load(folder), device)
         return model, known["metrics"], {"train": known["history"]}
-    model = task.dense_model()
+    model = place(task.dense_model(), device)
     check(model)
     if recipe.train.on:
         progress.phase("training the dense model")
@@ -421,15 +429,19 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path, recipe: Recipe, trust_remote_code: bool = False) -> tuple[Task, Any]:
-    """The task of ``recipe`` and the model, or the exported model, in ``folder``."""
+    """The task of ``recipe``, and the model in ``folder`` on the recipe's device.
+
+    An exported model stays where its runtime computes, which is the CPU.
+    """
     transformers.utils.logging.disable_progress_bar()
     prepare(recipe.seed, recipe.threads)
     if is_export(folder):
         model = Exported(folder, trust_remote_code=trust_remote_code)
         return make_task(recipe, folder.parent / "data"), model
+    device = choose(recipe.device)
     task = make_task(recipe, folder / "data")
     check_weights(folder)
-    return task, task.load(folder)
+    return task, place(task.load(folder), device)
 
 
 def evaluate_folder(
@@ -485,7 +497,7 @@ def export_folder(
     """Export the model in ``folder``; see :func:`vlprune.export.export`.
 
     With a ``recipe`` it is traced and checked on batches of its test data and calibrated on
-    training data, else all on made-up inputs.
+    training data, else all on made-up inputs; on the CPU, whatever device the recipe names.
     """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
@@ -493,7 +505,7 @@ def export_folder(
     progress.phase("loading")
     calibration: list[dict[str, Any]] = []
     if recipe is not None:
-        task, model = _open_folder(folder, recipe)
+        task, model = _open_folder(folder, replace(recipe, device="cpu"))
         samples = [_forward_inputs(model, task.example_inputs(size)) for size in EXPORT_SIZES]
         if int8:
             items = [task.train[i] for i in range(min(CALIBRATION, len(task.train)))]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from . import cost
 from .architectures import discover
+from .device import device_of, moved_to, place
 from .errors import DataError
 from .gate import evaluating, gated, ones
 from .methods.base import standardised
@@ -41,7 +41,7 @@ def scan(
     """
     structures = discover(model, attention).structures  # type: ignore[arg-type]
     prices = cost.param_prices(model, structures)
-    objective = task.objective(model).to(model.device)
+    objective = place(task.objective(model), device_of(model))
     parts: dict[str, list[Structure]] = {}
     for structure in structures:
         parts.setdefault(f"{structure.tower} {structure.kind}", []).append(structure)
@@ -90,9 +90,10 @@ def _scores(
     """|d loss / d gate| at gate 1, summed over batches: {structure: (size,)}."""
     total = {s.name: torch.zeros(s.size) for s in structures}
     for batch in _batches(task, task.train, batches, size):
-        gates = {n: g.to(model.device).requires_grad_() for n, g in ones(structures).items()}
+        device = device_of(model)
+        gates = {n: place(g, device).requires_grad_() for n, g in ones(structures).items()}
         with gated(model, structures, gates):
-            objective(**send_to_device(batch, model.device))["loss"].backward()
+            objective(**moved_to(model, batch))["loss"].backward()
         for name, gate in gates.items():
             if gate.grad is not None:
                 total[name] += gate.grad.detach().abs().cpu()
@@ -102,7 +103,7 @@ def _scores(
 
 @torch.no_grad()
 def _loss(objective: Any, model: Any, batches: Sequence[dict[str, Any]]) -> float:
-    losses = [float(objective(**send_to_device(batch, model.device))["loss"]) for batch in batches]
+    losses = [float(objective(**moved_to(model, batch))["loss"]) for batch in batches]
     return sum(losses) / len(losses)
 
 

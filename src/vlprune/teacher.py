@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .device import place
 from .errors import RecipeError, UnsupportedError, did_you_mean
 from .structure import Structure
 from .trainee import Trainee
@@ -54,7 +55,7 @@ class Taught(Trainee):
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """The trainee's loss plus the weighted terms: {"loss": ()}."""
         student, teacher = self._pair
-        teacher.to(self.device)
+        place(teacher, self.device)  # nothing to do, unless a Trainer has moved the student since
         with _watched(student, self.blocks) as mine:
             output = self.model(**batch)
         teach = getattr(self.model, "teach", None)

@@ -7,7 +7,9 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from .device import device_of, use
 from .errors import RecipeError, VlpruneError
 from .recipe import Training
 from .trainee import Trainee
@@ -48,6 +51,26 @@ class _Items(Dataset[tuple[int, Any]]):
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         return index, self.items[index]
+
+
+@dataclass
+class _Arguments(TrainingArguments):
+    """The Trainer's arguments, for training on the one device ``runs_on``.
+
+    By itself the Trainer takes every GPU it sees, as one DataParallel model, or the first.
+    """
+
+    runs_on: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        own: torch.device = super()._setup_devices  # joins the other processes, if there are any
+        if PartialState().num_processes > 1:
+            return own
+        device = torch.device(self.runs_on)
+        use(device)
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
 
 
 class _Trainer(Trainer):
@@ -154,7 +177,7 @@ def fit(
     checkpoints: Path | None = None,
     logs: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train the model in place as ``spec`` says; returns the Trainer's log.
+    """Train the model in place and where it lies, as ``spec`` says; returns the Trainer's log.
 
     ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng``
     depends on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called
@@ -165,12 +188,13 @@ def fit(
     if not spec.on:
         return []
     set_seed(seed)  # a phase does not depend on whether the one before was run or resumed
+    device = device_of(model)
     steps = spec.count(len(items), PartialState().num_processes)
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
         last = _last_complete(folder)
-        arguments = TrainingArguments(
+        arguments = _Arguments(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=spec.batch_size,
@@ -195,7 +219,9 @@ def fit(
             ddp_broadcast_buffers=False,  # every rank makes the same ones
             dataloader_drop_last=len(items) >= spec.batch_size,
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=device.type == "cuda",
+            use_cpu=device.type == "cpu",
+            runs_on=str(device),
         )
         if logs is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)

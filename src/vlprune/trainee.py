@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .device import device_of
+
 __all__ = ["Trainee"]
 
 
@@ -45,7 +47,7 @@ class Trainee(nn.Module):
     @property
     def device(self) -> Any:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
 
 def _without_ties(_module: nn.Module, state: dict[str, Tensor], _prefix: str, _local: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..device import moved_to
 from .base import Advance, Task
 from .caption_metric import caption_scores
 from .new_models import blip_config, blip_processor
@@ -98,10 +99,10 @@ class CaptioningTask(Task):
         model.eval()
         prompt = self.options["prompt"]
         ids, mask = self._ids([prompt] * len(items))
+        pixels = self.pixels([item.image for item in items])
+        inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
         tokens = model.generate(  # it drops the last token of the prompt, which is the end token
-            pixel_values=self.pixels([item.image for item in items]).to(model.device),
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            **moved_to(model, inputs),
             num_beams=self.options["beams"],
             min_length=5,
             max_length=20,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.pictures import LabelledImage, read_image_folder
+from ..device import device_of, moved_to, place
 from ..errors import DataError, UnsupportedError
 from ..trainee import Trainee
 from .base import Advance, Task
@@ -110,13 +111,13 @@ class ClassificationTask(Task):
         model.eval()
         count = len(self.classes)
         tops = {
-            f"top{k}": MulticlassAccuracy(count, top_k=k, average="micro").to(model.device)
+            f"top{k}": place(MulticlassAccuracy(count, top_k=k, average="micro"), device_of(model))
             for k in (1, 5)
             if k < count
         }
         for start in range(0, len(self.test), batch_size):
             items = list(self.test[start : start + batch_size])
-            batch = {k: v.to(model.device) for k, v in self.collate(items).items()}
+            batch = moved_to(model, self.collate(items))
             logits = model(pixel_values=batch["pixel_values"]).logits
             for top in tops.values():
                 top.update(logits, batch["labels"])
@@ -126,7 +127,7 @@ class ClassificationTask(Task):
     @torch.no_grad()
     def predict(self, model: Any, items: list[LabelledImage]) -> list[str]:
         model.eval()
-        pixels = self.pixels([item.image for item in items]).to(model.device)
+        pixels = moved_to(model, self.pixels([item.image for item in items]))
         best = model(pixel_values=pixels).logits.argmax(1)
         return [self.classes[i] for i in best.tolist()]
 
@@ -159,7 +160,7 @@ class SoftTargets(Trainee):
         decided: Tensor = wanted
         for teacher in self._teacher:
             with torch.no_grad():
-                decided = teacher.to(self.device)(pixel_values=pixel_values).logits.argmax(1)
+                decided = place(teacher, self.device)(pixel_values=pixel_values).logits.argmax(1)
         loss = F.cross_entropy(output.cls_logits, wanted) + F.cross_entropy(second, decided)
         return {"loss": loss / 2, "logits": output.logits}
 

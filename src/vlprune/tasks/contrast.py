@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..device import place
 from ..trainee import Trainee
 
 __all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast"]
@@ -147,7 +148,7 @@ class MomentumContrast(Trainee):
 
     def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a teacher of the same class says about a batch."""
-        features = type(self.features)(teacher).to(self.device)
+        features = place(type(self.features)(teacher), self.device)
         image, text, _ = features(
             *(batch[k] for k in ("pixel_values", "input_ids", "attention_mask"))
         )

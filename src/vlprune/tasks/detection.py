@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_objects
+from ..device import moved_to
 from ..errors import DataError, UnsupportedError
 from ..models.atss import suppress
 from .base import Advance
@@ -120,13 +121,12 @@ class DetectionTask(RegionTask):
 
     def _detect(self, model: Any, items: Sequence[Scenery]) -> list[list[dict[str, Any]]]:
         """For each image its best detections, as COCO's result files have them."""
-        looks = self.looks([item.image for item in items])
-        looks = {name: value.to(model.device) for name, value in looks.items()}
+        looks = moved_to(model, self.looks([item.image for item in items]))
         said: list[list[tuple[float, int, Tensor]]] = [[] for _ in items]
         for text, phrases in self.prompts:
             words, _ = self.words([text] * len(items))
-            words = {name: value.to(model.device) for name, value in words.items()}
-            fit, boxes = (x.cpu() for x in self.grounder.read(model(**words, **looks)))
+            outputs = model(**moved_to(model, words), **looks)
+            fit, boxes = (x.cpu() for x in self.grounder.read(outputs))
             maps = self._maps(text, phrases)
             asked = torch.tensor([self.classes.index(name) for name in maps])
             for i, item in enumerate(items):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.questions import TypedQuestion, read_gqa
+from ..device import moved_to
 from ..errors import UnsupportedError
 from .base import Advance
 from .grounding import RegionTask
@@ -99,7 +100,7 @@ class GqaTask(RegionTask):
         """The type and the answer that the model gives to each question."""
         model.eval()
         inputs = {k: v for k, v in self.collate(items).items() if k != "answers"}
-        said = model(**{name: value.to(model.device) for name, value in inputs.items()}).answers
+        said = model(**moved_to(model, inputs)).answers
         best: dict[str, Tensor] = {name: logits.argmax(-1).cpu() for name, logits in said.items()}
         found = []
         for number in range(len(items)):

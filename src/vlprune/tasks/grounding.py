@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import box_iou
 
-from ..checkpoint import open_config
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
+from ..device import moved_to
 from ..errors import DataError
 from ..models.set_loss import corners
 from .base import Advance, Task
@@ -168,7 +168,7 @@ class GroundingTask(RegionTask):
         """For each phrase of each item, all boxes (left, top, right, bottom), best first."""
         words, offsets = self.words([item.text for item in items])
         inputs = {**words, **self.looks([item.image for item in items])}
-        outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+        outputs = model(**moved_to(model, inputs))
         fit, found = (x.cpu() for x in self.grounder.read(outputs))
         result = []
         for item, places, own, boxes in zip(items, offsets, fit, found, strict=True):

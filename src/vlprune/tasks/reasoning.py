@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import open_config
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
+from ..device import moved_to
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 
@@ -92,5 +93,5 @@ class ReasoningTask(Task):
 
     @torch.no_grad()
     def _answers(self, model: Any, items: list[Statement]) -> list[bool]:
-        batch = {k: v.to(model.device) for k, v in self.collate(items).items() if k != "labels"}
-        return [bool(answer) for answer in model(**batch).logits.argmax(1).tolist()]
+        batch = {k: v for k, v in self.collate(items).items() if k != "labels"}
+        return [bool(a) for a in model(**moved_to(model, batch)).logits.argmax(1).tolist()]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..device import device_of, moved_to, place
 from .base import Advance, Task
 from .contrast import BlipFeatures, ClipFeatures, MomentumContrast
 from .new_models import blip_config, blip_processor, clip_config, clip_processor
@@ -122,11 +123,11 @@ class RetrievalTask(Task):
         return [captions[i] for i in scores.argmax(1).tolist()]
 
     def _image_features(self, model: Any, items: Sequence[CaptionedImage]) -> Tensor:
-        pixels = self.pixels([item.image for item in items]).to(model.device)
+        pixels = moved_to(model, self.pixels([item.image for item in items]))
         return ClipFeatures.image(model, pixels)
 
     def _text_features(self, model: Any, captions: Sequence[str]) -> Tensor:
-        inputs = {k: v.to(model.device) for k, v in self._text(captions).items()}
+        inputs = moved_to(model, self._text(captions))
         return ClipFeatures.text(model, **inputs)
 
 
@@ -168,32 +169,30 @@ class BlipRetrievalTask(RetrievalTask):
         return True
 
     def _image_features(self, model: Any, items: Sequence[CaptionedImage]) -> Tensor:
-        pixels = self.pixels([item.image for item in items]).to(model.device)
+        pixels = moved_to(model, self.pixels([item.image for item in items]))
         states = model.vision_model(pixels).last_hidden_state
         return F.normalize(model.vision_proj(states[:, 0]), dim=-1)
 
     def _text_features(self, model: Any, captions: Sequence[str]) -> Tensor:
-        inputs = {k: v.to(model.device) for k, v in self._text(captions).items()}
+        inputs = moved_to(model, self._text(captions))
         states = model.text_encoder(**inputs).last_hidden_state
         return F.normalize(model.text_proj(states[:, 0]), dim=-1)
 
     def _reranked(self, model: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (images, texts) for each way, with the best ordered by matching as well."""
         captions = [caption for item in self.test for caption in item.captions]
-        features = BlipFeatures(model).to(model.device)
+        features = place(BlipFeatures(model), device_of(model))
         # every image is looked at once; its states wait in the main memory
         seen = [
-            model.vision_model(self.pixels([item.image]).to(model.device))
+            model.vision_model(moved_to(model, self.pixels([item.image])))
             .last_hidden_state[0]
             .cpu()
             for item in self.test
         ]
 
         def matched(images: Sequence[int], texts: Sequence[int]) -> Tensor:
-            states = torch.stack([seen[i] for i in images]).to(model.device)
-            ids = {
-                k: v.to(model.device) for k, v in self._text([captions[t] for t in texts]).items()
-            }
+            states = moved_to(model, torch.stack([seen[i] for i in images]))
+            ids = moved_to(model, self._text([captions[t] for t in texts]))
             logits = features.match(ids["input_ids"], ids["attention_mask"], states)
             return logits[:, 1].cpu()
 

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from ..checkpoint import open_config
 from ..data.files import open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
+from ..device import moved_to
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
 
@@ -166,7 +167,7 @@ class SegmentationTask(Task):
         side, (_, height, width) = self.side, pixels.shape
         places = list(windows(height, width, side))
         stack = torch.stack([pixels[:, y : y + side, x : x + side] for y, x in places])
-        logits = model(pixel_values=stack.to(model.device)).logits
+        logits = model(pixel_values=moved_to(model, stack)).logits
         logits = F.interpolate(logits.float(), (side, side), mode="bilinear").cpu()
         total = torch.zeros(logits.shape[1], height, width)
         count = torch.zeros(height, width)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.questions import Question, read_easy_vqa, read_visual_genome, read_vqav2
+from ..device import moved_to
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy
@@ -118,14 +119,14 @@ class VqaTask(Task):
 
     @torch.no_grad()
     def _ranked(self, model: Any, items: Sequence[Question]) -> list[str]:
-        inputs = {k: v.to(model.device) for k, v in self._questions(items).items()}
-        candidates = self._answer_ids(self.answers).to(model.device)
+        inputs = moved_to(model, self._questions(items))
+        candidates = moved_to(model, self._answer_ids(self.answers))
         best = rank_answers(model, inputs, candidates, self.processor.tokenizer.pad_token_id)
         return [self.answers[i] for i in best.tolist()]
 
     @torch.no_grad()
     def _generated(self, model: Any, items: Sequence[Question]) -> list[str]:
-        inputs = {k: v.to(model.device) for k, v in self._questions(items).items()}
+        inputs = moved_to(model, self._questions(items))
         tokens = model.generate(**inputs, max_new_tokens=8)
         said = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in said]

@@ -1,0 +1,169 @@
+"""The whole thing on a GPU: every command that runs a model, in processes that see the GPUs.
+
+The other tests compute on the CPU wherever they run (tests/conftest.py says why). These are
+skipped where torch sees no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from small_runs import DEMO, TINY
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+STEPS = ["train.steps=20", "search.steps=10", "retrain.steps=5"]
+
+
+def environment() -> dict[str, str]:
+    """The environment as it was before tests/conftest.py hid the GPUs."""
+    names = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    visible = os.environ.get("VLPRUNE_TEST_GPUS", "all")
+    return names if visible == "all" else {**names, "CUDA_VISIBLE_DEVICES": visible}
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    """A Python process that sees the GPUs."""
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, env=environment(), check=False
+    )
+
+
+def vlprune(*args: str) -> dict[str, Any]:
+    """The JSON that a command prints."""
+    done = python("-m", "vlprune.cli", *args, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> str:
+    """The name of the first GPU; the test is skipped where there is none."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        pytest.skip("this torch is built for the CPU alone, so torch.cuda is not available")
+    asked = python("-c", "import torch; print(torch.cuda.get_device_name(0))")
+    if asked.returncode:
+        pytest.skip("torch.cuda is not available: torch sees no GPU here")
+    return asked.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def small(gpu: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `vlprune demo` makes on the GPU, in a size for tests, with its dense model inside."""
+    out = tmp_path_factory.mktemp("gpu") / "small"
+    report = vlprune("demo", "-o", str(out), *TINY, *STEPS, "--device", "cuda")
+    assert report["device"] == gpu
+    assert report["verified"]["difference"] < 1e-9
+    assert report["budget"]["reached"] <= 0.5
+    assert set(report["latency_seconds"]) == {"dense", "small"}
+    return out
+
+
+def test_the_demo_runs_there_by_itself(gpu: str, tmp_path: Path) -> None:
+    report = vlprune("demo", "-o", str(tmp_path / "out"), *TINY)
+    assert report["device"] == gpu
+
+
+def test_the_cpu_can_be_asked_for(gpu: str, tmp_path: Path) -> None:
+    report = vlprune("demo", "-o", str(tmp_path / "out"), *TINY, "device=cpu")
+    assert report["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["method={name: upop}", "budget={macs: 0.6}", "teacher={logits: 1, features: 1}"],
+        ["method={name: magnitude, round_to: auto}", "budget={latency: 0.9}"],
+        ["method={name: jsp, every: 1, learning_rate: 0.05, mismatch: skip}",
+         "budget={params: 0.9}"],
+        ["method={name: taylor}", "search.bf16=true", "train.bf16=true"],
+        ["method={name: upop}", "train.fp16=true", "search.fp16=true", "retrain.fp16=true"],
+        ["uniform=true", "method={name: magnitude}"],
+    ],
+    ids=["macs and teacher", "latency", "jsp", "bf16", "fp16", "uniform"],
+)  # fmt: skip
+def test_recipes(more: list[str], gpu: str, tmp_path: Path) -> None:
+    """A latency budget of so small a model is a matter of launches: reaching it is no promise."""
+    report = vlprune("compress", DEMO, "-o", str(tmp_path / "out"), *TINY, *STEPS, *more)
+    assert report["device"] == gpu
+    if report["budget"]["what"] == "latency":
+        assert report["budget"]["seconds"]["device"] == gpu
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_task(recipe: Path, gpu: str, tmp_path: Path) -> None:
+    """Training, evaluation and timing of every task's model, by the recipes' toys."""
+    report = vlprune("compress", str(recipe), "--toy", "-o", str(tmp_path / "out"))
+    assert report["device"] == gpu
+
+
+def test_evaluate_and_scan(small: Path) -> None:
+    report = json.loads((small / "report.json").read_text())
+    there = vlprune("evaluate", str(small))
+    assert there == pytest.approx(report["metrics"]["retrained"], abs=0.2)  # of six items
+    here = vlprune("scan", str(small / "dense"), "--device", "cpu")
+    there = vlprune("scan", str(small / "dense"), "--device", "cuda")
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-2)
+
+
+def test_bench(small: Path, gpu: str) -> None:
+    """A GPU's times may spread; then the command says so in one sentence."""
+    done = python(
+        "-m", "vlprune.cli", "bench", str(small), "--batch-sizes", "1,8", "--seconds", "2", "--json"
+    )
+    if done.returncode == 2:
+        assert "the machine is too busy to tell" in done.stderr
+        pytest.skip("the machine is too busy to tell")
+    assert done.returncode == 0, done.stderr[-3000:]
+    body = json.loads(done.stdout)
+    assert body["conditions"]["device"] == gpu
+    for facts in body["models"].values():
+        assert facts["macs"]
+        assert facts["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_export(to: str, small: Path) -> None:
+    facts = vlprune("export", str(small), "--to", to)
+    assert max(row["difference"] for row in facts["checked"]) < 1e-3
+
+
+PLACES = """
+import json, torch, vlprune
+from vlprune import latency
+from vlprune.export import export
+from vlprune.probe import made_up_inputs
+from vlprune.testing import build
+
+sample = build("clip")
+structures = vlprune.discover(sample.model).structures
+here = vlprune.cost.measure_macs(sample.model, structures, sample.inputs)
+model = sample.model.to("cuda").eval()
+assert vlprune.cost.measure_macs(model, structures, sample.inputs) == here
+prices = vlprune.latency_prices(model, structures, sample.inputs)
+assert prices.total > 0
+assert vlprune.best_round_to(model, structures, sample.inputs) in latency.MULTIPLES
+plan = vlprune.Plan(keep={s.name: range(max(1, s.size // 2)) for s in structures})
+small = vlprune.rewrite(model, vlprune.discover(model), plan, verify=sample.inputs)
+export(small, [made_up_inputs(small, size) for size in (2, 3)], "torch-export", "exported")
+assert {p.device.type for p in small.parameters()} == {"cuda"}
+print(json.dumps(True))
+"""
+
+
+def test_a_model_that_its_owner_has_put_there(gpu: str, tmp_path: Path) -> None:
+    """Counted, timed, cut, proved and exported with inputs on the CPU; it stays on the GPU."""
+    script = tmp_path / "places.py"
+    script.write_text(PLACES)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment(),
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
