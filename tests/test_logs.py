@@ -66,6 +66,7 @@ def test_what_remains_is_what_the_plan_costs_at_the_end(tmp_path: Path) -> None:
 def test_the_history_of_a_search_survives_a_checkpoint() -> None:
     sample = build("clip")
     compressor = vlprune.Compressor(sample.model, vlprune.UPop(interval=1), {"params": 0.8})
+    compressor.attach()
     for step in range(3):
         sample.model(**sample.inputs, return_loss=True).loss.backward()
         compressor.step((step + 1) / 5)

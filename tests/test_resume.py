@@ -48,7 +48,7 @@ PLACES = {
     "training, step 3": "at_step(1, 3)",
     "search, step 5": "at_step(2, 5)",
     "while a checkpoint of the search is written": "half_checkpoint(2, 4)",
-    "after the search, before the cut": "after('vlprune.compressor', 'rewrite', before=True)",
+    "after the search, before the cut": "after('vlprune.compressor', 'perform', before=True)",
     "while the cut model is evaluated": "after('vlprune.run', '_evaluate', nth=2, before=True)",
     "retraining, step 5": "at_step(3, 5)",
     "after the last step": "after('vlprune.run', '_evaluate', nth=3, before=True)",

@@ -20,10 +20,11 @@ from .architectures import discover
 from .budget import Prices, parse_budget, select
 from .callback import CompressorCallback, callback_for
 from .cutting import Verification, check_plain, perform, settle
+from .device import device_of, moved_to
 from .errors import BudgetError, UnsupportedError, VlpruneError
 from .gate import evaluating
 from .gating import Gating
-from .latency import conditions, latency_prices, moved_to, seconds_of, take_turns
+from .latency import conditions, latency_prices, seconds_of, take_turns
 from .methods import Alternating, Method, Problem, Search
 from .optimizers import exchange, replaced
 from .plan import Plan
@@ -109,6 +110,7 @@ class Compressor:
         self._uniform = uniform
         self._price(prices)
         self.search = self._new_search()
+        self._refuse_unreachable()
         if self.search.alternates and is_shared(model):
             raise UnsupportedError(
                 "this model shares weights already: call vlprune.materialize on it before it is "
@@ -154,14 +156,6 @@ class Compressor:
             self.prices = prices or latency_prices(
                 model, structures, inputs, self.description.attention
             )
-        if getattr(self.method, "cost", "exact") == "exact":  # else the method has its own prices
-            select(
-                {structure.name: [0.0] * structure.size for structure in structures},
-                self.prices,
-                self.budget.fraction,
-                getattr(self.method, "round_to", 1),
-                groups=self._groups(),
-            )
 
     def _new_search(self) -> Search:
         model, structures = self.model, self.structures
@@ -177,6 +171,17 @@ class Compressor:
                 groups=self._groups(),
             )
         )
+
+    def _refuse_unreachable(self) -> None:
+        """Raise BudgetError if no plan meets the budget, whatever the scores."""
+        if getattr(self.method, "cost", "exact") == "exact":  # else the method has its own prices
+            select(
+                {structure.name: [0.0] * structure.size for structure in self.structures},
+                self.prices,
+                self.budget.fraction,
+                getattr(self.method, "round_to", 1),
+                groups=self._groups(),
+            )
 
     def _groups(self) -> dict[str, str]:
         """The structures that must keep equally many units, {structure: group}."""
@@ -271,9 +276,10 @@ class Compressor:
     def _learn(self, progress: float, scale: float) -> None:
         """Hand the gates' gradients to the search."""
         own = self._gating.take_gradients()
-        device = next(self.model.parameters()).device
         gradients = mean_gradients(
-            self.structures, {n: g / scale if scale != 1 else g for n, g in own.items()}, device
+            self.structures,
+            {n: g / scale if scale != 1 else g for n, g in own.items()},
+            device_of(self.model),
         )
         if not gradients:
             check_plain(self.model, self.structures)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .device import device_of, same_random_numbers
 from .difference import Difference, difference, tensors_of
 from .errors import IncomparableError, PlanError, UnsupportedError, VerificationError
 from .first_batch import run_inputs
@@ -330,10 +331,9 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """Every floating tensor of one forward pass."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with same_random_numbers(model):
         torch.manual_seed(0)
-        return tensors_of(model(**run_inputs(model, inputs, device, dtype)))
+        return tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))
 
 
 # -- surgery ---------------------------------------------------------------------------

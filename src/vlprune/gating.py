@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .device import device_of
 from .errors import UnsupportedError
 from .first_batch import copied
 from .gate import gated
@@ -68,7 +69,7 @@ class Gating:
 
     def follow(self) -> None:
         """Move the gates to where the model is now: a Trainer moves it after we have seen it."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         if all(gate.device == device for gate in self.gates.values()):
             return
         self._in_place.close()

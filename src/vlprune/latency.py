@@ -39,7 +39,6 @@ __all__ = [
     "best_round_to",
     "conditions",
     "latency_prices",
-    "moved_to",
     "seconds_of",
     "take_turns",
 ]

@@ -12,7 +12,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import nn
 from . import __version__, cost
 from .architectures import discover
 from .bench import latencies
-from .budget import Prices, least
+from .budget import least
 from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, open_model, save
 from .compressor import Compressor
 from .device import choose, device_name, place
@@ -35,7 +35,7 @@ from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
 from .export import Exported, export, is_export
 from .gate import evaluating
 from .latency import best_round_to
-from .methods import METHODS, Method, Random
+from .methods import METHODS, Alternating, Method
 from .plan import Plan
 from .probe import made_up_inputs
 from .progress import Progress
@@ -129,49 +129,12 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     timed = "latency" in recipe.budget
     batch_size = recipe.latency_batch_size if timed else 1
     example = task.example_inputs(batch_size)
-    table: list[Prices] = []
     searched: Sequence[Any] = task.train
     held_out: Sequence[Any] = ()
     if method.needs_held_out:
         searched, held_out = _split(task, recipe)
 
-    def compressor_for(model: Any, chosen: Method, loss: Any = None) -> Compressor:
-        if timed and not table:
-            progress.phase(f"measuring the time of every width, batch {batch_size}")
-        compressor = Compressor(
-            model,
-            chosen,
-            recipe.budget,
-            attention=recipe.attention,  # type: ignore[arg-type]
-            example_inputs=example,
-            skip=recipe.skip,
-            uniform=recipe.uniform,
-            held_out=held_out,
-            loss=loss,
-            prices=table[0] if table else None,
-        )
-        if timed:
-            table[:] = [compressor.prices]
-        return compressor
-
-    def refuse_early(model: Any) -> None:
-        """Raise now what would otherwise be raised after hours of training."""
-        intended = compressor_for(model, method)
-        intended.detach()
-        if intended.search.needs_training and not recipe.search.on:
-            raise RecipeError(
-                f"the method {recipe.method['name']} watches a training: give search.steps or "
-                "search.epochs"
-            )
-        rehearsal = compressor_for(model, Random(round_to=getattr(method, "round_to", 1)))
-        rehearsal.plan()
-        rehearsal.detach()
-        if recipe.teacher:
-            Taught(model, model, nn.Module(), recipe.teacher, rehearsal.structures)
-
-    dense, dense_metrics, history = _dense(recipe, task, out, device, progress, refuse_early)
-    phase = _Phases(recipe, task, progress, out / "checkpoints", dense)
-
+    model, known_dense = _open_dense(recipe, task, out, device, progress)
     key = _digest(
         [
             _dense_key(recipe),
@@ -185,23 +148,39 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         ]
     )
     done = out / "checkpoints" / f"cut-{key}"
-    known = _read_note(done / "vlprune-cut.json")
-    if known:
+    known_cut = _read_note(done / "vlprune-cut.json")
+    own_loss, compressor = _OwnLoss(), None
+    if not known_cut:
+        if timed:
+            progress.phase(f"measuring the time of every width, batch {batch_size}")
+        compressor = Compressor(
+            model,
+            method,
+            recipe.budget,
+            attention=recipe.attention,  # type: ignore[arg-type]
+            example_inputs=example,
+            skip=recipe.skip,
+            uniform=recipe.uniform,
+            held_out=held_out,
+            loss=own_loss,
+        )
+        _refuse_early(recipe, compressor, len(searched))
+    dense_metrics, dense_history = known_dense or _train_dense(recipe, task, out, model, progress)
+    history: dict[str, Any] = {"train": dense_history}
+    dense = copy.deepcopy(model)
+    phase = _Phases(recipe, task, progress, out / "checkpoints", dense)
+
+    if compressor is None:
         progress.phase("cut model: taken from an earlier run of this recipe")
         check_weights(done)
         small = place(task.load(done), device)
         plan = Plan.load(done / PLAN_FILE)
-        report, cut_metrics, history["search"] = known["report"], known["metrics"], known["history"]
+        report, cut_metrics = known_cut["report"], known_cut["metrics"]
+        history["search"] = known_cut["history"]
     else:
         progress.phase("searching" if recipe.search.on else "planning")
-        model = copy.deepcopy(dense)
-        trainee = phase.trainee(model)
-
-        def loss(batch: Mapping[str, Any]) -> Any:
-            with evaluating(trainee):  # queues and averages are not to move
-                return trainee(**batch)["loss"]
-
-        compressor = compressor_for(model, method, loss)
+        compressor.restart()  # with the trained weights, where it looks at weights at all
+        own_loss.trainee = trainee = phase.trainee(model)
         watcher = [compressor.callback()]
         history["search"] = phase.fit(
             f"search-{key}", recipe.search, model, watcher, searched, trainee
@@ -358,6 +337,7 @@ class _HeldOut(Sequence[Any]):
 
 
 HELD_OUT = 0.05
+DENSE_NOTE = "vlprune-dense.json"
 
 
 def _split(task: Task, recipe: Recipe) -> tuple[list[Any], _HeldOut]:
@@ -377,25 +357,53 @@ def _evaluate(task: Task, model: Any, title: str, progress: Progress) -> dict[st
         return task.evaluate(model, advance)
 
 
-def _dense(
-    recipe: Recipe,
-    task: Task,
-    out: Path,
-    device: torch.device,
-    progress: Progress,
-    check: Callable[[Any], None],
-) -> tuple[Any, dict[str, float], dict[str, Any]]:
-    """The trained dense model, from an earlier run of the same recipe where there is one."""
-    folder, note = out / "dense", out / "dense" / "vlprune-dense.json"
+@dataclass
+class _OwnLoss:
+    """The loss of a held-out batch, by what the search trains once that is known."""
+
+    trainee: nn.Module | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        assert self.trainee is not None
+        with evaluating(self.trainee):  # queues and averages are not to move
+            return self.trainee(**batch)["loss"]
+
+
+def _refuse_early(recipe: Recipe, compressor: Compressor, items: int) -> None:
+    """Raise now what would otherwise be raised after hours of training."""
+    search = compressor.search
+    if search.needs_training and not recipe.search.on:
+        raise RecipeError(
+            f"the method {recipe.method['name']} watches a training: give search.steps or "
+            "search.epochs"
+        )
+    if isinstance(search, Alternating):
+        search.expect(recipe.search.count(items, PartialState().num_processes))
+    if recipe.teacher:
+        model = compressor.model
+        Taught(model, model, nn.Module(), recipe.teacher, compressor.structures)
+
+
+def _open_dense(
+    recipe: Recipe, task: Task, out: Path, device: torch.device, progress: Progress
+) -> tuple[Any, tuple[dict[str, float], Any] | None]:
+    """The dense model, and its metrics and log where an earlier run of the recipe trained it."""
+    folder = out / "dense"
+    known = _read_note(folder / DENSE_NOTE)
+    if known.get("key") != _dense_key(recipe):
+        return place(task.dense_model(), device), None
+    progress.phase("dense model: taken from an earlier run of this recipe")
+    check_weights(folder)
+    # copied, because weights in a file lie at odd addresses, which moves the last bit of results
+    model = copy.deepcopy(place(task.load(folder), device))
+    return model, (known["metrics"], known["history"])
+
+
+def _train_dense(
+    recipe: Recipe, task: Task, out: Path, model: Any, progress: Progress
+) -> tuple[dict[str, float], Any]:
+    """Train the dense model in place and save it; its metrics and log."""
     key = _dense_key(recipe)
-    known = _read_note(note)
-    if known.get("key") == key:
-        progress.phase("dense model: taken from an earlier run of this recipe")
-        check_weights(folder)
-        model = place(task.load(folder), device)
-        return model, known["metrics"], {"train": known["history"]}
-    model = place(task.dense_model(), device)
-    check(model)
     if recipe.train.on:
         progress.phase("training the dense model")
     phase = _Phases(recipe, task, progress, out / "checkpoints")
@@ -404,9 +412,9 @@ def _dense(
     body = json.dumps({"key": key, "metrics": metrics, "history": history})
     processes = PartialState()
     if processes.is_main_process:
-        save(model, folder, extras={note.name: body}, processor=task.processor)
+        save(model, out / "dense", extras={DENSE_NOTE: body}, processor=task.processor)
     processes.wait_for_everyone()
-    return model, metrics, {"train": history}
+    return metrics, history
 
 
 def _dense_key(recipe: Recipe) -> str:

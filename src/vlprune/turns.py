@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from .device import device_of, moved_to, same_random_numbers
 from .errors import UnsupportedError, VlpruneError
 from .gate import evaluating, gated
 from .methods import Alternating
@@ -75,12 +75,11 @@ class Turns:
             n: (source, values.detach().clone().requires_grad_(learns), units)
             for n, (source, values, units) in vectors.share.items()
         }
-        device = next(self.model.parameters()).device
         live = Vectors(keep, share)
         with (
             evaluating(self.model),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            self._autocast(device),
+            same_random_numbers(self.model),
+            self._autocast(),
         ):
             with torch.no_grad():
                 full = float(self.loss(batch))
@@ -125,13 +124,13 @@ class Turns:
         size, rank = world()
         number = (self.seen * size + rank) % len(self.held_out)
         self.seen += 1
-        return send_to_device(self.held_out[number], next(self.model.parameters()).device)
+        return moved_to(self.model, self.held_out[number])
 
     def _own_loss(self, batch: Mapping[str, Any]) -> Tensor:
         loss: Tensor = self.model(**batch)["loss"]
         return loss
 
-    def _autocast(self, device: torch.device) -> Any:
+    def _autocast(self) -> Any:
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
+        return torch.autocast(device_of(self.model).type, dtype=self.autocast)
