@@ -133,7 +133,7 @@ class Compressor:
         self._gating.set(self.search.gates(0.0))
         self._callback: weakref.ref[CompressorCallback] | None = None
         self._optimizer: Any = None
-        weakref.finalize(self, self._gating.detach)
+        weakref.finalize(self, self._gating.detach).atexit = False
 
     def _price(self, prices: Prices | None) -> None:
         """What units cost, in the budget's currency and in parameters. Raises BudgetError."""
@@ -265,6 +265,8 @@ class Compressor:
                         "'with compressor:' block"
                     )
                 return
+        if self.progress == 0:  # an adapter may have come since the gates were put in place
+            check_plain(self.model, self.structures)
         if self.search.uses_gates:
             self._learn(progress, scale)
         self.progress = progress

@@ -14,15 +14,19 @@ __all__ = ["copied", "run_inputs"]
 
 
 def copied(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one forward pass by name, tensors copied at any depth.
+    """The arguments of one forward pass by name, tensors copied to main memory at any depth.
 
     Caches of keys and values are left out: the pass fills them, so they are no inputs any more.
     """
     names = list(inspect.signature(model.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     plain = {name: value for name, value in given.items() if not _is_cache(name, value)}
-    copies: dict[str, Any] = recursively_apply(lambda tensor: tensor.detach().clone(), plain)
+    copies: dict[str, Any] = recursively_apply(_copy, plain)
     return copies
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
 
 
 def run_inputs(
