@@ -13,7 +13,13 @@ import transformers
 import vlprune
 from vlprune import export as exporting
 from vlprune.difference import tensors_of
-from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
+from vlprune.errors import (
+    CheckpointError,
+    IncomparableError,
+    UnsupportedError,
+    VerificationError,
+    VlpruneError,
+)
 from vlprune.export import Exported, export
 from vlprune.probe import made_up_inputs
 from vlprune.testing import build
@@ -39,6 +45,7 @@ def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Pat
     model = uneven(family)
     facts = export(model, samples(model), to, tmp_path / to)
     assert [row["difference"] < 1e-5 for row in facts["checked"]] == [True] * 3
+    assert [row["compared"] for row in facts["checked"]] == [1] * 3
     assert json.loads((tmp_path / to / "vlprune-export.json").read_text()) == facts
     again = Exported(tmp_path / to, trust_remote_code=True)
     inputs = made_up_inputs(model, 4, 5)  # neither traced nor checked
@@ -112,6 +119,55 @@ def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
         export(model, samples(model), "torch-export", tmp_path / "out")
     assert (tmp_path / "out" / "export.json").read_text() == "the old one"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_an_export_that_answers_nan_is_not_written(
+    int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the difference is reported rather than judged."""
+    model = uneven("deit")
+    real = Exported.__call__
+
+    def broken(self: Exported, **inputs: Any) -> Any:
+        output = real(self, **inputs)
+        output["logits"] = output["logits"].clone()
+        output["logits"][0, 0] = float("nan")
+        return output
+
+    monkeypatch.setattr(Exported, "__call__", broken)
+    with pytest.raises(VerificationError, match=r"answers otherwise .* NaN or infinite at 1 of"):
+        export(model, samples(model), "onnx" if int8 else "torch-export", tmp_path / "o", int8=int8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_nan_everywhere_is_not_verified(tmp_path: Path) -> None:
+    model = uneven("deit")
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    with pytest.raises(IncomparableError, match=r"cannot be checked .* nowhere finite"):
+        export(model, samples(model), "torch-export", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_output_is_judged_at_its_own_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of 0.01 that are one per cent off differ by 1e-4 only, and are refused."""
+    model = uneven("deit")
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.mul_(0.002)
+    real = Exported.__call__
+
+    def off(self: Exported, **inputs: Any) -> Any:
+        output = real(self, **inputs)
+        assert output["logits"].abs().max() < 0.02
+        output["logits"] = output["logits"] * 1.01
+        return output
+
+    monkeypatch.setattr(Exported, "__call__", off)
+    with pytest.raises(VerificationError, match="answers otherwise than the model"):
+        export(model, samples(model), "torch-export", tmp_path / "out")
 
 
 def test_mistakes_get_one_sentence(
