@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import vlprune
+from alike import close
 from vlprune import export as exporting
 from vlprune.difference import tensors_of
 from vlprune.errors import (
@@ -210,7 +211,7 @@ def test_an_export_is_evaluated_where_the_task_only_calls_forward(
     assert "runs code when it is read" in stderr
     trusting = ["--trust-remote-code", "--json"]
     figures = [run("evaluate", str(p), *trusting)[1] for p in (out, out / "torch-export")]
-    assert json.loads(figures[0]) == json.loads(figures[1])
+    close(*map(json.loads, figures))
 
     model = vlprune.load(tiny_folder)
     export(model, samples(model), "torch-export", tiny_folder / "torch-export")

@@ -7,12 +7,15 @@ safetensors file may put one. Which shapes show it depends on the CPU; a batch o
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from moved import loads_move, move
+from vlprune.run import in_fresh_memory
 from vlprune.testing import CHECKS, Sample, build
 
 FAMILIES = ("clip", "vit", "bert", "blip_captioning", "glip")
@@ -45,3 +48,10 @@ def test_moving_moves_every_weight_and_no_value() -> None:
     for name, tensor in moved.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
         assert tensor.data_ptr() % 64 == tensor.element_size()
+
+
+def test_a_resumed_run_trains_where_the_one_it_continues_did(tmp_path: Path) -> None:
+    build("clip").model.save_pretrained(tmp_path)
+    loaded: Any = move(transformers.CLIPModel.from_pretrained(tmp_path))
+    assert any(p.data_ptr() % 64 for p in loaded.parameters())
+    assert not any(p.data_ptr() % 64 for p in in_fresh_memory(loaded).parameters())

@@ -1,4 +1,4 @@
-"""One width a tower: the stock class, the stock config, the same answers, no vlprune."""
+"""One width a tower: the stock class, the stock config, the same weights, no vlprune."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import vlprune
+from alike import same_model
 from small_runs import DEMO, TINY
-from vlprune.difference import tensors_of
 from vlprune.errors import UnsupportedError
 from vlprune.record import read_record
 from vlprune.testing import build
@@ -41,16 +40,6 @@ def uniform(family: str, budget: float, leave: Any) -> tuple[Any, Any]:
     return compressor.finish(), sample
 
 
-def same_answers(one: Any, other: Any, inputs: Any) -> None:
-    outputs = []
-    for model in (one, other):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            outputs.append(tensors_of(model(**inputs)))
-    for a, b in zip(*outputs, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("family", FFN_ONLY)
 def test_an_ordinary_config_says_the_width_of_the_ffn(family: str) -> None:
     small, sample = uniform(family, 0.9, lambda s: s.kind != "ffn")
@@ -65,7 +54,7 @@ def test_an_ordinary_config_says_the_width_of_the_ffn(family: str) -> None:
     plain = vlprune.ordinary(small)
     assert read_record(plain) is None
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in small.parameters())
-    same_answers(small, plain, sample.inputs)
+    same_model(small, plain, sample.inputs)
 
 
 @pytest.mark.parametrize("family", HEADS_TOO)
@@ -75,7 +64,7 @@ def test_whole_heads_and_kv_groups_where_the_config_has_a_head_dim(
     tower = HEADS_TOO[family]
     small, sample = uniform(family, 0.85, lambda s: tower and s.tower == tower and s.kind != "ffn")
     plain = vlprune.ordinary(small)
-    same_answers(small, plain, sample.inputs)
+    same_model(small, plain, sample.inputs)
     kept = {s.kind: s.size for s in vlprune.discover(plain, "head") if s.tower != tower}
     dense = {s.kind: s.size for s in vlprune.discover(build(family).model, "head")}
     assert any(kept[kind] < dense[kind] for kind in kept)

@@ -187,7 +187,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     if known:
         progress.phase("cut model: taken from an earlier run of this recipe")
         check_weights(done)
-        small = task.load(done)
+        small = in_fresh_memory(task.load(done))
         plan = Plan.load(done / PLAN_FILE)
         report, cut_metrics, history["search"] = known["report"], known["metrics"], known["history"]
     else:
@@ -384,7 +384,7 @@ def _dense(
     if known.get("key") == key:
         progress.phase("dense model: taken from an earlier run of this recipe")
         check_weights(folder)
-        model = task.load(folder)
+        model = in_fresh_memory(task.load(folder))
         return model, known["metrics"], {"train": known["history"]}
     model = task.dense_model()
     check(model)
@@ -409,6 +409,17 @@ def _dense_key(recipe: Recipe) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def in_fresh_memory(model: Any) -> Any:
+    """The same model, its weights where torch puts new tensors.
+
+    A loaded file is mapped, so weights begin anywhere. Kernels then sum in another order, and a
+    resumed training would differ in its last bits from the one it continues.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _read_note(path: Path) -> dict[str, Any]:
