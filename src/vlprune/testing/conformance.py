@@ -121,6 +121,42 @@ def _bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[nn.Module]:
+    """The model itself, to be cut inside; afterwards it is what it was.
+
+    A copy would do as well and takes as long as three forward passes. Parameters are not copied:
+    a cut replaces them, and the checks see to it that the model answers as before.
+    """
+    configs: dict[int, Any] = {}
+
+    def collect(config: Any) -> None:
+        if isinstance(config, transformers.PretrainedConfig) and id(config) not in configs:
+            configs[id(config)] = config
+            for part in vars(config).values():
+                collect(part)
+
+    for module in model.modules():
+        collect(module.__dict__.get("config"))
+    holders = [*model.modules(), *configs.values()]
+    before = [(holder, type(holder), _own_copy(vars(holder))) for holder in holders]
+    try:
+        yield model
+    finally:
+        for holder, kind, values in before:
+            holder.__class__ = kind
+            holder.__dict__.clear()
+            holder.__dict__.update(values)
+
+
+def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy that later changes do not reach, down to the containers in it."""
+    return {
+        name: value.copy() if isinstance(value, dict | list | set) else value
+        for name, value in values.items()
+    }
+
+
 def make_plan(description: Description, keep: Callable[[int], int], seed: int = 0) -> Plan:
     """A plan that keeps ``keep(size)`` random units of every structure."""
     rng = random.Random(seed)
@@ -242,20 +278,29 @@ def masked_equals_cut(make: Make, attention: AttentionUnit) -> None:
     sample = _double(make())
     description = discover(sample.model, attention)
     dense = _forward(sample.model, sample.inputs)
+    implementations = [*_attentions(sample.model)] or [""]
+
+    def answers(model: nn.Module) -> dict[str, list[Tensor]]:
+        found = {}
+        for implementation in implementations:
+            if implementation:
+                model.set_attn_implementation(implementation)  # type: ignore[operator]
+            found[implementation] = _forward(model, sample.inputs)
+        return found
+
     for keep in (_half, lambda size: 1, lambda size: size):
         plan = make_plan(description, keep)
-        small = rewrite(copy.deepcopy(sample.model), description, plan)
-        for implementation in [*_attentions(sample.model)] or [""]:
-            for model in (sample.model, small):
-                if implementation:
-                    model.set_attn_implementation(implementation)  # type: ignore[operator]
-            with gated(sample.model, description.structures, plan):
-                masked = _forward(sample.model, sample.inputs)
-            apart = _apart(masked, _forward(small, sample.inputs))
+        with gated(sample.model, description.structures, plan):
+            masked = answers(sample.model)
+        with _put_back(sample.model):
+            cut = answers(rewrite(sample.model, description, plan))
+        for implementation in implementations:
+            apart = _apart(masked[implementation], cut[implementation])
             assert apart <= TOLERANCE, f"{apart:.1e} apart under {implementation}"
         if keep is _half:
-            moved = _apart(dense, masked)
+            moved = _apart(dense, masked[implementations[-1]])
             assert moved > 1e-4, f"removing half moves the output by {moved:.1e} only"
+    assert _same_bits(dense, _forward(sample.model, sample.inputs)), "the model was not put back"
 
 
 @_check
@@ -271,9 +316,11 @@ def every_structure_alone_equals_its_mask(make: Make, attention: AttentionUnit) 
         with gated(sample.model, description.structures, plan):
             masked = _forward(sample.model, sample.inputs)
         assert _apart(dense, masked) > 1e-12, f"{structure.name} does not matter"
-        small = rewrite(copy.deepcopy(sample.model), description, plan)
-        apart = _apart(masked, _forward(small, sample.inputs))
+        with _put_back(sample.model):
+            cut = _forward(rewrite(sample.model, description, plan), sample.inputs)
+        apart = _apart(masked, cut)
         assert apart <= TOLERANCE, f"{structure.name}: {apart:.1e} apart"
+    assert _same_bits(dense, _forward(sample.model, sample.inputs)), "the model was not put back"
 
 
 @_check
@@ -284,7 +331,6 @@ def generation_agrees(make: Make, attention: AttentionUnit) -> None:
         return
     description = discover(sample.model, attention)
     plan = make_plan(description, _half)
-    small = rewrite(copy.deepcopy(sample.model), description, plan)
     options = {
         "max_new_tokens": 4,
         "do_sample": False,
@@ -296,7 +342,8 @@ def generation_agrees(make: Make, attention: AttentionUnit) -> None:
     with _quiet():
         with gated(sample.model, description.structures, plan):
             masked: Any = sample.model.generate(**sample.generate, **options)  # type: ignore[operator]
-        cut: Any = small.generate(**sample.generate, **options)  # type: ignore[operator]
+        small: Any = rewrite(sample.model, description, plan)
+        cut: Any = small.generate(**sample.generate, **options)
     assert torch.equal(masked.sequences, cut.sequences), "other tokens were generated"
     assert _apart(list(masked.scores), list(cut.scores)) <= TOLERANCE
 
@@ -351,9 +398,9 @@ def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
         share = {name: entry for name, entry in plan.share.items() if name not in empty}
         plan = Plan(plan.keep, share, attention, description.fingerprint)
     exact = cost.params(sample.model, structures, plan)
-    small = rewrite(copy.deepcopy(sample.model), description, plan)
     with mixed(sample.model, structures, plan), gated(sample.model, structures, plan):
         masked = _forward(sample.model, sample.inputs)
+    small = rewrite(sample.model, description, plan)
     cut = _forward(small, sample.inputs)
     apart = _apart(masked, cut)
     assert apart <= TOLERANCE, f"{apart:.1e} apart"
