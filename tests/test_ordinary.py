@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +57,7 @@ def test_an_ordinary_config_says_the_width_of_the_ffn(family: str) -> None:
 
 @pytest.mark.parametrize("family", HEADS_TOO)
 def test_whole_heads_and_kv_groups_where_the_config_has_a_head_dim(
-    family: str, tmp_path: Path
+    family: str, tmp_path: Path, python: Any
 ) -> None:
     tower = HEADS_TOO[family]
     small, sample = uniform(family, 0.85, lambda s: tower and s.tower == tower and s.kind != "ffn")
@@ -75,7 +73,7 @@ def test_whole_heads_and_kv_groups_where_the_config_has_a_head_dim(
         "assert 'vlprune' not in sys.modules\n"
         "print(sum(p.double().abs().sum().item() for p in model.parameters()))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = python.run(script)
     total = sum(p.double().abs().sum().item() for p in plain.parameters())
     assert float(done.stdout) == pytest.approx(total, rel=1e-12), done.stderr
 
