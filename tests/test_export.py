@@ -45,6 +45,7 @@ def samples(model: Any) -> list[dict[str, torch.Tensor]]:
 def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Path) -> None:
     model = uneven(family)
     facts = export(model, samples(model), to, tmp_path / to)
+    assert not [name for name, m in model.named_modules() if "forward" in vars(m)]
     assert [row["difference"] < 1e-5 for row in facts["checked"]] == [True] * 3
     assert [row["compared"] for row in facts["checked"]] == [1] * 3
     assert json.loads((tmp_path / to / "vlprune-export.json").read_text()) == facts
@@ -168,11 +169,11 @@ def test_an_export_that_answers_nan_is_not_written(
 def test_what_is_nan_everywhere_is_not_verified(
     traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nan = {"logits": torch.full((2, 3), float("nan"))}
+    inputs, nan = samples(traced), {"logits": torch.full((2, 3), float("nan"))}
     monkeypatch.setattr(Exported, "__call__", lambda self, **_: nan)
     monkeypatch.setattr(traced, "forward", lambda **_: nan)
     with pytest.raises(IncomparableError, match=r"cannot be checked .* nowhere finite"):
-        export(traced, samples(traced), "torch-export", tmp_path / "out")
+        export(traced, inputs, "torch-export", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -180,12 +181,12 @@ def test_a_small_output_is_judged_at_its_own_scale(
     traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits of 0.01 that are one per cent off differ by 1e-4 only, and are refused."""
-    small = {"logits": torch.full((2, 3), 0.01)}
+    inputs, small = samples(traced), {"logits": torch.full((2, 3), 0.01)}
     off = {"logits": small["logits"] * 1.01}
     monkeypatch.setattr(Exported, "__call__", lambda self, **_: off)
     monkeypatch.setattr(traced, "forward", lambda **_: small)
     with pytest.raises(VerificationError, match=r"answers otherwise .* 0\.01 apart"):
-        export(traced, samples(traced), "torch-export", tmp_path / "out")
+        export(traced, inputs, "torch-export", tmp_path / "out")
 
 
 def test_mistakes_get_one_sentence(
