@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ if importlib.util.find_spec("torchvision"):
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 transformers.utils.logging.disable_progress_bar()
+# transformers compiles some two thousand patterns per loaded model, and re keeps 512 of them
+re._MAXCACHE = 100_000
 
 
 @pytest.fixture
@@ -57,6 +60,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """New processes, started fast: python.run(code) gives exit code, stdout and stderr."""
+    from fresh import Python
+
+    with Python(tmp_path_factory.mktemp("fresh")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 
 import vlprune.cutting as cutting
 from vlprune.architectures import attention, matching
-from vlprune.testing import CHECKS, build
+from vlprune.testing import CHECKS, Sample, build, conformance
 
 masked_equals_cut = CHECKS["masked_equals_cut"]
 
@@ -67,6 +67,47 @@ def test_an_off_by_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting, "positions", shifted)
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "clip"), "head_dim")
+
+
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [
+        ("masked_equals_cut", float("nan")),
+        ("masked_equals_cut", float("inf")),
+        ("every_structure_alone_equals_its_mask", float("nan")),
+        ("sharing_is_exact", float("nan")),
+        ("folders_round_trip", float("nan")),
+        ("a_second_cut_composes", float("nan")),
+    ],
+)
+def test_a_small_model_that_answers_nan(
+    check: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one place: ``max(0.0, nan)`` is 0.0, so a careless maximum takes it for no difference."""
+
+    def poison(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.flatten()[0] = value
+        return output
+
+    def poisoned(model: Any, *args: Any, **kwargs: Any) -> Any:
+        small = cutting.rewrite(model, *args, **kwargs)
+        small.classifier.register_forward_hook(poison)
+        return small
+
+    monkeypatch.setattr(conformance, "rewrite", poisoned)
+    with pytest.raises(AssertionError, match="NaN or infinite at"):
+        CHECKS[check](partial(build, "vit"), "head_dim")
+
+
+def test_outputs_that_are_nan_everywhere_prove_nothing() -> None:
+    def broken() -> Sample:
+        sample = build("vit")
+        torch.nn.init.constant_(sample.model.classifier.bias, float("nan"))
+        return sample
+
+    for name in ("masked_equals_cut", "sharing_is_exact", "folders_round_trip"):
+        with pytest.raises(AssertionError, match="nowhere finite"):
+            CHECKS[name](broken, "head_dim")
 
 
 def test_a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

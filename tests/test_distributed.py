@@ -1,11 +1,9 @@
-"""Two processes on CPU (gloo, torchrun): one plan, and that of one process with the same batch."""
+"""Two processes on CPU (gloo): one plan, and that of one process with the same batch."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -104,36 +102,31 @@ os._exit(0)
 """
 
 
-def launch(folder: Path, how: str, processes: int, code: str = SCRIPT) -> list[dict[str, Any]]:
-    script = folder / "script.py"
-    script.write_text(code)
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    done = subprocess.run(
-        [*start, str(script), how, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(
+    python: Any, folder: Path, how: str, processes: int, code: str = SCRIPT
+) -> list[dict[str, Any]]:
+    """What every process wrote. They find each other as under torchrun, by their environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    done = python.together([code] * processes, how, folder, path=[Path(__file__).parent], env=ranks)
+    for one in done:
+        assert one.returncode == 0, one.stderr[-3000:]
     return [json.loads((folder / f"{how}-{r}.json").read_text()) for r in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tmp_path_factory.mktemp("alone"), "alone", 1)[0]
+def alone(python: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(python, tmp_path_factory.mktemp("alone"), "alone", 1)[0]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_every_rank_decides_as_one_process_does(
-    how: str, alone: dict[str, Any], tmp_path: Path
+    how: str, alone: dict[str, Any], tmp_path: Path, python: Any
 ) -> None:
-    first, second = launch(tmp_path, how, 2)
+    first, second = launch(python, tmp_path, how, 2)
     assert first["plan"] == second["plan"] == alone["plan"]
     assert first["total"] == second["total"]  # bit for bit
     one, two = torch.tensor(alone["total"]), torch.tensor(first["total"])
@@ -144,14 +137,14 @@ def test_every_rank_decides_as_one_process_does(
         assert "sharded (FSDP)" in first["error"]
 
 
-def test_ranks_that_disagree_are_stopped(tmp_path: Path) -> None:
-    for result in launch(tmp_path, "apart", 2):
+def test_ranks_that_disagree_are_stopped(tmp_path: Path, python: Any) -> None:
+    for result in launch(python, tmp_path, "apart", 2):
         assert "different plans" in result["error"]
 
 
-def test_every_rank_shares_alike(tmp_path: Path) -> None:
+def test_every_rank_shares_alike(tmp_path: Path, python: Any) -> None:
     """One hypernetwork in two processes, whose held-out batches differ; then tied training."""
-    first, second = launch(tmp_path, "ddp", 2, JSP)
+    first, second = launch(python, tmp_path, "ddp", 2, JSP)
     assert first["plan"] == second["plan"]
     assert json.loads(first["plan"])["share"]
     assert first["sum"] == second["sum"]  # the same tied weights after a step

@@ -11,9 +11,16 @@ import torch
 import transformers
 
 import vlprune
+from alike import close
 from vlprune import export as exporting
 from vlprune.difference import tensors_of
-from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
+from vlprune.errors import (
+    CheckpointError,
+    IncomparableError,
+    UnsupportedError,
+    VerificationError,
+    VlpruneError,
+)
 from vlprune.export import Exported, export
 from vlprune.probe import made_up_inputs
 from vlprune.testing import build
@@ -38,7 +45,9 @@ def samples(model: Any) -> list[dict[str, torch.Tensor]]:
 def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Path) -> None:
     model = uneven(family)
     facts = export(model, samples(model), to, tmp_path / to)
+    assert not [name for name, m in model.named_modules() if "forward" in vars(m)]
     assert [row["difference"] < 1e-5 for row in facts["checked"]] == [True] * 3
+    assert [row["compared"] for row in facts["checked"]] == [1] * 3
     assert json.loads((tmp_path / to / "vlprune-export.json").read_text()) == facts
     again = Exported(tmp_path / to, trust_remote_code=True)
     inputs = made_up_inputs(model, 4, 5)  # neither traced nor checked
@@ -96,8 +105,34 @@ def test_generation_is_exported_stage_by_stage(tmp_path: Path) -> None:
         export(blip, samples(blip), "torch-export", tmp_path / "b", generation=True)
 
 
-def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def exported_once() -> tuple[Any, Any]:
+    """A DeiT and what torch.export made of it."""
+    from transformers.exporters import DynamoConfig, DynamoExporter
+
     model = uneven("deit")
+    with torch.no_grad():
+        return model, DynamoExporter().export(model, samples(model)[0], DynamoConfig(dynamic=True))
+
+
+@pytest.fixture
+def traced(exported_once: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model that torch.export need not trace again, for tests of what comes after."""
+    import transformers.exporters as exporters
+
+    model, exported = exported_once
+    trace = exporters.DynamoExporter.export
+
+    def export_once(self: Any, given: Any, *args: Any) -> Any:
+        return exported if given is model else trace(self, given, *args)
+
+    monkeypatch.setattr(exporters.DynamoExporter, "export", export_once)
+    return model
+
+
+def test_a_wrong_export_is_not_written(
+    traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "export.json").write_text("the old one")
     real = Exported.__call__
@@ -109,31 +144,70 @@ def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Exported, "__call__", off)
     with pytest.raises(VlpruneError, match="answers otherwise than the model"):
-        export(model, samples(model), "torch-export", tmp_path / "out")
+        export(traced, samples(traced), "torch-export", tmp_path / "out")
     assert (tmp_path / "out" / "export.json").read_text() == "the old one"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_that_answers_nan_is_not_written(
+    traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Exported.__call__
+
+    def broken(self: Exported, **inputs: Any) -> Any:
+        output = real(self, **inputs)
+        output["logits"] = output["logits"].clone()
+        output["logits"][0, 0] = float("nan")
+        return output
+
+    monkeypatch.setattr(Exported, "__call__", broken)
+    with pytest.raises(VerificationError, match=r"answers otherwise .* NaN or infinite at 1 of"):
+        export(traced, samples(traced), "torch-export", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_nan_everywhere_is_not_verified(
+    traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, nan = samples(traced), {"logits": torch.full((2, 3), float("nan"))}
+    monkeypatch.setattr(Exported, "__call__", lambda self, **_: nan)
+    monkeypatch.setattr(traced, "forward", lambda **_: nan)
+    with pytest.raises(IncomparableError, match=r"cannot be checked .* nowhere finite"):
+        export(traced, inputs, "torch-export", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_output_is_judged_at_its_own_scale(
+    traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of 0.01 that are one per cent off differ by 1e-4 only, and are refused."""
+    inputs, small = samples(traced), {"logits": torch.full((2, 3), 0.01)}
+    off = {"logits": small["logits"] * 1.01}
+    monkeypatch.setattr(Exported, "__call__", lambda self, **_: off)
+    monkeypatch.setattr(traced, "forward", lambda **_: small)
+    with pytest.raises(VerificationError, match=r"answers otherwise .* 0\.01 apart"):
+        export(traced, inputs, "torch-export", tmp_path / "out")
+
+
 def test_mistakes_get_one_sentence(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = uneven("vilt")
     with pytest.raises(UnsupportedError, match="ViltForQuestionAnswering cannot be exported"):
         export(model, samples(model), "torch-export", tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    deit = uneven("deit")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("no copy")
     with pytest.raises(CheckpointError, match="is no export: choose another folder"):
-        export(deit, samples(deit), "torch-export", tmp_path / "mine")
+        export(traced, samples(traced), "torch-export", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "no copy"
-    vlprune.save(deit, tmp_path / "deit")
+    vlprune.save(traced, tmp_path / "deit")
     code, stdout, stderr = run("export", str(tmp_path / "deit"), "--to", "tflite")
     assert (code, stdout) == (2, "")
     assert "onnx, torch-export, openvino, not to 'tflite'" in stderr
     monkeypatch.setattr(exporting, "version", lambda name: (_ for _ in ()).throw(ImportError))
     with pytest.raises(UnsupportedError, match=r"pip install 'vlprune\[export\]'"):
-        export(deit, samples(deit), "onnx", tmp_path / "out")
+        export(traced, samples(traced), "onnx", tmp_path / "out")
 
 
 def test_an_export_is_evaluated_where_the_task_only_calls_forward(
@@ -154,7 +228,7 @@ def test_an_export_is_evaluated_where_the_task_only_calls_forward(
     assert "runs code when it is read" in stderr
     trusting = ["--trust-remote-code", "--json"]
     figures = [run("evaluate", str(p), *trusting)[1] for p in (out, out / "torch-export")]
-    assert json.loads(figures[0]) == json.loads(figures[1])
+    close(*map(json.loads, figures))
 
     model = vlprune.load(tiny_folder)
     export(model, samples(model), "torch-export", tiny_folder / "torch-export")

@@ -12,6 +12,7 @@ import transformers as T
 from torch import Tensor, nn
 from transformers.loss.loss_for_object_detection import box_iou
 
+from alike import same_model
 from vlprune import discover
 from vlprune.errors import CheckpointError
 from vlprune.models import GlipConfig, GlipForGrounding, MdetrConfig, MdetrForGrounding, atss
@@ -296,10 +297,7 @@ def test_a_checkpoint_with_the_authors_names_is_converted() -> None:
     torch.manual_seed(1)
     fresh: Any = type(model)(model.config).eval()
     fresh.load_state_dict(convert_mdetr(state))
-    with torch.no_grad():
-        expected, found = model(**sample.inputs), fresh(**sample.inputs)
-    assert torch.equal(expected.pred_boxes, found.pred_boxes)
-    assert all(torch.equal(expected.answers[n], found.answers[n]) for n in expected.answers)
+    same_model(model, fresh, sample.inputs)
     with pytest.raises(CheckpointError, match="no weight of an MDETR"):
         convert_mdetr({"blip.weight": torch.zeros(1)})
 

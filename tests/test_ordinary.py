@@ -1,19 +1,16 @@
-"""One width a tower: the stock class, the stock config, the same answers, no vlprune."""
+"""One width a tower: the stock class, the stock config, the same weights, no vlprune."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import vlprune
+from alike import same_model
 from small_runs import DEMO, TINY
-from vlprune.difference import tensors_of
 from vlprune.errors import UnsupportedError
 from vlprune.record import read_record
 from vlprune.testing import build
@@ -41,16 +38,6 @@ def uniform(family: str, budget: float, leave: Any) -> tuple[Any, Any]:
     return compressor.finish(), sample
 
 
-def same_answers(one: Any, other: Any, inputs: Any) -> None:
-    outputs = []
-    for model in (one, other):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            outputs.append(tensors_of(model(**inputs)))
-    for a, b in zip(*outputs, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("family", FFN_ONLY)
 def test_an_ordinary_config_says_the_width_of_the_ffn(family: str) -> None:
     small, sample = uniform(family, 0.9, lambda s: s.kind != "ffn")
@@ -65,17 +52,17 @@ def test_an_ordinary_config_says_the_width_of_the_ffn(family: str) -> None:
     plain = vlprune.ordinary(small)
     assert read_record(plain) is None
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in small.parameters())
-    same_answers(small, plain, sample.inputs)
+    same_model(small, plain, sample.inputs)
 
 
 @pytest.mark.parametrize("family", HEADS_TOO)
 def test_whole_heads_and_kv_groups_where_the_config_has_a_head_dim(
-    family: str, tmp_path: Path
+    family: str, tmp_path: Path, python: Any
 ) -> None:
     tower = HEADS_TOO[family]
     small, sample = uniform(family, 0.85, lambda s: tower and s.tower == tower and s.kind != "ffn")
     plain = vlprune.ordinary(small)
-    same_answers(small, plain, sample.inputs)
+    same_model(small, plain, sample.inputs)
     kept = {s.kind: s.size for s in vlprune.discover(plain, "head") if s.tower != tower}
     dense = {s.kind: s.size for s in vlprune.discover(build(family).model, "head")}
     assert any(kept[kind] < dense[kind] for kind in kept)
@@ -86,7 +73,7 @@ def test_whole_heads_and_kv_groups_where_the_config_has_a_head_dim(
         "assert 'vlprune' not in sys.modules\n"
         "print(sum(p.double().abs().sum().item() for p in model.parameters()))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = python.run(script)
     total = sum(p.double().abs().sum().item() for p in plain.parameters())
     assert float(done.stdout) == pytest.approx(total, rel=1e-12), done.stderr
 

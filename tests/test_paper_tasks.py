@@ -373,10 +373,7 @@ def test_results_are_what_the_servers_take(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["blip_nlvr", "segmenter"])
-def test_auto_classes_know_our_models(family: str, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_auto_classes_know_our_models(family: str, tmp_path: Path, python: Any) -> None:
     import vlprune
     from vlprune.testing import build
 
@@ -388,7 +385,7 @@ def test_auto_classes_know_our_models(family: str, tmp_path: Path) -> None:
         "print(type(model).__name__, sum(p.numel() for p in model.parameters()))\n"
         f"assert type(model.config) is type(AutoConfig.from_pretrained({str(tmp_path)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python.run(code)
     assert done.returncode == 0, done.stderr
     count = sum(p.numel() for p in model.parameters())
     assert done.stdout.split() == [type(model).__name__, str(count)]

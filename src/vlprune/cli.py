@@ -277,7 +277,9 @@ def export(
             ", ".join(f"{n} {'x'.join(map(str, shape))}" for n, shape in row["shapes"].items())
             for row in facts["checked"]
         )
-    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {told}.")
+    compared = min(row["compared"] for row in facts["checked"])
+    left = "" if compared == 1 else f" {percent(compared)} of the values were finite and compared."
+    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {told}.{left}")
 
 
 @app.command()

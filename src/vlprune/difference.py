@@ -24,8 +24,9 @@ class Difference:
     """Two lists of outputs side by side.
 
     ``largest`` is the largest absolute difference, ``scale`` the largest absolute value expected,
-    ``relative`` the largest difference of any output over its own scale (outputs below 1 count as
-    of scale 1), ``compared`` the fraction of all values that are finite and so were compared.
+    ``relative`` the largest difference of any output over its own scale (an output below the
+    floor counts as of the floor's scale), ``compared`` the fraction of all values that are finite
+    and so were compared.
     """
 
     largest: float
@@ -34,12 +35,15 @@ class Difference:
     compared: float
 
 
-def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Difference:
+def difference(
+    expected: Sequence[Tensor], found: Sequence[Tensor], floor: float = 1.0
+) -> Difference:
     """Compare two lists of floating tensors, value by value.
 
-    Places that are infinite or NaN on both sides are not compared (attention masks leave such).
-    Raises VerificationError where number, shapes or finiteness differ, and IncomparableError
-    where there is nothing to compare: no output, or one that is nowhere finite.
+    Places that are NaN on both sides, or the same infinity, are not compared (attention masks
+    leave such). ``floor`` is the smallest scale by which a difference is divided. Raises
+    VerificationError where number, shapes or finiteness differ, and IncomparableError where there
+    is nothing to compare: no output, or one that is nowhere finite.
     """
     if len(expected) != len(found):
         raise VerificationError(f"{len(expected)} outputs became {len(found)}")
@@ -52,16 +56,19 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Differenc
             continue
         b = b.to(a.device)
         finite = torch.isfinite(a)
-        if not torch.equal(finite, torch.isfinite(b)):
+        unlike = finite != torch.isfinite(b)
+        if unlike.any():
             raise VerificationError(
-                f"output {number} is NaN or infinite at {int((finite != b.isfinite()).sum())} of "
-                f"its {a.numel()} places on one side only"
+                f"output {number} is NaN or infinite at {int(unlike.sum())} of its {a.numel()} "
+                "places on one side only"
             )
+        if ((a.isnan() != b.isnan()) | (a.isposinf() != b.isposinf())).any():
+            raise VerificationError(f"output {number} has another infinity, or NaN in its place")
         if not finite.any():
             raise IncomparableError(f"output {number} is nowhere finite, on both sides")
         apart, size = float((a - b)[finite].abs().max()), float(a[finite].abs().max())
         largest, scale = max(largest, apart), max(scale, size)
-        relative = max(relative, apart / max(1.0, size))
+        relative = max(relative, apart / max(floor, size))
         compared, total = compared + int(finite.sum()), total + a.numel()
     if not total:
         raise IncomparableError("there is no output to compare")

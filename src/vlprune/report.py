@@ -159,7 +159,9 @@ def _exports(report: Mapping[str, Any]) -> list[Block]:
     for one in report["exports"]:
         worst = max(row["difference"] for row in one["checked"])
         kind = f"{one['format']}{', int8' if one['int8'] else ''}"
-        rows.append((kind, f"{human(sum(one['files'].values()))}B", f"{worst:.1g}"))
+        compared = min(row.get("compared", 1) for row in one["checked"])
+        share = "" if compared == 1 else f", {percent(compared)} of the values compared"
+        rows.append((kind, f"{human(sum(one['files'].values()))}B", f"{worst:.1g}{share}"))
     return [Block("Exports", 2), Block(rows=tuple(rows))]
 
 

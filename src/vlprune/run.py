@@ -173,7 +173,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     if compressor is None:
         progress.phase("cut model: taken from an earlier run of this recipe")
         check_weights(done)
-        small = place(task.load(done), device)
+        small = place(in_fresh_memory(task.load(done)), device)
         plan = Plan.load(done / PLAN_FILE)
         report, cut_metrics = known_cut["report"], known_cut["metrics"]
         history["search"] = known_cut["history"]
@@ -394,8 +394,7 @@ def _open_dense(
         return place(task.dense_model(), device), None
     progress.phase("dense model: taken from an earlier run of this recipe")
     check_weights(folder)
-    # copied, because weights in a file lie at odd addresses, which moves the last bit of results
-    model = copy.deepcopy(place(task.load(folder), device))
+    model = place(in_fresh_memory(task.load(folder)), device)
     return model, (known["metrics"], known["history"])
 
 
@@ -425,6 +424,17 @@ def _dense_key(recipe: Recipe) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def in_fresh_memory(model: Any) -> Any:
+    """The same model, its weights where torch puts new tensors.
+
+    A loaded file is mapped, so weights begin anywhere. Kernels then sum in another order, and a
+    resumed training would differ in its last bits from the one it continues.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _read_note(path: Path) -> dict[str, Any]:
