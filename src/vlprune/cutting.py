@@ -21,7 +21,18 @@ from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
 from .record import Record, read_record, record_of, write_record
 from .registry import native_forward
-from .share import Tie, check_shares, mixed, moved, settled, tie, ties_in, ties_of, untie
+from .share import (
+    Tie,
+    check_shares,
+    mixed,
+    moved,
+    remember_ties,
+    settled,
+    tie,
+    ties_in,
+    ties_of,
+    untie,
+)
 from .structure import Description, Structure, fingerprint, unit_of
 from .units import owner_of, plain_name, positions, span
 from .wrappers import unwrapped
@@ -172,14 +183,9 @@ def _apply(model: nn.Module, cut: Cut, undo: ExitStack) -> None:
     """Cut, whole weights first: what was tied is tied again, as far as it is left."""
     ties = ties_in(model)
     if ties:
-        undo.callback(_tie_again, model, ties)
+        undo.callback(remember_ties(model))
         untie(model)
     apply_plan(model, cut.structures, cut.plan, undo, ties)
-
-
-def _tie_again(model: nn.Module, ties: Sequence[Tie]) -> None:
-    untie(model)
-    tie(model, ties)
 
 
 @contextmanager
@@ -295,15 +301,12 @@ def _kernels(model: Any, name: str) -> Iterator[None]:
 @contextmanager
 def _untied(model: nn.Module) -> Iterator[None]:
     """The model with whole weights in place of shared ones while the block runs."""
-    ties = ties_in(model)
-    if not ties:
-        yield
-        return
+    tie_again = remember_ties(model)
     try:
         untie(model)
         yield
     finally:
-        _tie_again(model, ties)
+        tie_again()
 
 
 @contextmanager

@@ -57,6 +57,11 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Differenc
                 f"output {number} is NaN or infinite at {int((finite != b.isfinite()).sum())} of "
                 f"its {a.numel()} places on one side only"
             )
+        endless = a.isinf() & b.isinf()
+        if not torch.equal(a[endless], b[endless]):
+            raise VerificationError(f"output {number} has infinities of another sign")
+        if not torch.equal(a.isnan(), b.isnan()):
+            raise VerificationError(f"output {number} is NaN where the other side is infinite")
         if not finite.any():
             raise IncomparableError(f"output {number} is nowhere finite, on both sides")
         apart, size = float((a - b)[finite].abs().max()), float(a[finite].abs().max())

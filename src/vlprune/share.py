@@ -10,7 +10,7 @@ are one parameter in memory, on disk and for the optimizer, and gradients of all
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "mixed",
     "moved",
     "pairing",
+    "remember_ties",
     "settled",
     "shareable",
     "similarity",
@@ -464,6 +465,33 @@ def ties_in(model: nn.Module) -> list[Tie]:
             target = f"{path}.{leaf}".lstrip(".")
             found.append(Tie(target, source, shared.axis, into, tuple(out_of), scale))
     return found
+
+
+def remember_ties(model: nn.Module) -> Callable[[], None]:
+    """A call that ties the model again as it is tied now, whatever was untied meanwhile.
+
+    It only puts references back, so it cannot fail, and optimizers keep their parameters.
+    """
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    classes, stored = [], []
+    for path, leaf, _ in _shared_weights(model):
+        module: Any = model.get_submodule(path)
+        original = module.parametrizations[leaf].original
+        classes.append((module, type(module)))
+        stored.append((original, original.data))
+        for table in (module._parameters, module._modules, module.parametrizations._modules):
+            tables.append((table, dict(table)))
+
+    def tie_again() -> None:
+        for module, cls in classes:
+            module.__class__ = cls
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for parameter, data in stored:
+            parameter.data = data
+
+    return tie_again
 
 
 def untie(model: nn.Module) -> list[Tie]:
