@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from torch import nn
 
 import vlprune
 from vlprune import cutting, record, share
-from vlprune.difference import difference
-from vlprune.errors import IncomparableError, VerificationError
+from vlprune.difference import difference, tensors_of
+from vlprune.errors import IncomparableError, PlanError, VerificationError
 from vlprune.plan import Plan
 from vlprune.testing import build
 
@@ -241,7 +244,11 @@ def test_nested_labels(family: str) -> None:
         for _ in range(2)
     ]
     batch = {**sample.inputs, "labels": labels}
-    proof_of(trained(sample.model, [batch] * 2))
+    proof = trained(sample.model, [batch] * 2).verification
+    assert proof is not None
+    # the loss of DETR has a float32 constant
+    assert proof.dtype == ("float32" if family == "detr" else "float64")
+    assert proof.difference < (1e-4 if family == "detr" else 1e-9)
     assert labels[0]["boxes"].dtype == torch.float32
 
 
@@ -334,11 +341,7 @@ def test_experts_that_have_no_wide_kernel(implementation: str) -> None:
     model: Any = T.MixtralForCausalLM(config).eval()
     model.set_experts_implementation(implementation)
     ids = torch.randint(0, 32, (2, 6))
-    proof = proof_of(
-        trained(model, [{"input_ids": ids, "labels": ids}] * 2, vlprune.Taylor(scope="uniform"))
-        if False
-        else cut_to(model, {"input_ids": ids}, 0.9)
-    )
+    proof = proof_of(cut_to(model, {"input_ids": ids}, 0.95))
     assert proof.compared == 1
     assert model.config._experts_implementation == implementation
 
@@ -382,5 +385,4 @@ def test_a_plan_for_another_model_is_refused_before_a_weight_is_touched(
         vlprune.rewrite(
             sample.model, description if form == "description" else tuple(description), plan
         )
-    with suppress(PlanError):
-        assert not same(before, snapshot(sample.model))
+    assert not same(before, snapshot(sample.model))

@@ -432,6 +432,7 @@ class Compressor:
         """The plan as the search sees it now. Raises VlpruneError if it has seen nothing."""
         if self._plan is not None:
             return self._plan
+        check_plain(self.model, self.structures)
         learnt = self.turns is None or bool(self.search.facts().get("structure_steps"))
         if self.progress > 0 and learnt and self._unreached == self.search.decides_on:
             raise VlpruneError(

@@ -124,9 +124,17 @@ def check_plain(model: nn.Module, structures: Sequence[Structure]) -> None:
                 module = model.get_submodule(path)
             except AttributeError:
                 raise UnsupportedError(f"the model has no {path} (any more){_REMEDY}") from None
-            plain = isinstance(module._parameters.get(leaf), nn.Parameter)
-            if not plain and slot.param not in shared:
+            if not _is_plain(module._parameters.get(leaf)) and slot.param not in shared:
                 raise UnsupportedError(f"{slot.param} is not an ordinary parameter{_REMEDY}")
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether a weight is numbers of its own: neither missing, nor packed, nor a quantized kind."""
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.is_floating_point()
+        and (type(weight.data) is Tensor or hasattr(weight, "to_local"))
+    )
 
 
 _REMEDY = (
@@ -280,22 +288,33 @@ def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
 @contextmanager
 def _kernels(model: Any, name: str) -> Iterator[None]:
     """The model with other attention kernels, and plain ones for experts, while the block runs."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     fields = ("_attn_implementation_internal", "_experts_implementation_internal")
-    before = [
-        (config, field, config.__dict__[field])
-        for config in configs.values()
-        for field in fields
-        if field in getattr(config, "__dict__", {})
-    ]
+    before = {
+        place: (config, {f: config.__dict__[f] for f in fields if f in config.__dict__})
+        for place, config in _configs(model).items()
+    }
     try:
         model.set_attn_implementation(name)
         with suppress(Exception):  # only models with experts can
             model.set_experts_implementation("eager")
         yield
     finally:
-        for config, field, value in before:
-            config.__dict__[field] = value
+        now = _configs(model)  # those of a cut model are new ones
+        for place, (config, values) in before.items():
+            config.__dict__.update(values)
+            now.get(place, config).__dict__.update(values)
+
+
+def _configs(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """{(module, sub-config): config} of all configs that the model refers to."""
+    found = {}
+    for path, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "model_type"):
+            found[path, ""] = config
+            parts = {name: getattr(config, name, None) for name in config.sub_configs}
+            found |= {(path, n): part for n, part in parts.items() if hasattr(part, "model_type")}
+    return found
 
 
 @contextmanager

@@ -8,7 +8,7 @@ is never skipped, and what could not be compared is said, not counted as equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ def tensors_of(output: Any) -> list[Tensor]:
     """
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
+    if is_dataclass(output) and not isinstance(output, Mapping | type):
+        output = {part.name: getattr(output, part.name) for part in fields(output)}
     if isinstance(output, Mapping):
         output = [part for name, part in output.items() if "attentions" not in str(name)]
     if isinstance(output, list | tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -179,8 +180,10 @@ def _gated_class(base: type[nn.Module]) -> Any:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         with _bare(self):
-            parts: Any = self.__reduce_ex__(protocol)
-            return tuple(dict(part) if isinstance(part, dict) else part for part in parts)
+            function, *parts = self.__reduce_ex__(protocol)
+            if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+                function = object.__new__  # pickle insists that the other makes our own class
+            return function, *(dict(part) if isinstance(part, dict) else part for part in parts)
 
     members = {
         "gated_base": base,
