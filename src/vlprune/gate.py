@@ -18,6 +18,7 @@ from .errors import PlanError, UnsupportedError, did_you_mean
 from .plan import Plan
 from .structure import Gate, Structure
 from .units import spread
+from .wrappers import uncompiled
 
 __all__ = ["Gates", "evaluating", "gated", "has_gates", "ones", "plan_gates"]
 
@@ -69,6 +70,7 @@ def gated(
     Raises PlanError for an unknown structure or a wrong number of values, UnsupportedError if
     there are gates in the model already.
     """
+    model = uncompiled(model)
     if isinstance(values, Plan):
         values.check(structures)
         values = plan_gates(structures, values)

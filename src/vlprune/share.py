@@ -44,6 +44,7 @@ __all__ = [
     "ties_of",
     "unit_weights",
     "untie",
+    "with_followers",
 ]
 
 
@@ -356,6 +357,24 @@ def _shared_now(record: Record) -> dict[str, tuple[str, dict[int, int]]]:
         pairs = zip(units, theirs, strict=True)
         found[name] = (source, {now[u]: there[v] for u, v in pairs})
     return found
+
+
+def with_followers(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates where a unit whose weights are stored in another is no more open than that one.
+
+    The cut takes such a unit away with its source, so a search must fade both.
+    """
+    record = read_record(model)
+    followed = dict(gates)
+    shares = _shared_now(record) if record is not None and record.plan.share else {}
+    for _ in shares:  # as often as a chain of sources can be long
+        for name, (source, pairs) in shares.items():
+            if name in followed and source in followed:
+                units, theirs = [*pairs], [*pairs.values()]
+                values = followed[name].clone()
+                values[units] = torch.minimum(values[units], followed[source][theirs])
+                followed[name] = values
+    return followed
 
 
 class SharedWeight(nn.Module):
