@@ -487,3 +487,114 @@ def test_a_state_goes_on_exactly() -> None:
     other = vlprune.Compressor(build("vit").model, vlprune.UPop(), {"params": 0.9})
     with pytest.raises(VlpruneError, match="another model"):
         other.restore(first.state())
+
+
+# -- the cut changes nothing, whatever the options ---------------------------------------
+
+
+def clip_prices() -> Prices:
+    """Seconds in steps of four units, as a clock may give them."""
+    structures = vlprune.discover(build("clip").model).structures
+    curve = {
+        s.name: tuple(
+            1e-3 * sum(1.0 if i % 4 == 0 else 0.1 for i in range(n)) for n in range(s.size + 1)
+        )
+        for s in structures
+    }
+    unit = {name: values[-1] / (len(values) - 1) for name, values in curve.items()}
+    return Prices("latency", unit, {s.name: s.size for s in structures}, 0.01, curve=curve)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"interval": 1},
+    {"interval": 4},
+    {"interval": 1000, "cost": "paper", "round_to": 4},
+    {"cost": "paper", "floors": {"vision": 0.7}, "uniform": True},
+    {"importance": "squared", "l1": {"ffn": 1.0}, "interval": 3},
+    {"importance": "gradient_x_gate", "l1": {"attention": 1e-2, "ffn": 5e-4}},
+    {"round_to": 5},
+    {"round_to": 4, "floors": {"vision": 0.4, "text": 0.4}},
+    {"round_to": 4, "uniform": True, "floors": {"text": 0.5}},
+    {"latency": True},
+    {"latency": True, "round_to": 4, "uniform": True, "floors": {"vision": 0.6}},
+    {"shared": True},
+    {"shared": True, "floors": {"vision": 0.6}},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_cut_changes_nothing_and_every_decision_obeys(options: dict[str, Any]) -> None:
+    told = dict(options)
+    uniform, latency = told.pop("uniform", False), told.pop("latency", False)
+    sample = build("clip")
+    model: Any = sample.model
+    if told.pop("shared", False):
+        description = vlprune.discover(model)
+        source, target = [s for s in description if s.kind == "ffn" and s.tower == "vision"][:2]
+        units = tuple(range(0, source.size, 2))
+        vlprune.rewrite(
+            model,
+            description,
+            vlprune.Plan(
+                keep={},
+                share={target.name: (source.name, units, units)},
+                attention=description.attention,
+                fingerprint=description.fingerprint,
+            ),
+        )
+    batch = {**sample.inputs, "return_loss": True}
+    compressor = vlprune.Compressor(
+        model, vlprune.UPop(**told), {"latency" if latency else "params": 0.6}, uniform=uniform,
+        prices=clip_prices() if latency else None,
+        example_inputs=sample.inputs if latency else None,
+    )  # fmt: skip
+    search: Any = compressor.search
+    select, decisions = search._select, []
+
+    def watched(scores: Any, progress: float) -> Any:
+        decisions.append(select(scores, progress))
+        return decisions[-1]
+
+    search._select = watched
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    steps = 9
+    with compressor:
+        for step in range(steps):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            compressor.step(sum([1 / steps] * (step + 1)))  # ends a little beside 1
+            optimizer.step()
+        gates = {n: g.detach().clone() for n, g in compressor._gating.gates.items()}
+        with torch.no_grad():
+            masked = float(model(**batch).loss)
+        plan = compressor.plan()
+        for s in compressor.structures:
+            wanted = torch.zeros(s.size)
+            wanted[list(plan.kept(s))] = 1
+            assert torch.equal(gates[s.name], wanted), s.name
+        compressor.finish()
+    assert compressor.report()["notes"] == []
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(masked, rel=2e-5)
+    assert len(decisions) >= 2
+    for kept in decisions:
+        obeys(kept, compressor, told, uniform)
+
+
+def obeys(kept: Any, compressor: Any, told: Any, uniform: bool) -> None:
+    """Whether one decision keeps to blocks, floors and groups."""
+    prices, widths = compressor.search.prices, {}
+    for s in compressor.structures:
+        count = len(kept[s.name])
+        assert count == s.size or count % told.get("round_to", 1) == 0
+        widths.setdefault((s.tower, s.kind, s.size), set()).add(count)
+    assert not uniform or all(len(counts) == 1 for counts in widths.values())
+    for tower, share in told.get("floors", {}).items():
+        members = [s.name for s in compressor.structures if s.tower == tower]
+        left = sum(
+            prices.curve[n][len(kept[n])]
+            if n in prices.curve
+            else prices.of(n)[list(kept[n])].sum()
+            for n in members
+        )
+        assert left >= share * sum(prices.whole(n) for n in members) - 1e-9

@@ -30,7 +30,7 @@ from .optimizers import exchange, replaced
 from .plan import Plan
 from .ranks import check_same_plan, mean_gradients
 from .record import read_record
-from .share import is_shared, settled, shareable, similarity
+from .share import is_shared, settled, shareable, similarity, with_followers
 from .structure import AttentionUnit, Structure
 from .summary import summary
 from .turns import Turns
@@ -111,7 +111,8 @@ class Compressor:
         self._price(prices)
         self.search = self._new_search()
         self._refuse_unreachable()
-        if self.search.alternates and is_shared(model):
+        self._shared = is_shared(model)
+        if self.search.alternates and self._shared:
             raise UnsupportedError(
                 "this model shares weights already: call vlprune.materialize on it before it is "
                 f"searched by {type(method).__name__} again"
@@ -252,6 +253,8 @@ class Compressor:
         If nothing has put the gates in place yet, the first call does, and learns nothing from
         the pass before it.
         """
+        if abs(progress - 1) < 1e-6:
+            progress = 1.0  # a sum of fractions may end a little beside it
         if not 0 <= progress <= 1:
             raise VlpruneError(f"progress runs from 0 to 1, not {progress!r}")
         if self.finished:
@@ -270,7 +273,8 @@ class Compressor:
         if self.search.uses_gates:
             self._learn(progress, scale)
         self.progress = progress
-        self._gating.set(self.search.gates(progress))
+        gates = self.search.gates(progress)
+        self._gating.set(with_followers(self.model, gates) if self._shared else gates)
         if self.turns is not None:
             self.turns.take(progress, scale if weight_scale is None else weight_scale)
             self._reached(self.turns.reached, progress)
@@ -317,7 +321,8 @@ class Compressor:
         if self._told and progress < LAST_CALL:
             return
         names = [s.name for s in self.structures if s.name in self._unreached]
-        which = names[0] + (f" and {len(names) - 1} more structures" if names[1:] else "")
+        more = f"{len(names) - 1} more structure{'s' if names[2:] else ''}"
+        which = names[0] + (f" and {more}" if names[1:] else "")
         told = f"the loss reaches no gate of {which}: no gradient in the first {progress:.0%}"
         if self._unreached == self.search.decides_on:
             raise VlpruneError(f"{told} of the search; train with a loss that depends on the model")
@@ -434,6 +439,7 @@ class Compressor:
         """The plan as the search sees it now. Raises VlpruneError if it has seen nothing."""
         if self._plan is not None:
             return self._plan
+        check_plain(self.model, self.structures)
         learnt = self.turns is None or bool(self.search.facts().get("structure_steps"))
         if self.progress > 0 and learnt and self._unreached == self.search.decides_on:
             raise VlpruneError(

@@ -21,7 +21,18 @@ from .layers import PaddedLinear, is_linear, linear_axes
 from .plan import Plan
 from .record import Record, read_record, record_of, write_record
 from .registry import native_forward
-from .share import Tie, check_shares, mixed, moved, settled, tie, ties_in, ties_of, untie
+from .share import (
+    Tie,
+    check_shares,
+    mixed,
+    moved,
+    remember_ties,
+    settled,
+    tie,
+    ties_in,
+    ties_of,
+    untie,
+)
 from .structure import Description, Structure, fingerprint, unit_of
 from .units import owner_of, plain_name, positions, span
 from .wrappers import unwrapped
@@ -113,9 +124,17 @@ def check_plain(model: nn.Module, structures: Sequence[Structure]) -> None:
                 module = model.get_submodule(path)
             except AttributeError:
                 raise UnsupportedError(f"the model has no {path} (any more){_REMEDY}") from None
-            plain = isinstance(module._parameters.get(leaf), nn.Parameter)
-            if not plain and slot.param not in shared:
+            if not _is_plain(module._parameters.get(leaf)) and slot.param not in shared:
                 raise UnsupportedError(f"{slot.param} is not an ordinary parameter{_REMEDY}")
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether a weight is numbers of its own: neither missing, nor packed, nor a quantized kind."""
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.is_floating_point()
+        and (type(weight.data) is Tensor or hasattr(weight, "to_local"))
+    )
 
 
 _REMEDY = (
@@ -172,14 +191,9 @@ def _apply(model: nn.Module, cut: Cut, undo: ExitStack) -> None:
     """Cut, whole weights first: what was tied is tied again, as far as it is left."""
     ties = ties_in(model)
     if ties:
-        undo.callback(_tie_again, model, ties)
+        undo.callback(remember_ties(model))
         untie(model)
     apply_plan(model, cut.structures, cut.plan, undo, ties)
-
-
-def _tie_again(model: nn.Module, ties: Sequence[Tie]) -> None:
-    untie(model)
-    tie(model, ties)
 
 
 @contextmanager
@@ -274,36 +288,44 @@ def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
 @contextmanager
 def _kernels(model: Any, name: str) -> Iterator[None]:
     """The model with other attention kernels, and plain ones for experts, while the block runs."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     fields = ("_attn_implementation_internal", "_experts_implementation_internal")
-    before = [
-        (config, field, config.__dict__[field])
-        for config in configs.values()
-        for field in fields
-        if field in getattr(config, "__dict__", {})
-    ]
+    before = {
+        place: (config, {f: config.__dict__[f] for f in fields if f in config.__dict__})
+        for place, config in _configs(model).items()
+    }
     try:
         model.set_attn_implementation(name)
         with suppress(Exception):  # only models with experts can
             model.set_experts_implementation("eager")
         yield
     finally:
-        for config, field, value in before:
-            config.__dict__[field] = value
+        now = _configs(model)  # those of a cut model are new ones
+        for place, (config, values) in before.items():
+            config.__dict__.update(values)
+            now.get(place, config).__dict__.update(values)
+
+
+def _configs(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """{(module, sub-config): config} of all configs that the model refers to."""
+    found = {}
+    for path, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "model_type"):
+            found[path, ""] = config
+            parts = {name: getattr(config, name, None) for name in config.sub_configs}
+            found |= {(path, n): part for n, part in parts.items() if hasattr(part, "model_type")}
+    return found
 
 
 @contextmanager
 def _untied(model: nn.Module) -> Iterator[None]:
     """The model with whole weights in place of shared ones while the block runs."""
-    ties = ties_in(model)
-    if not ties:
-        yield
-        return
+    tie_again = remember_ties(model)
     try:
         untie(model)
         yield
     finally:
-        _tie_again(model, ties)
+        tie_again()
 
 
 @contextmanager

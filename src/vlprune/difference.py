@@ -8,7 +8,7 @@ is never skipped, and what could not be compared is said, not counted as equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -62,8 +62,11 @@ def difference(
                 f"output {number} is NaN or infinite at {int(unlike.sum())} of its {a.numel()} "
                 "places on one side only"
             )
-        if ((a.isnan() != b.isnan()) | (a.isposinf() != b.isposinf())).any():
-            raise VerificationError(f"output {number} has another infinity, or NaN in its place")
+        endless = a.isinf() & b.isinf()
+        if not torch.equal(a[endless], b[endless]):
+            raise VerificationError(f"output {number} has infinities of another sign")
+        if not torch.equal(a.isnan(), b.isnan()):
+            raise VerificationError(f"output {number} is NaN where the other side is infinite")
         if not finite.any():
             raise IncomparableError(f"output {number} is nowhere finite, on both sides")
         apart, size = float((a - b)[finite].abs().max()), float(a[finite].abs().max())
@@ -82,6 +85,8 @@ def tensors_of(output: Any) -> list[Tensor]:
     """
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
+    if is_dataclass(output) and not isinstance(output, Mapping | type):
+        output = {part.name: getattr(output, part.name) for part in fields(output)}
     if isinstance(output, Mapping):
         output = [part for name, part in output.items() if "attentions" not in str(name)]
     if isinstance(output, list | tuple):

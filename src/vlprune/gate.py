@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .errors import PlanError, UnsupportedError, did_you_mean
 from .plan import Plan
 from .structure import Gate, Structure
 from .units import spread
+from .wrappers import uncompiled
 
 __all__ = ["Gates", "evaluating", "gated", "has_gates", "ones", "plan_gates"]
 
@@ -68,6 +70,7 @@ def gated(
     Raises PlanError for an unknown structure or a wrong number of values, UnsupportedError if
     there are gates in the model already.
     """
+    model = uncompiled(model)
     if isinstance(values, Plan):
         values.check(structures)
         values = plan_gates(structures, values)
@@ -179,8 +182,10 @@ def _gated_class(base: type[nn.Module]) -> Any:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         with _bare(self):
-            parts: Any = self.__reduce_ex__(protocol)
-            return tuple(dict(part) if isinstance(part, dict) else part for part in parts)
+            function, *parts = self.__reduce_ex__(protocol)
+            if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+                function = object.__new__  # pickle insists that the other makes our own class
+            return function, *(dict(part) if isinstance(part, dict) else part for part in parts)
 
     members = {
         "gated_base": base,

@@ -343,7 +343,9 @@ class _Draw:
 def _one(report: Mapping[str, Any], draw: _Draw, alone: bool) -> list[str]:
     blocks = story([report])
     parts = [] if alone else [f"<h2>{html.escape(str(report['folder']))}</h2>"]
-    parts += [_cards(report), f'<p class="soft">{html.escape(blocks[1].text)}</p>']
+    said = 2 + len(report.get("notes", ()))
+    parts.append(_cards(report))
+    parts += [f'<p class="soft">{html.escape(block.text)}</p>' for block in blocks[1:said]]
     layers = layers_of(report)
     if layers:
         shares = any(one.get("shared") for group in layers.values() for one in group)
@@ -364,7 +366,7 @@ def _one(report: Mapping[str, Any], draw: _Draw, alone: bool) -> list[str]:
     curves = _curves(report, draw)
     if curves:
         parts.append('<h2>As it went</h2><div class="plots">' + "".join(curves) + "</div>")
-    parts += [_html(block) for block in blocks[2:]]
+    parts += [_html(block) for block in blocks[said:]]
     return parts
 
 

@@ -274,6 +274,7 @@ def write_record(model: nn.Module, record: Record, undo: ExitStack | None = None
         model._vlprune_record = record  # type: ignore[assignment]
         return
     config = _own_config(model, undo)
+    _adopt_parts(model, config, undo)
     config.quantization_config = record.section()
     # CLIPVisionModel.from_pretrained(folder of a CLIPModel) reads only the sub-config.
     own = {id(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
@@ -288,12 +289,37 @@ def _own_config(model: nn.Module, undo: ExitStack) -> Any:
     """A copy of the model's config, put in place wherever the model refers to the old one."""
     copies: dict[int, Any] = {}
     config = copy.deepcopy(model.config, copies)
+    _refer_to(model, copies, undo)
+    return config
+
+
+def _refer_to(model: nn.Module, copies: Mapping[int, Any], undo: ExitStack) -> None:
+    """Put ``copies`` {id of a config: its copy} in place wherever the model refers to one."""
     for module in model.modules():
         for name, value in list(module.__dict__.items()):
             if hasattr(value, "model_type") and id(value) in copies:
                 undo.callback(module.__dict__.__setitem__, name, value)
                 module.__dict__[name] = copies[id(value)]
-    return config
+
+
+def _adopt_parts(model: nn.Module, config: Any, undo: ExitStack) -> None:
+    """Let ``config`` hold the configs of sub-models that got one of their own, when cut alone."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    used = {id(getattr(module, "config", None)) for module in model.modules()}
+    for name, part in parts.items():
+        if part is None or id(part) in used:
+            continue
+        strays = [
+            module.config
+            for module in model.modules()
+            if type(getattr(module, "config", None)) is type(part)
+            and module.config is not config
+            and all(module.config is not other for other in parts.values())
+        ]
+        if strays and all(stray is strays[0] for stray in strays):
+            own = copy.deepcopy(strays[0])
+            _refer_to(model, {id(strays[0]): own}, undo)
+            setattr(config, name, own)
 
 
 def _unshare(entry: Mapping[str, Any], size: int) -> tuple[Any, ...]:

@@ -126,7 +126,7 @@ def story(reports: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def _one(report: Mapping[str, Any]) -> list[Block]:
-    blocks = [Block(str(report["folder"]), 1), Block(summary(report))]
+    blocks = [Block(str(report["folder"]), 1), Block(summary(report)), *_notes(report)]
     if report.get("metrics"):
         names, *figures = zip(stage_header(report), *stage_rows(report), strict=True)
         blocks.append(Block(rows=(tuple(names), *map(tuple, figures))))
@@ -150,6 +150,11 @@ def _one(report: Mapping[str, Any]) -> list[Block]:
     blocks.append(Block(rows=tuple(rows)))
     blocks += _exports(report) + _bench(report)
     return blocks
+
+
+def _notes(report: Mapping[str, Any]) -> list[Block]:
+    """What the compression itself had to say: an unfinished search, structures left dense."""
+    return [Block(f"Note: {note}.") for note in report.get("notes", ())]
 
 
 def _exports(report: Mapping[str, Any]) -> list[Block]:
@@ -402,6 +407,7 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
     uncounted = (report.get("macs") or {}).get("not_counted")
     if uncounted:
         limits.append(f"Not counted in MACs: {', '.join(uncounted)}.")
+    limits += [f"{note[:1].upper()}{note[1:]}." for note in report.get("notes", ())]
     if not report.get("verified"):
         limits.append("The cut was not compared with the masked model.")
     return limits

@@ -10,7 +10,7 @@ are one parameter in memory, on disk and for the optimizer, and gradients of all
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "mixed",
     "moved",
     "pairing",
+    "remember_ties",
     "settled",
     "shareable",
     "similarity",
@@ -43,6 +44,7 @@ __all__ = [
     "ties_of",
     "unit_weights",
     "untie",
+    "with_followers",
 ]
 
 
@@ -357,6 +359,24 @@ def _shared_now(record: Record) -> dict[str, tuple[str, dict[int, int]]]:
     return found
 
 
+def with_followers(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates where a unit whose weights are stored in another is no more open than that one.
+
+    The cut takes such a unit away with its source, so a search must fade both.
+    """
+    record = read_record(model)
+    followed = dict(gates)
+    shares = _shared_now(record) if record is not None and record.plan.share else {}
+    for _ in shares:  # as often as a chain of sources can be long
+        for name, (source, pairs) in shares.items():
+            if name in followed and source in followed:
+                units, theirs = [*pairs], [*pairs.values()]
+                values = followed[name].clone()
+                values[units] = torch.minimum(values[units], followed[source][theirs])
+                followed[name] = values
+    return followed
+
+
 class SharedWeight(nn.Module):
     """A weight put together from the part it stores and parts of other weights.
 
@@ -464,6 +484,33 @@ def ties_in(model: nn.Module) -> list[Tie]:
             target = f"{path}.{leaf}".lstrip(".")
             found.append(Tie(target, source, shared.axis, into, tuple(out_of), scale))
     return found
+
+
+def remember_ties(model: nn.Module) -> Callable[[], None]:
+    """A call that ties the model again as it is tied now, whatever was untied meanwhile.
+
+    It only puts references back, so it cannot fail, and optimizers keep their parameters.
+    """
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    classes, stored = [], []
+    for path, leaf, _ in _shared_weights(model):
+        module: Any = model.get_submodule(path)
+        original = module.parametrizations[leaf].original
+        classes.append((module, type(module)))
+        stored.append((original, original.data))
+        for table in (module._parameters, module._modules, module.parametrizations._modules):
+            tables.append((table, dict(table)))
+
+    def tie_again() -> None:
+        for module, cls in classes:
+            module.__class__ = cls
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for parameter, data in stored:
+            parameter.data = data
+
+    return tie_again
 
 
 def untie(model: nn.Module) -> list[Tie]:

@@ -83,9 +83,10 @@ def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[s
             axis_sums = sums.get((slot.param, slot.axis))
             if axis_sums is None:
                 weight = parameters[slot.param].detach()
+                wide = torch.promote_types(weight.dtype, torch.float32)
                 others = [axis for axis in range(weight.dim()) if axis != slot.axis]
                 squares = (
-                    torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32).square()
+                    torch.linalg.vector_norm(weight, dim=others, dtype=wide).square()
                     if others
                     else weight.float().square()
                 )

@@ -49,5 +49,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def _has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put its layers into the model."""
+    """Whether PEFT has put its layers into the model, or itself around it (prompt tuning)."""
+    if any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
+        return True
     return any(hasattr(module, "base_layer") for module in model.modules())

@@ -14,6 +14,7 @@ from ..errors import UnsupportedError, did_you_mean
 from ..layers import PaddedLinear, is_linear, linear_axes
 from ..structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..units import owner_of
+from ..wrappers import uncompiled
 from . import layouts
 from .attention import UNITS, Leave, join, measure_multihead, measure_projected
 from .layouts import ATTENTION, FFN
@@ -36,7 +37,7 @@ def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Descrip
             f"attention must be one of {', '.join(get_args(AttentionUnit))}, not {attention!r}."
             f"{did_you_mean(str(attention), get_args(AttentionUnit))}"
         )
-    return _Discovery(model, attention).run()
+    return _Discovery(uncompiled(model), attention).run()
 
 
 class _Discovery:
