@@ -49,6 +49,24 @@ try:
     result["params"] = sum(p.numel() for p in model.parameters())
 except vlprune.VlpruneError as error:
     result["error"] = str(error)
+if how == "apart":  # the second process has no picture at two steps, and no batch at another
+    from contextlib import nullcontext
+    sample = build("llava")
+    parallel = torch.nn.parallel.DistributedDataParallel(
+        sample.model, find_unused_parameters=True)
+    text = {"input_ids": torch.full((2, 6), 7 + rank), "attention_mask": torch.ones(2, 6).long()}
+    uneven = vlprune.Compressor(
+        sample.model, vlprune.UPop(interval=1), {"params": 0.7}, attention="head")
+    uneven.attach()
+    for step in range(6):
+        batch = text if rank == 1 and step in (1, 4) else sample.inputs
+        with parallel.no_sync() if step == 2 else nullcontext():
+            if rank == 0 or step != 2:
+                parallel(**batch, labels=batch["input_ids"]).loss.backward()
+        uneven.step((step + 1) / 6)
+    uneven.finish()
+    result["uneven"] = uneven.plan().to_json(), uneven.search.total.tolist()
+    result["notes"] = uneven.notes()
 with open(f"{folder}/{how}-{rank}.json", "w") as file:
     json.dump(result, file)
 if world > 1:
@@ -144,9 +162,21 @@ def test_every_rank_decides_as_one_process_does(
         assert "sharded (FSDP)" in first["error"]
 
 
-def test_ranks_that_disagree_are_stopped(tmp_path: Path) -> None:
-    for result in launch(tmp_path, "apart", 2):
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(tmp_path_factory.mktemp("apart"), "apart", 2)
+
+
+def test_ranks_that_disagree_are_stopped(apart: list[dict[str, Any]]) -> None:
+    for result in apart:
         assert "different plans" in result["error"]
+
+
+def test_ranks_whose_batches_differ_in_kind_agree(apart: list[dict[str, Any]]) -> None:
+    """Without a picture no gradient reaches the vision tower, without a batch none at all."""
+    first, second = apart
+    assert first["uneven"] == second["uneven"]  # bit for bit
+    assert first["notes"] == second["notes"] == []
 
 
 def test_every_rank_shares_alike(tmp_path: Path) -> None:
