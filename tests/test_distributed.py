@@ -50,7 +50,6 @@ try:
 except vlprune.VlpruneError as error:
     result["error"] = str(error)
 if how == "apart":  # the second process has no picture at two steps, and no batch at another
-    from contextlib import nullcontext
     sample = build("llava")
     parallel = torch.nn.parallel.DistributedDataParallel(
         sample.model, find_unused_parameters=True)
@@ -60,9 +59,9 @@ if how == "apart":  # the second process has no picture at two steps, and no bat
     uneven.attach()
     for step in range(6):
         batch = text if rank == 1 and step in (1, 4) else sample.inputs
-        with parallel.no_sync() if step == 2 else nullcontext():
-            if rank == 0 or step != 2:
-                parallel(**batch, labels=batch["input_ids"]).loss.backward()
+        run = sample.model if step == 2 else parallel
+        if rank == 0 or step != 2:
+            run(**batch, labels=batch["input_ids"]).loss.backward()
         uneven.step((step + 1) / 6)
     uneven.finish()
     result["uneven"] = uneven.plan().to_json(), uneven.search.total.tolist()

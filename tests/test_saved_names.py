@@ -12,6 +12,7 @@ import transformers
 
 import vlprune
 from vlprune.testing import FAMILIES, build
+from vlprune.testing.conformance import share_plan
 
 
 def trainer(model: Any, folder: Path, callbacks: Any = (), **more: Any) -> Any:
@@ -65,12 +66,24 @@ def test_the_trainer_loads_every_family(family: str, tmp_path: Path) -> None:
     loads(build(family).model, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2_swiglu", "llava"])
-def test_and_one_that_has_been_cut(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("vit", "head_dim"), ("dinov2_swiglu", "head_dim"), ("llava", "head"), ("llava", "head_dim")],
+)
+def test_and_one_that_has_been_cut(family: str, attention: Any, tmp_path: Path) -> None:
+    """Of llava the language model's heads can be cut natively, their dimensions only padded."""
     model = build(family).model
-    attention: Any = "head" if family == "llava" else "head_dim"
     vlprune.Compressor(model, vlprune.Magnitude(), {"params": 0.9}, attention=attention).finish()
     loads(model, tmp_path, attention)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2_swiglu"])
+def test_and_one_that_shares_weights(family: str, tmp_path: Path) -> None:
+    model = build(family).model
+    description = vlprune.discover(model)
+    vlprune.rewrite(model, description, share_plan(model, description))
+    assert any("parametrizations" in name for name in model.state_dict())
+    loads(model, tmp_path)
 
 
 class Stop(Exception):
