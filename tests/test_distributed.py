@@ -47,6 +47,23 @@ try:
     result["params"] = sum(p.numel() for p in model.parameters())
 except vlprune.VlpruneError as error:
     result["error"] = str(error)
+if how == "apart":  # the second process has no picture at two steps, and no batch at another
+    sample = build("llava")
+    parallel = torch.nn.parallel.DistributedDataParallel(
+        sample.model, find_unused_parameters=True)
+    text = {"input_ids": torch.full((2, 6), 7 + rank), "attention_mask": torch.ones(2, 6).long()}
+    uneven = vlprune.Compressor(
+        sample.model, vlprune.UPop(interval=1), {"params": 0.7}, attention="head")
+    uneven.attach()
+    for step in range(6):
+        batch = text if rank == 1 and step in (1, 4) else sample.inputs
+        run = sample.model if step == 2 else parallel
+        if rank == 0 or step != 2:
+            run(**batch, labels=batch["input_ids"]).loss.backward()
+        uneven.step((step + 1) / 6)
+    uneven.finish()
+    result["uneven"] = uneven.plan().to_json(), uneven.search.total.tolist()
+    result["notes"] = uneven.notes()
 with open(f"{folder}/{how}-{rank}.json", "w") as file:
     json.dump(result, file)
 if world > 1:
@@ -137,9 +154,21 @@ def test_every_rank_decides_as_one_process_does(
         assert "sharded (FSDP)" in first["error"]
 
 
-def test_ranks_that_disagree_are_stopped(tmp_path: Path, python: Any) -> None:
-    for result in launch(python, tmp_path, "apart", 2):
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory, python: Any) -> list[dict[str, Any]]:
+    return launch(python, tmp_path_factory.mktemp("apart"), "apart", 2)
+
+
+def test_ranks_that_disagree_are_stopped(apart: list[dict[str, Any]]) -> None:
+    for result in apart:
         assert "different plans" in result["error"]
+
+
+def test_ranks_whose_batches_differ_in_kind_agree(apart: list[dict[str, Any]]) -> None:
+    """Without a picture no gradient reaches the vision tower, without a batch none at all."""
+    first, second = apart
+    assert first["uneven"] == second["uneven"]  # bit for bit
+    assert first["notes"] == second["notes"] == []
 
 
 def test_every_rank_shares_alike(tmp_path: Path, python: Any) -> None:

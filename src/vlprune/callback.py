@@ -65,6 +65,8 @@ class CompressorCallback(TrainerCallback, ExportableState):
                     "this Trainer has wrapped the model as it was before the cut: make a new "
                     "Trainer for the small model"
                 )
+            if state.global_step > 0 and (saved := self._saved(state)):
+                self._check_weights(state, saved)
             return
         if args.load_best_model_at_end:
             raise UnsupportedError(
@@ -80,13 +82,24 @@ class CompressorCallback(TrainerCallback, ExportableState):
             self._start_again()
 
     def _resume(self, state: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = self._saved(state)
         if saved is None:
             raise VlpruneError(
                 "this checkpoint holds no search: it was saved without compressor.callback(), "
                 "so start again without resume_from_checkpoint"
             )
-        saved = (saved[0] if isinstance(saved, list) else saved)["attributes"]
+        self._check_weights(state, saved)
+        self.compressor.restore(unpack(base64.b64decode(saved["search"])))
+
+    def _saved(self, state: Any) -> Any:
+        """What :meth:`state` gave when the checkpoint was saved; None without this callback."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is None:
+            return None
+        return (saved[0] if isinstance(saved, list) else saved)["attributes"]
+
+    def _check_weights(self, state: Any, saved: Any) -> None:
+        """Raise VlpruneError if the Trainer has not loaded the weights of its checkpoint."""
         if state.is_world_process_zero and not isclose(
             saved["weights"], self._weights(), rel_tol=1e-9
         ):
@@ -95,7 +108,6 @@ class CompressorCallback(TrainerCallback, ExportableState):
                 "saved under names that the Trainer does not find again, so give it "
                 "vlprune.trainee.Trainee(model) in place of the model, from the start"
             )
-        self.compressor.restore(unpack(base64.b64decode(saved["search"])))
 
     def _start_again(self) -> None:
         """``train()`` from step 0 is a new search: after too large a batch, or after Ctrl-C."""
@@ -115,6 +127,8 @@ class CompressorCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = id(state), state.global_step
         if self.compressor.finished or step == self._last:  # given to the Trainer twice
+            return
+        if state.global_step >= state.max_steps:  # resumed after its end, it makes a step more
             return
         self._last = step
         optimizer = kwargs.get("optimizer")

@@ -144,8 +144,12 @@ class _BeforeForward(_Hook):
 
 
 class _BeforeLoading(_Hook):
-    """Called with the state that is about to be loaded into the whole model."""
+    """Called with the state that is about to be loaded into the whole model, or a shard of it."""
+
+    def __init__(self, owner: Gating | None = None) -> None:
+        super().__init__(owner)
+        self.waiting: dict[str, Tensor] = {}
 
     def __call__(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
         if self.owner is not None and module is self.owner.model and not prefix:
-            in_own_names(module, state)
+            in_own_names(module, state, self.waiting)

@@ -15,11 +15,12 @@ from torch import Tensor
 __all__ = ["in_own_names"]
 
 
-def in_own_names(model: Any, state: dict[str, Tensor]) -> None:
+def in_own_names(model: Any, state: dict[str, Tensor], waiting: dict[str, Tensor]) -> None:
     """Rename the entries of ``state`` to the names that ``model`` has for them, in place.
 
     Nothing happens to a state that is in the model's names already. Entries that are stored in
-    another form, not only under another name, are read by the model's ``from_pretrained``.
+    another form, not only under another name, are read by the model's ``from_pretrained``, all at
+    once: a shard's wait in ``waiting`` until those of the other shards are there.
     """
     own = model.state_dict()
     if not hasattr(model, "save_pretrained") or state.keys() <= own.keys():
@@ -29,17 +30,26 @@ def in_own_names(model: Any, state: dict[str, Tensor]) -> None:
     known = {_identity(tensor): name for name, tensor in own.items()}
     written = revert_weight_conversion(model, dict(own))
     names = {name: known.get(_identity(tensor), "") for name, tensor in written.items()}
-    if all(names.get(name) for name in state):
-        renamed = {names[name]: tensor for name, tensor in state.items()}
-    elif state.keys() <= names.keys() and own.keys() - known.keys():
-        loaded = type(model).from_pretrained(
-            None, config=copy.deepcopy(model.config), state_dict=dict(state)
-        )
-        renamed = dict(loaded.state_dict())
-    else:  # another model's: whoever loads it will say so
+    if not state.keys() <= names.keys():  # another model's: whoever loads it will say so
         return
+    renamed = {names[name]: tensor for name, tensor in state.items() if names[name]}
+    waiting.update({name: tensor for name, tensor in state.items() if not names[name]})
+    converted = {name for name, own_name in names.items() if not own_name}
+    if waiting and waiting.keys() == converted:
+        loaded = _loaded(model, {**written, **waiting})
+        same = {_identity(tensor) for tensor in written.values()}
+        renamed |= {name: loaded[name] for name, t in own.items() if _identity(t) not in same}
+        waiting.clear()
     state.clear()
     state.update(renamed)
+
+
+def _loaded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ``from_pretrained`` makes of a state in saved form."""
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
+    config = copy.deepcopy(model.config)
+    loaded = type(model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return dict(loaded.state_dict())
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
