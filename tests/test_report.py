@@ -161,3 +161,13 @@ def test_a_browser_draws_the_page(
     assert facts["traces"] >= facts["plots"]
     assert facts["over"] == 0
     assert facts["wide"] <= 0
+
+
+def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
+    from vlprune.report import summary
+
+    report = json.loads((tiny_folder / "report.json").read_text())
+    assert "(float64)." in summary(report)
+    report["verified"] |= {"dtype": "bfloat16", "kernel": "eager", "compared": 0.75}
+    said = "(bfloat16, with eager attention in place of the model's own; 75.0% of the values are"
+    assert said in summary(report)

@@ -329,11 +329,21 @@ def summary(report: Mapping[str, Any]) -> str:
     if proof:
         text += (
             f" Masked and cut model differ by at most {proof['difference']:.1g} on outputs up to "
-            f"{proof['scale']:.2g} ({proof['dtype']})."
+            f"{proof['scale']:.2g} ({_proved_in(proof)})."
         )
     else:
         text += " The cut was not compared with the masked model: no batch was seen."
     return text
+
+
+def _proved_in(proof: Mapping[str, Any]) -> str:
+    """The dtype of a proof, and what else a reader must know of it."""
+    how = str(proof["dtype"])
+    if proof.get("kernel"):
+        how += f", with {proof['kernel']} attention in place of the model's own"
+    if proof.get("compared", 1.0) < 1:
+        how += f"; {proof['compared']:.1%} of the values are finite and were compared"
+    return how
 
 
 def _sharing(report: Mapping[str, Any]) -> str:
