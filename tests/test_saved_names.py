@@ -23,6 +23,12 @@ def trainer(model: Any, folder: Path, callbacks: Any = (), **more: Any) -> Any:
     return transformers.Trainer(model=model, args=arguments, callbacks=list(callbacks))
 
 
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers collects garbage after every shard, which takes most of the time here."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 @torch.no_grad()
 def spoil(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Other values for all weights; the state as it was before."""

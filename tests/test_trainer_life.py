@@ -38,7 +38,7 @@ def trainer_of(model: Any, folder: Path, callbacks: Any = (), **more: Any) -> An
         {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 2}
         for i in range(8)
     ]
-    optimizers = more.pop("optimizers", (None, None))
+    optimizers = more.pop("optimizers", lambda _: (None, None))(model)
     arguments: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2,
         "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
@@ -101,16 +101,17 @@ def test_train_evaluate_save_finish_agree(method: Any, tmp_path: Path) -> None:
         assert after == pytest.approx(masked, abs=1e-5)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["callback-in", "callback-removed"])
-@pytest.mark.parametrize("how", ["adamw", "sgd", "passed-in"])
-def test_the_same_trainer_retrains_every_weight(how: str, kept: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", ["adamw", "adamw, callback removed", "sgd", "optimizers= passed in"]
+)
+def test_the_same_trainer_retrains_every_weight(how: str, tmp_path: Path) -> None:
     more: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.9"} if how == "sgd" else {}
+    if "passed" in how:
+        more["optimizers"] = lambda model: (torch.optim.AdamW(model.parameters(), lr=1e-3), None)
     trainer, compressor = make(tmp_path, **more)
-    if how == "passed-in":
-        trainer.optimizer = torch.optim.AdamW(compressor.model.parameters(), lr=1e-3)
     trainer.train()
     small = compressor.finish()
-    if not kept:
+    if "removed" in how:
         trainer.remove_callback(CompressorCallback)
     assert untrained(trainer, small) == []
 
@@ -174,8 +175,15 @@ def test_the_best_model_is_for_retraining_only(tmp_path: Path) -> None:
     trainer, compressor = make(tmp_path / "search")
     trainer.train()
     small = compressor.finish()
-    again = trainer_of(small, tmp_path / "retrain", [compressor.callback()], **best)
+
+    def spoil(_control: Any) -> None:
+        with torch.no_grad():
+            small.classifier.weight.mul_(-100)
+
+    callbacks = [compressor.callback(), At(5, spoil)]
+    again = trainer_of(small, tmp_path / "retrain", callbacks, **best)
     again.train()
+    assert again.state.best_global_step < STEPS
     assert again.evaluate()["eval_loss"] == pytest.approx(again.state.best_metric, abs=1e-6)
 
 
@@ -217,26 +225,31 @@ def test_a_search_that_was_complete_is_resumed_for_the_cut(tmp_path: Path) -> No
     assert trainer.evaluate()["eval_loss"] == pytest.approx(masked, abs=1e-5)
 
 
-def test_retraining_is_resumed_with_its_weights_or_not_at_all(tmp_path: Path) -> None:
-    """A ViT is saved under other names, which only a Trainee or a search finds again."""
+@pytest.mark.parametrize("wrap", [Trainee, lambda model: model], ids=["trainee", "callback"])
+def test_retraining_is_resumed_with_its_weights(
+    wrap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ViT is saved under other names, which only a Trainee or our callback finds again."""
     more = {"save_strategy": "steps", "save_steps": 3, "remove_unused_columns": False}
     trainer, compressor = make(tmp_path / "search")
     trainer.train()
     small = compressor.finish()
-    for wrap, refused in ((Trainee, False), (lambda model: model, True)):
-        folder = tmp_path / str(refused)
-        trainer_of(wrap(small), folder, [compressor.callback()], **more).train()
-        trained = [p.detach().clone() for p in small.parameters()]
-        with torch.no_grad():
-            for p in small.parameters():
-                p.zero_()
-        again = trainer_of(wrap(small), folder, [compressor.callback()], **more)
-        if refused:
-            with pytest.raises(VlpruneError, match="have not been loaded"):
-                again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-            continue
-        again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-        assert all(a.equal(b) for a, b in zip(small.parameters(), trained, strict=True))
+
+    def retrain(resume: str | None = None) -> list[torch.Tensor]:
+        trainer = trainer_of(wrap(small), tmp_path, [compressor.callback()], **more)
+        trainer.train(resume_from_checkpoint=resume)
+        return [p.detach().clone() for p in small.parameters()]
+
+    once = retrain()
+    assert not small._load_state_dict_pre_hooks
+    with torch.no_grad():
+        for p in small.parameters():
+            p.zero_()
+    again = retrain(str(tmp_path / "checkpoint-3"))
+    assert all(a.equal(b) for a, b in zip(again, once, strict=True))
+    monkeypatch.setattr(transformers.Trainer, "_load_from_checkpoint", lambda *_, **__: None)
+    with pytest.raises(VlpruneError, match="have not been loaded"):
+        retrain(str(tmp_path / "checkpoint-3"))
 
 
 def test_a_callback_given_twice_counts_once(tmp_path: Path) -> None:

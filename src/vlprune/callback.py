@@ -55,6 +55,9 @@ class CompressorCallback(TrainerCallback, ExportableState):
         parameters = self.compressor.model.parameters()
         return sum(float(p.detach().double().abs().sum()) for p in map(_local, parameters))
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.compressor.retrain()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         compressor = self.compressor
         self._last = None
@@ -67,6 +70,7 @@ class CompressorCallback(TrainerCallback, ExportableState):
                 )
             if state.global_step > 0 and (saved := self._saved(state)):
                 self._check_weights(state, saved)
+            compressor.retrain()
             return
         if args.load_best_model_at_end:
             raise UnsupportedError(

@@ -225,8 +225,15 @@ class Compressor:
 
         So the model can be evaluated and saved between the search and the cut.
         """
-        if not self.finished and self.progress >= 1 and self._gating.attached:
+        if self.finished:
+            self.detach()
+        elif self.progress >= 1 and self._gating.attached:
             self._gating.empty_removed_units()
+
+    def retrain(self) -> None:
+        """Let a Trainer load checkpoints of the small model, until :meth:`end` or ``detach``."""
+        if self.finished:
+            self._gating.translate_names()
 
     def restart(self) -> None:
         """Forget what the search has seen, and open all gates."""

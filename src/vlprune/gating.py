@@ -32,7 +32,7 @@ class Gating:
         self.model, self.structures = model, structures if with_gates else ()
         self.gates = {s.name: torch.ones(s.size, requires_grad=True) for s in self.structures}
         self.first_batch: dict[str, Any] | None = None
-        self.attached = False
+        self.attached = self._translates = False
         self._hooks, self._in_place = ExitStack(), ExitStack()
 
     def attach(self) -> None:
@@ -42,8 +42,7 @@ class Gating:
         self._refuse_another()
         before = self.model.register_forward_pre_hook(_BeforeForward(self), with_kwargs=True)
         self._hooks.callback(before.remove)
-        loading = self.model.register_load_state_dict_pre_hook(_BeforeLoading(self))
-        self._hooks.callback(loading.remove)
+        self.translate_names()
         self._hooks.callback(self._in_place.close)
         self.attached = True
         try:
@@ -53,9 +52,18 @@ class Gating:
             self.detach()
             raise
 
+    def translate_names(self) -> None:
+        """Let a Trainer find the weights of its checkpoints, also without gates, until detach."""
+        if self._translates:
+            return
+        loading = self.model.register_load_state_dict_pre_hook(_BeforeLoading(self))
+        self._hooks.callback(loading.remove)
+        self._translates = True
+
     def detach(self) -> None:
         """Take everything away again; the gates keep their values."""
         self._hooks.close()
+        self._translates = False
         self.attached = False
 
     def _refuse_another(self) -> None:
