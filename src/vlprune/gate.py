@@ -182,7 +182,8 @@ def _gated_class(base: type[nn.Module]) -> Any:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         with _bare(self):
-            function, *parts = self.__reduce_ex__(protocol)
+            made: Any = self.__reduce_ex__(protocol)
+            function, *parts = made
             if function is copyreg.__newobj__:  # type: ignore[attr-defined]
                 function = object.__new__  # pickle insists that the other makes our own class
             return function, *(dict(part) if isinstance(part, dict) else part for part in parts)
