@@ -1,4 +1,5 @@
-# Two commands: `make demo` runs the main job on built-in data, `make test` checks everything.
+# `make demo` runs the main job on built-in data, `make test` checks everything, and `make check`
+# what can be checked in a minute or so: no process, no Trainer, no export, some families.
 # The constraints file pins torch, so that a machine without a GPU never pulls a CUDA build.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -7,15 +8,20 @@ SHARED_DATA := $(abspath ../shared/data)
 export VLPRUNE_DATA ?= $(if $(wildcard $(SHARED_DATA)),$(SHARED_DATA))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow docs other clean
+.PHONY: demo lint check test slow docs other clean
 
 demo: .venv/ready
 	$(BIN)/vlprune demo -o demo-output
 
-test: .venv/ready
+lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick
+
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 slow: .venv/ready

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import multiprocessing
 import os
 import re
 import sys
@@ -21,6 +23,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 import torch
 import transformers
+from torch import nn
 
 if importlib.util.find_spec("torchvision"):
     # torchvision's compiled operators do not fit a CPU build of torch; it only needs them declared
@@ -33,6 +36,55 @@ torch.set_flush_denormal(True)
 transformers.utils.logging.disable_progress_bar()
 # transformers compiles some two thousand patterns per loaded model, and re keeps 512 of them
 re._MAXCACHE = 100_000
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the quick lane: see tests/lanes.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        whole = [item for item in items if item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=whole)
+        items[:] = [item for item in items if item not in whole]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lane(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The quick lane, if it was asked for."""
+    if not request.config.getoption("quick"):
+        yield
+        return
+    from lanes import quick_lane
+
+    with quick_lane():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A test changes no setting of the process that the next one would find."""
+
+    def settings() -> dict[str, Any]:
+        hooks = nn.modules.module
+        return {
+            "threads": torch.get_num_threads(),
+            "dtype": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "denormals": float(torch.tensor(1e-39) * 1),
+            "verbosity": transformers.utils.logging.get_verbosity(),
+            "logging": logging.root.manager.disable,
+            "hooks": len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks),
+            "processes": len(multiprocessing.active_children()),
+            "folder": os.getcwd(),
+        }
+
+    before = settings()
+    yield
+    after = settings()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test leaves behind {changed}"
 
 
 @pytest.fixture
@@ -86,8 +138,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     """A clock that counts work in linear layers and activations, in place of time."""
-    from torch import nn
-
     from vlprune import latency
 
     work = {"done": 0.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -206,9 +207,16 @@ FAST = {"every": 2, "learning_rate": 2e-2, "alignment": 1e-3, "budget_weight": 1
 
 
 def run(
-    steps: range = range(STEPS), state: Any = None, model: Any = None, **options: Any
+    steps: range = range(STEPS),
+    state: Any = None,
+    model: Any = None,
+    look: Any = None,
+    **options: Any,
 ) -> tuple[Any, Any, Any]:
-    """A search of the model from ``state``; its compressor, model and optimizer."""
+    """A search of the model from ``state``; its compressor, model and optimizer.
+
+    ``look`` is called before every step with the number of the step and these three.
+    """
     torch.manual_seed(1)
     model = model or clip((4, 4))
     compressor = vlprune.Compressor(
@@ -219,6 +227,8 @@ def run(
         compressor.restore(state[0])
         optimizer.load_state_dict(state[1])
     for step in steps:
+        if look:
+            look(step, compressor, model, optimizer)
         optimizer.zero_grad()
         model(**batch(step % 8)).loss.backward()
         compressor.step((step + 1) / STEPS)
@@ -226,8 +236,38 @@ def run(
     return compressor, model, optimizer
 
 
-def test_a_whole_run() -> None:
-    compressor, model, _ = run()
+STOPS = (17, 41)  # while it learns, and after the freeze
+
+
+@dataclass
+class Whole:
+    """A run from beginning to end, and what it was at some steps. One test may finish it."""
+
+    compressor: Any
+    model: Any
+    plan: Any
+    watched: Any
+    weights: dict[str, torch.Tensor]
+    stops: dict[int, Any]
+
+
+@pytest.fixture(scope="module")
+def whole() -> Whole:
+    stops = {}
+
+    def look(step: int, compressor: Any, model: Any, optimizer: Any) -> None:
+        if step in STOPS:
+            state = compressor.state(), optimizer.state_dict(), model.state_dict()
+            stops[step] = (compressor.plan(), copy.deepcopy(state))
+
+    compressor, model, _ = run(look=look)
+    watched, weights = copy.deepcopy((compressor.search.watched, model.state_dict()))
+    return Whole(compressor, model, compressor.plan(), watched, weights, stops)
+
+
+@pytest.mark.whole
+def test_a_whole_run(whole: Whole) -> None:
+    compressor, model = whole.compressor, whole.model
     structures, vectors = compressor.structures, compressor.search.chosen()
     facts = compressor.search.facts()
     assert facts["structure_steps"] > 5
@@ -259,19 +299,20 @@ def test_a_whole_run() -> None:
     assert {"masked_loss", "full_loss", "gap", "remains"} <= report["search_history"][-1].keys()
 
 
-def test_same_seed_same_plan_and_a_stopped_run_is_the_run_it_continues() -> None:
-    whole, trained, _ = run()
-    other, _, _ = run(seed=5)
-    assert whole.plan() != other.plan()
-    for stop in (17, 41):  # while it learns, and after the freeze
-        half, model, optimizer = run(range(stop))
-        state = copy.deepcopy((half.state(), optimizer.state_dict()))
-        half.detach()
+@pytest.mark.whole
+def test_same_seed_same_plan_and_a_stopped_run_is_the_run_it_continues(whole: Whole) -> None:
+    """Bit by bit: all of it lies where torch puts new tensors."""
+    other, _, _ = run(range(STOPS[-1]), seed=5)
+    assert whole.stops[STOPS[-1]][0] != other.plan()
+    for stop in STOPS:
+        *state, weights = whole.stops[stop][1]
+        model = clip((4, 4))
+        model.load_state_dict(weights)
         resumed, model, _ = run(range(stop, STEPS), state, model)
-        assert resumed.plan() == whole.plan()
-        close(whole.search.watched, resumed.search.watched)
-        for a, b in zip(model.parameters(), trained.parameters(), strict=True):
-            assert torch.equal(a, b)
+        assert resumed.plan() == whole.plan
+        close(whole.watched, resumed.search.watched)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, whole.weights[name]), name
 
 
 def test_training_without_structure_steps_is_plain_training() -> None:

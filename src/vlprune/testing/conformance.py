@@ -301,7 +301,8 @@ def masked_equals_cut(make: Make, attention: AttentionUnit) -> None:
         if keep is _half:
             moved = _apart(dense, masked[implementations[-1]])
             assert moved > 1e-4, f"removing half moves the output by {moved:.1e} only"
-    assert _same_bits(dense, _forward(sample.model, sample.inputs)), "the model was not put back"
+    again = _forward(sample.model, sample.inputs)  # under another implementation than at first
+    assert _apart(dense, again) <= TOLERANCE, "the model was not put back"
 
 
 @_check
