@@ -178,10 +178,10 @@ def perform(
             write_record(model, cut.record, undo)
         return None
     with evaluating(model), ExitStack() as setting:
-        masked, dtype, kernel = _masked(model, cut, verify, setting)
+        masked, inputs, dtype, kernel = _masked(model, cut, verify, setting)
         with _undone_on_failure() as undo:
             _apply(model, cut, undo)
-            proof = _compared(model, masked, verify, dtype)
+            proof = _compared(model, masked, inputs, dtype)
             write_record(model, cut.record, undo)
     name = str(dtype).removeprefix("torch.")
     return Verification(proof.largest, proof.scale, name, proof.compared, kernel)
@@ -209,15 +209,19 @@ def _undone_on_failure() -> Iterator[ExitStack]:
 
 def _masked(
     model: nn.Module, cut: Cut, inputs: Mapping[str, Any], setting: ExitStack
-) -> tuple[list[Tensor], torch.dtype, str]:
-    """The masked model's outputs, their dtype, and the kernel that gave them.
+) -> tuple[list[Tensor], Mapping[str, Any], torch.dtype, str]:
+    """The masked model's outputs, the inputs and dtype of that pass, and the kernel that ran.
 
-    Tried are the wide dtype with the kernels that the model has, with others that may know that
-    dtype (flash attention does not), and last the model's own dtype. ``setting`` keeps what worked
-    until the cut model has run in it, too.
+    Tried are the wide dtype with the kernels that the model has, then without labels (a loss may
+    hold numbers of another dtype), with other kernels that may know that dtype (flash attention
+    does not), and last the model's own dtype. ``setting`` keeps what worked until the cut model
+    has run in it, too.
     """
     problems: list[str] = []
-    for dtype, kernel in _settings(model):
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    (first, *others) = [(inputs, dtype, kernel) for dtype, kernel in _settings(model)]
+    labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
+    for inputs, dtype, kernel in (first, *labelled, *others):
         with ExitStack() as tried:
             try:
                 if kernel:
@@ -234,7 +238,7 @@ def _masked(
                 problems.append(f"{str(dtype).removeprefix('torch.')}: {_first_line(error)}")
                 continue
             setting.enter_context(tried.pop_all())
-            return outputs, dtype, kernel
+            return outputs, inputs, dtype, kernel
     raise IncomparableError(
         f"the masked model could not be run for the proof ({'; '.join(dict.fromkeys(problems))}), "
         "so nothing was cut: give other example_inputs, or cut without proof by "
