@@ -61,7 +61,7 @@ def test_the_command_tells_and_keeps_what_it_measured(
         assert row["ideal"] == pytest.approx(dense["macs"] / small["macs"])
         assert row["of_ideal"] == pytest.approx(row["times"] / row["ideal"])
     assert body["conditions"]["threads"] == torch.get_num_threads()
-    monkeypatch.setattr(benching, "_alone", lambda folder, _: body["models"][folder.name])
+    monkeypatch.setattr(benching, "_alone", lambda folder, *_: body["models"][folder.name])
     code, stdout, _ = run(
         "bench", str(pair), "--batch-sizes", "1", "--seconds", "0.1", "--trust-remote-code"
     )

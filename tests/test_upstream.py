@@ -530,3 +530,52 @@ def test_the_fast_path_of_multihead_attention_has_no_formula() -> None:
     from torch.utils.flop_counter import flop_registry
 
     assert torch.ops.aten._native_multi_head_attention not in flop_registry
+
+
+# -- what a search leans on ------------------------------------------------------------
+
+
+def test_a_compiled_model_holds_the_module_it_was_given() -> None:
+    """wrappers: torch.compile is looked through."""
+    module = torch.nn.Linear(2, 2)
+    compiled = torch.compile(module, backend="eager")
+    assert type(compiled).__name__ == "OptimizedModule"
+    assert compiled._orig_mod is module
+
+
+def test_training_arguments_set_up_one_device() -> None:
+    """train: the recipe's device takes the place of the one that this property chooses."""
+    kind = type(transformers.TrainingArguments.__dict__["_setup_devices"]).__name__
+    assert kind == "cached_property"
+
+
+def test_kernels_are_chosen_by_two_fields_of_a_config() -> None:
+    """cutting: they are put back after a proof that ran with other kernels."""
+    model = build("clip").model
+    model.set_attn_implementation("eager")
+    assert model.config.__dict__["_attn_implementation_internal"] == "eager"
+    assert "_experts_implementation_internal" in model.config.__dict__
+
+
+def test_a_restored_callback_is_made_from_its_class_alone() -> None:
+    """callback: so that class must know its Compressor."""
+    import inspect
+
+    source = inspect.getsource(transformers.Trainer._load_callback_state)
+    assert "type(callback)(**args)" in source
+
+
+def test_an_accelerated_optimizer_holds_the_optimizer_it_was_given() -> None:
+    """optimizers: parameters are exchanged in that one."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    inner = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    assert AcceleratedOptimizer(inner).optimizer is inner
+
+
+def test_modules_keep_their_hooks_where_we_look_for_another_search() -> None:
+    """gating: a second Compressor finds the first by its hook."""
+    module = torch.nn.Linear(2, 2)
+    hook = module.register_forward_pre_hook(lambda *_: None)
+    assert len(module._forward_pre_hooks) == 1
+    hook.remove()

@@ -301,8 +301,10 @@ def masked_equals_cut(make: Make, attention: AttentionUnit) -> None:
         if keep is _half:
             moved = _apart(dense, masked[implementations[-1]])
             assert moved > 1e-4, f"removing half moves the output by {moved:.1e} only"
-    again = _forward(sample.model, sample.inputs)  # under another implementation than at first
-    assert _apart(dense, again) <= TOLERANCE, "the model was not put back"
+    # all units were kept last, under the implementation that is still set; eager may know more
+    # than SDPA does (Gemma 2 caps its scores), so the first answer is none to compare with
+    again = _forward(sample.model, sample.inputs)
+    assert _apart(masked[implementations[-1]], again) <= TOLERANCE, "the model was not put back"
 
 
 @_check
