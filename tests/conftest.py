@@ -72,6 +72,7 @@ def nothing_left_behind() -> Iterator[None]:
             "dtype": torch.get_default_dtype(),
             "gradients": torch.is_grad_enabled(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "denormals": float(torch.tensor(1e-39) * 1),
             "verbosity": transformers.utils.logging.get_verbosity(),
             "logging": logging.root.manager.disable,
             "hooks": len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks),
@@ -79,7 +80,6 @@ def nothing_left_behind() -> Iterator[None]:
             "folder": os.getcwd(),
         }
 
-    torch.set_flush_denormal(True)  # the runtimes of exports switch it off
     before = settings()
     yield
     after = settings()

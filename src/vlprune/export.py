@@ -98,7 +98,7 @@ class Exported:
                 "INFERENCE_NUM_THREADS": threads,
                 "INFERENCE_PRECISION_HINT": "f32",
             }
-        with _silence():
+        with _silence(), _denormals():
             self.model = exporters.base.ExportedModel.from_pretrained(folder, **options)
         self.config, self.device = self.model.config, torch.device("cpu")
 
@@ -109,7 +109,8 @@ class Exported:
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
         """What the model's forward returns."""
-        return self.model(**inputs)
+        with _denormals():
+            return self.model(**inputs)
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -257,7 +258,8 @@ def _checked_stages(
         ours = part(**copy.deepcopy(inputs))  # a cache among them is written to
         runner = written.stages[name]
         taken = {n: v for n, v in inputs.items() if n in runner.metadata.kwargs}
-        theirs = runner(**copy.deepcopy(taken))
+        with _denormals():
+            theirs = runner(**copy.deepcopy(taken))
         rows.append({"stage": name, "shapes": _shapes(inputs), **_row(ours, theirs)})
     return rows
 
@@ -322,6 +324,20 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _denormals() -> Iterator[None]:
+    """Denormal numbers are kept inside, though training flushes them (``train.prepare``).
+
+    OpenVINO moves small integers, such as sizes, as if they were floats: flushed, they are 0.
+    """
+    flushed = not torch.full((), 1e-40).mul(1.0).item()
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
 
 
 @contextlib.contextmanager
