@@ -96,6 +96,7 @@ def bench(
     progress.phase("loading")
     models = {name: place(_opened(path), chosen).eval() for name, path in folders.items()}
     example = _inputs(models, folders)
+    engines = _engines(models, folders, compiled, trust_remote_code)  # refuses before it measures
     largest = max(batch_sizes)
     facts = {}
     for name, path in folders.items():
@@ -104,7 +105,6 @@ def bench(
         facts[name] |= _size(models[name], example(1))
     runs: list[dict[str, Any]] = []
     faster: list[dict[str, Any]] = []
-    engines = _engines(models, folders, compiled, trust_remote_code)
     for engine, callables in engines.items():
         for batch_size in batch_sizes:
             progress.phase(f"timing {engine}, batch {batch_size}")
