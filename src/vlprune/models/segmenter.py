@@ -76,7 +76,7 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
         ``labels`` (batch, height, width) are classes, with ``config.semantic_loss_ignore_index``
         where nothing is known.
         """
-        patch = int(self.config.patch_size)  # type: ignore[arg-type]
+        patch = int(self.config.patch_size)
         rows, columns = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
         states = self.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         scores = self.decoder(states[:, 1:])  # without the class token
