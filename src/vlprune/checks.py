@@ -164,8 +164,8 @@ class Number(_Leaf):
     @property
     def says(self) -> str:
         """As in "a number above 0 and at most 1"."""
-        low = f"above {self.low:,g}" if self.above else f"of at least {self.low:,g}"
-        high = f"below {self.high:,g}" if self.below else f"at most {self.high:,g}"
+        low = f"above {self.low:,}" if self.above else f"of at least {self.low:,}"
+        high = f"below {self.high:,}" if self.below else f"at most {self.high:,}"
         return f"a number {low} and {high}"
 
     def read(self, value: Any) -> Any:

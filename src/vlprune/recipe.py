@@ -102,8 +102,8 @@ class DataSpec(Checked):
         """Scenes are generated, so their number is bounded by the disk."""
         for name in ("train_items", "test_items"):
             items = getattr(self, name)
-            if self.format == "shapes" and items > SCENES:
-                yield (name,), f"{KEY} must be at most {SCENES:,} generated scenes, not {items:,}"
+            if self.format == "shapes" and items and not 2 <= items <= SCENES:
+                yield (name,), f"{KEY} must be from 2 to {SCENES:,} generated scenes, not {items:,}"
 
 
 DECAYS = ("cosine", "constant")
