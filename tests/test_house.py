@@ -14,7 +14,8 @@ import vlprune
 
 SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
-    0: "errors files structure plan budget schedule registry recipe report page progress",
+    0: "errors files structure plan budget schedule registry recipe report page progress checks "
+    "options machine recipe_file",
     1: "device trainee units gate layers cost record share vectors cutting difference wrappers "
     "first_batch optimizers saved_names gating ranks",
     2: "architectures models latency stock",

@@ -354,7 +354,7 @@ def test_reranking_uses_the_matching_head(tmp_path: Path) -> None:
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'mixup'"):
         ClassificationTask(SMALL, FEW, tmp_path, {"mixupp": 0.1})
-    with pytest.raises(RecipeError, match="must be like"):
+    with pytest.raises(RecipeError, match="multi_scale must be true or false"):
         SegmentationTask(SMALL, FEW, tmp_path, {"multi_scale": 1})
 
 

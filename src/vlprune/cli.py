@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,8 +20,10 @@ from rich.table import Table
 
 from .errors import RecipeError, VlpruneError
 from .progress import Progress
-from .recipe import Recipe, load_recipe
 from .report import Block, human, percent, stage_header, stage_rows, summary, where
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -101,6 +103,8 @@ def compress(
 
     Example: vlprune compress recipes/easy-vqa.yaml budget.params=0.3 -o small
     """
+    from .recipe import load_recipe
+
     chosen = load_recipe(recipe, overrides or [], toy)
     _run(_on(device, chosen), output, as_json)
 
@@ -128,6 +132,8 @@ def evaluate(
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
     found = recipe or next((place for place in places if place.exists()), places[0])
+    from .recipe import load_recipe
+
     chosen = _on(device, load_recipe(found, overrides or []))
     from .run import evaluate_folder
 
@@ -160,6 +166,8 @@ def scan(
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
     found = recipe or next((place for place in places if place.exists()), places[0])
+    from .recipe import load_recipe
+
     chosen = _on(device, load_recipe(found, overrides or []))
     from .run import scan_folder
 
@@ -247,6 +255,8 @@ def export(
     Example: vlprune export demo-output --to onnx
     """
     found = recipe or (folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else None)
+    from .recipe import load_recipe
+
     chosen = load_recipe(found, []) if found else None
     err.print("[dim]loading torch and transformers[/dim]")
     from .run import export_folder
@@ -348,6 +358,8 @@ def demo(
 
     Example: vlprune demo -o demo-output
     """
+    from .recipe import load_recipe
+
     recipe = load_recipe(str(files("vlprune") / "demo.yaml"), overrides or [])
     _run(_on(device, recipe), output, as_json)
 
@@ -553,13 +565,20 @@ def _plain_lines(title: str, total: int) -> Any:
 
 
 def main() -> None:
-    """The console script: user errors become one sentence and exit code 2."""
+    """The console script: user errors become one message and exit code 2.
+
+    With ``--json`` stdout gets {"error": kind, "message": text, "problems": [one line each]}.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except VlpruneError as error:
         err.print(f"vlprune: {error}", markup=False, soft_wrap=True)
+        if "--json" in sys.argv[1:]:
+            problems = getattr(error, "problems", (str(error),))
+            body = {"error": type(error).__name__, "message": str(error), "problems": problems}
+            print(json.dumps(body))
         sys.exit(2)
     except KeyboardInterrupt:
         err.print("vlprune: stopped; run the same command again to go on")

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import CheckpointError, VlpruneError
 
-__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "write_text"]
+__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "shown", "write_text"]
 
 MiB = 2**20
 LARGEST = 64 * MiB
@@ -28,6 +28,17 @@ def plain(text: object) -> str:
     Escape sequences would move the cursor of a terminal, colour it, or hide what follows.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: short, and without control characters."""
+    if value is None:
+        return "nothing"
+    try:
+        text = plain(repr(value)).replace("\n", "\\n")
+    except Exception:  # a number of thousands of digits, or an object that cannot print itself
+        text = f"such a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def reason(error: BaseException) -> str:

@@ -31,10 +31,11 @@ from .budget import least
 from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, open_model, save
 from .compressor import Compressor
 from .device import choose, device_name, place
-from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
+from .errors import CheckpointError, RecipeError, UnsupportedError
 from .export import Exported, export, is_export
 from .gate import evaluating
 from .latency import best_round_to
+from .machine import need_logger
 from .methods import METHODS, Alternating, Method
 from .plan import Plan
 from .probe import made_up_inputs
@@ -52,31 +53,14 @@ __all__ = ["compress", "evaluate_folder", "export_folder", "make_task", "scan_fo
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
-    """The task of a recipe, with its data loaded. Raises RecipeError for an unknown task."""
-    if recipe.task not in TASKS:
-        raise RecipeError(
-            f"task must be one of {', '.join(TASKS)}, not {recipe.task!r}."
-            f"{did_you_mean(recipe.task, TASKS)}"
-        )
+    """The task of a recipe, with its data loaded."""
     return TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
 
 
 def make_method(options: Mapping[str, Any]) -> Method:
-    """The method of a recipe. Raises RecipeError for an unknown name or option."""
-    chosen = dict(options)
-    name = chosen.pop("name", None)
-    if name not in METHODS:
-        raise RecipeError(
-            f"method.name must be one of {', '.join(METHODS)}, not {name!r}."
-            f"{did_you_mean(str(name), METHODS)}"
-        )
-    cls: Any = METHODS[name]
-    known = cls.__dataclass_fields__
-    for option in chosen:
-        if option not in known:
-            raise RecipeError(
-                f"the method {name} has no option {option!r}.{did_you_mean(option, known)}"
-            )
+    """The method of a recipe, which has checked its name and options."""
+    chosen = {**options}
+    cls: Any = METHODS[chosen.pop("name")]
     return cls(**chosen)
 
 
@@ -114,6 +98,7 @@ def _disk_is_full(error: Exception, out: Path) -> bool:
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
     prepare(recipe.seed, recipe.threads)
     device = choose(recipe.device)
+    need_logger(recipe.report_to)
     measures = recipe.method.get("round_to") == "auto"
     method = make_method({**recipe.method, "round_to": 1} if measures else recipe.method)
     for spec in (recipe.train, recipe.search, recipe.retrain):

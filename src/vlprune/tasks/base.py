@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from ..data.files import open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
 from ..errors import DataError, RecipeError, UnsupportedError, did_you_mean
+from ..options import TaskOptions
 from ..recipe import DataSpec, ModelSpec
 
 __all__ = ["PixelCache", "Task"]
@@ -30,15 +32,14 @@ class Task(ABC):
     """One task on one data set.
 
     ``train`` and ``test`` are sequences of items that :meth:`collate` turns into the keywords
-    of one forward pass. ``metric`` names the entry of :meth:`evaluate` that counts. ``formats``
-    maps each format to what a recipe must name for a split; ``defaults`` are the task's own
-    options and their values; ``objects`` is the most that a generated scene may hold.
+    of one forward pass. ``metric`` names the entry of :meth:`evaluate` that counts; ``objects``
+    is the most that a generated scene may hold. ``takes`` says what a recipe may say of the task:
+    its ``options``, and ``formats``, which maps each format of data to what a split must name.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
-    formats: ClassVar[Mapping[str, tuple[str, ...]]]
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    takes: ClassVar[type[TaskOptions]] = TaskOptions
     objects: ClassVar[int] = 3
     train: Sequence[Any]
     test: Sequence[Any]
@@ -52,26 +53,12 @@ class Task(ABC):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model_spec = model
-        self.options = self._options(options or {})
+        self.formats = self.takes.formats
+        self.options = asdict(self.takes(**(options or {})))
         self._load_data(data, folder)
         self.prepare()
         self.processor = self._processor()
         self.pixels = PixelCache(getattr(self.processor, "image_processor", self.processor))
-
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        for name, value in given.items():
-            if name not in self.defaults:
-                raise RecipeError(
-                    f"the task {self.name} has no option {name!r}."
-                    f"{did_you_mean(name, self.defaults)}"
-                )
-            want = type(self.defaults[name])
-            good = isinstance(value, (int, float) if want is float else want)
-            if not good or isinstance(value, bool) != (want is bool):
-                raise RecipeError(
-                    f"options.{name} must be like {self.defaults[name]!r}, not {value!r}"
-                )
-        return {**self.defaults, **given}
 
     def _load_data(self, data: DataSpec, folder: Path) -> None:
         """Fill ``train`` and ``test``; ``folder`` is where generated data may be written."""

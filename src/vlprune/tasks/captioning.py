@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.captions import CaptionedImage, read_captioned
 from ..device import moved_to
+from ..options import CaptioningOptions, TaskOptions
 from .base import Advance, Task
 from .caption_metric import caption_scores
 from .new_models import blip_config, blip_processor
@@ -28,11 +29,7 @@ class CaptioningTask(Task):
 
     name: ClassVar[str] = "captioning"
     metric: ClassVar[str] = "cider"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "karpathy": ("split_file", "images", "split"),
-        "coco-captions": ("captions", "images"),
-    }
-    defaults: ClassVar[Mapping[str, Any]] = {"prompt": "a picture of", "beams": 3}
+    takes: ClassVar[type[TaskOptions]] = CaptioningOptions
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 

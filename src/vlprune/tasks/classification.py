@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..data.pictures import LabelledImage, read_image_folder
 from ..device import device_of, moved_to, place
 from ..errors import DataError, UnsupportedError
+from ..options import ClassificationOptions, TaskOptions
 from ..trainee import Trainee
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
@@ -33,13 +34,7 @@ class ClassificationTask(Task):
 
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "top1"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"image-folder": ("folder",)}
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "mixup": 0.8,
-        "smoothing": 0.1,
-        "flip": True,
-        "distill_from": "",
-    }
+    takes: ClassVar[type[TaskOptions]] = ClassificationOptions
     train: Sequence[LabelledImage]
     test: Sequence[LabelledImage]
     classes: list[str]

@@ -16,6 +16,7 @@ from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_obje
 from ..device import moved_to
 from ..errors import DataError, UnsupportedError
 from ..models.atss import suppress
+from ..options import DetectionOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask, as_fractions, in_pixels
 
@@ -34,12 +35,7 @@ class DetectionTask(RegionTask):
 
     name: ClassVar[str] = "detection"
     metric: ClassVar[str] = "ap"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "coco-instances": ("instances", "images"),
-        "coco2017": ("instances", "images"),
-        "nlvr1-objects": ("folder", "split"),
-    }
-    defaults: ClassVar[Mapping[str, Any]] = {**RegionTask.defaults, "model": "grounding-dino"}
+    takes: ClassVar[type[TaskOptions]] = DetectionOptions
     train: Sequence[Scenery]
     test: Sequence[Scenery]
     classes: list[str]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.questions import TypedQuestion, read_gqa
 from ..device import moved_to
 from ..errors import UnsupportedError
+from ..options import GqaOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask
 
@@ -32,7 +33,7 @@ class GqaTask(RegionTask):
 
     name: ClassVar[str] = "gqa"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"gqa": ("questions", "images")}
+    takes: ClassVar[type[TaskOptions]] = GqaOptions
     objects: ClassVar[int] = 2
     train: Sequence[TypedQuestion]
     test: Sequence[TypedQuestion]

@@ -16,6 +16,7 @@ from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..device import moved_to
 from ..errors import DataError
 from ..models.set_loss import corners
+from ..options import GroundingOptions, RegionOptions, TaskOptions
 from .base import Advance, Task
 from .grounders import Grounder, grounder_of
 
@@ -27,13 +28,7 @@ HITS = (1, 5, 10)
 class RegionTask(Task):
     """What tasks with boxes share: the grounder, texts as tokens, pictures of any shape."""
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "model": "mdetr",
-        "queries": 16,
-        "fusion_width": 0,
-        "fusion_layers": 2,
-        "decoder_layers": 3,
-    }
+    takes: ClassVar[type[TaskOptions]] = RegionOptions
 
     @cached_property
     def grounder(self) -> Grounder:
@@ -120,11 +115,7 @@ class GroundingTask(RegionTask):
 
     name: ClassVar[str] = "grounding"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "mdetr": ("annotations", "images"),
-        "mdetr-captions": ("annotations", "images"),
-        "refer": ("refs", "instances", "images", "split"),
-    }
+    takes: ClassVar[type[TaskOptions]] = GroundingOptions
     train: Sequence[Grounding]
     test: Sequence[Grounding]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import open_config
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
+from ..options import ReasoningOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 
@@ -28,10 +29,7 @@ class ReasoningTask(Task):
 
     name: ClassVar[str] = "reasoning"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "nlvr2": ("statements", "images"),
-        "nlvr1": ("folder", "split"),
-    }
+    takes: ClassVar[type[TaskOptions]] = ReasoningOptions
     train: Sequence[Statement]
     test: Sequence[Statement]
 

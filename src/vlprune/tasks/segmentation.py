@@ -18,6 +18,7 @@ from ..checkpoint import open_config
 from ..data.files import open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
+from ..options import SegmentationOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
 
@@ -38,8 +39,7 @@ class SegmentationTask(Task):
 
     name: ClassVar[str] = "segmentation"
     metric: ClassVar[str] = "miou"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"ade20k": ("images", "masks")}
-    defaults: ClassVar[Mapping[str, Any]] = {"multi_scale": False, "classes": 0, "augment": True}
+    takes: ClassVar[type[TaskOptions]] = SegmentationOptions
     train: Sequence[MaskedImage]
     test: Sequence[MaskedImage]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.questions import Question, read_easy_vqa, read_visual_genome, read_vqav2
 from ..device import moved_to
+from ..options import TaskOptions, VqaOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy
@@ -29,11 +30,7 @@ class VqaTask(Task):
 
     name: ClassVar[str] = "vqa"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "vqav2": ("questions", "annotations", "images"),
-        "visual-genome": ("questions", "image_data", "images"),
-        "easy-vqa": ("folder", "split"),
-    }
+    takes: ClassVar[type[TaskOptions]] = VqaOptions
     objects: ClassVar[int] = 2
     train: Sequence[Question]
     test: Sequence[Question]
