@@ -125,9 +125,9 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     fails("is not UTF-8 text", read_coco_captions, path, tmp_path)
     coco(tmp_path, images=[])
-    fails('has no "annotations", which must be a list', read_coco_captions, path, tmp_path)
+    fails("has no 'annotations', which must be a list", read_coco_captions, path, tmp_path)
     coco(tmp_path, images=[], annotations=[{"caption": "x"}])
-    fails('entry 0 of "annotations" has no "image_id"', read_coco_captions, path, tmp_path)
+    fails("entry 0 of 'annotations' has no 'image_id'", read_coco_captions, path, tmp_path)
     coco(tmp_path, images=[], annotations=[])
     fails("no captioned image", read_coco_captions, path, tmp_path)
     lines = tmp_path / "l.json"

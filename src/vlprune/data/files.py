@@ -212,7 +212,7 @@ def _where(entry: Entry) -> str:
 
 
 def _part(entry: Entry) -> str:
-    """An entry's place in what is around it: ``entry 3 of "annotations" (id 7)``."""
+    """An entry's place in what is around it: ``entry 3 of 'annotations' (id 7)``."""
     above, step = entry._above, entry._step
     if isinstance(step, str) or isinstance(above, Path):
         return _shown(step)
@@ -236,7 +236,7 @@ def _shown(found: Any, deep: bool = True) -> str:
         return f"[{', '.join(_shown(one, False) for one in found)}]"
     if isinstance(found, str):
         found = found if len(found) <= 40 else f"{found[:40]}…"
-        return plain(json.dumps(found, ensure_ascii=False))
+        return plain(repr(found))
     text = json.dumps(found)  # also true, null and NaN
     return text if len(text) <= 40 else f"{text[:40]}…"
 

@@ -77,9 +77,10 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     with _decoded(path, "mask") as image:
         image = _upright(image, path)
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+            what = "fractions" if image.mode == "F" else "colours"
             raise DataError(
-                f"the mask {name} is a picture of mode {image.mode}: it must hold one whole class "
-                "number per pixel, as a grey or a palette picture"
+                f"the mask {name} has {what} ({image.mode}): it must hold one class number per "
+                "pixel, as a grey picture or one with a palette"
             )
         values = np.asarray(image).astype(np.int64)
     if size is not None and (values.shape[1], values.shape[0]) != size:

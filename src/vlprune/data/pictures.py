@@ -78,10 +78,9 @@ def read_ade20k(
     pictures = list(_pictures(folder, left))
     lacking = [path for path in pictures if path.stem not in known]
     if lacking:
-        raise DataError(
-            f"{len(lacking)} of {len(pictures)} images in {plain(folder)} have no mask, as "
-            f"{plain(lacking[0].name)}: {plain(labels)} must hold {plain(lacking[0].stem)}.png"
-        )
+        mask = labels / f"{lacking[0].stem}.png"
+        others = f", nor have {len(lacking) - 1} others theirs" if lacking[1:] else ""
+        raise DataError(f"the image {plain(lacking[0])} has no mask {plain(mask)}{others}")
     found = [MaskedImage(path, known[path.stem]) for path in pictures]
     left[NO_IMAGE] += len(known.keys() - {path.stem for path in pictures})
     for item in found:

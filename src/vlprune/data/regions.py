@@ -107,17 +107,24 @@ def read_mdetr(
     """
     path, folder, left = Path(annotations), Path(images), Left() if left is None else left
     body = read_json(path)
+    marked = [
+        (
+            entry,
+            field(entry, "image_id", ID),
+            field(entry, "tokens_positive", SPANS),
+            field(entry, "bbox", BOX),
+        )
+        for entry in field(body, "annotations", LIST)
+    ]
     listed = unique(field(body, "images", LIST))
     sizes = {key: _size(entry) for key, entry in listed.items()}
     texts = {key: field(entry, "caption", TEXT) for key, entry in listed.items()}
     boxes: dict[Id, dict[Spans, list[Box]]] = defaultdict(dict)
-    for entry in field(body, "annotations", LIST):
-        key, spans = field(entry, "image_id", ID), field(entry, "tokens_positive", SPANS)
-        box = field(entry, "bbox", BOX)
+    for entry, key, spans, box in marked:
         if key not in listed:
             left[STRAY] += 1
         elif any(end > len(texts[key]) for _, end in spans):
-            raise wrong(entry, f"names characters that the caption of image {key} lacks")
+            raise wrong(entry, f"image {key} names characters that its caption lacks")
         elif not any(texts[key][start:end].strip() for start, end in spans):
             left[UNNAMED] += 1
         elif clipped := _clipped(box, sizes[key], left):

@@ -36,7 +36,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..errors import DataError
-from ..files import plain, reason
+from ..files import plain, read_json, reason
 from .images import is_left_over
 
 __all__ = ["COLOURS", "SHAPES", "Scene", "Thing", "draw", "make_scene", "write_shapes"]
@@ -212,14 +212,19 @@ def write_shapes(
     """The folder, holding ``train`` + ``test`` scenes in all formats listed above.
 
     Same arguments, same bytes; a folder that is complete is left alone, and one that was left
-    half-way is completed. ``progress`` is called with 1 after each scene. Raises DataError for a
-    folder that holds anything else: only files that were written here are ever written over.
+    half-way is completed. Where ``folder`` holds scenes of other arguments, a folder inside it is
+    returned. ``progress`` is called with 1 after each scene. Raises DataError for a folder that
+    holds anything else: nothing is written over but what was written here.
     """
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
-    root = Path(folder)
     made = {"version": 4, "train": train, "test": test, "seed": seed, "side": side, "most": most}
-    if _is_complete(root, made):
+    root = Path(folder)
+    found = _made_before(root)
+    if found is not None and found | {"complete": True} != made | {"complete": True}:
+        root = root / "-".join(["scenes", *map(str, made.values())])
+        found = _made_before(root)
+    if found == made:
         return root
     try:
         _write(root, made, progress)
@@ -233,32 +238,26 @@ def write_shapes(
 NOTE = "shapes.json"
 
 
-def _is_complete(root: Path, made: dict[str, Any]) -> bool:
-    """Whether ``root`` holds what ``made`` says; False where it may be written.
+def _made_before(root: Path) -> dict[str, Any] | None:
+    """What was written into ``root``, or begun; None for a new or empty folder.
 
-    That is a new or empty folder, or one in which the same was begun. Raises DataError for any
-    other.
+    Raises DataError for a folder that holds anything else.
     """
     advice = "give data.folder a new or an empty folder"
     try:
         there = [path for path in root.iterdir() if not is_left_over(path)]
     except FileNotFoundError:
-        return False
+        return None
     except (OSError, ValueError) as error:
         raise DataError(f"data.folder={plain(root)}: {reason(error)}: {advice}") from None
     if not there:
-        return False
+        return None
     try:
-        found = json.loads((root / NOTE).read_bytes()[:10_000])
-    except (OSError, ValueError, RecursionError):
+        found = read_json(root / NOTE, DataError)
+    except DataError:
         found = None
-    if found in (made, made | {"complete": False}):
-        return bool(found == made)
-    if isinstance(found, dict) and found.keys() >= made.keys():
-        raise DataError(
-            f"data.folder={plain(root)} holds scenes that were generated with other settings, as "
-            f"{found['train']} for training and {found['test']} for tests: {advice}"
-        )
+    if isinstance(found, dict) and found.keys() >= {"version", "train", "test", "seed", "side"}:
+        return found
     raise DataError(
         f"data.folder={plain(root)} holds files that vlprune did not write, and data.format=shapes "
         f"generates scenes there: to read those files, set data.format to theirs; else {advice}"

@@ -88,10 +88,12 @@ class Task(ABC):
                 )
         if data.format == "shapes":
             form = form if form in GENERATED else next(f for f in self.formats if f in GENERATED)
-            scenes = data.train_items or 2000, data.test_items or 400
-            # scenes of other numbers are other files: each kind has a folder of its own
-            own = folder / f"scenes-{scenes[0]}-{scenes[1]}-{self.objects}"
-            root = write_shapes(data.folder or own, *scenes, most=self.objects)
+            root = write_shapes(
+                data.folder or folder,
+                data.train_items or 2000,
+                data.test_items or 400,
+                most=self.objects,
+            )
             train, test = splits(GENERATED[form], root)
         else:
             form = data.format
