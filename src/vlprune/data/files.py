@@ -57,6 +57,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_text",
+    "shown",
     "some",
     "unique",
     "value",
@@ -130,11 +131,9 @@ def field(entry: Entry, name: str, kind: Kind[T]) -> T:
     """The value that the object ``entry`` has under ``name``, of this kind. Raises DataError."""
     found = entry._value
     if not isinstance(found, dict):
-        raise DataError(
-            f"{_where(entry)} must be an object with {_shown(name)}, not {_shown(found)}"
-        )
+        raise DataError(f"{_where(entry)} must be an object with {shown(name)}, not {shown(found)}")
     if name not in found:
-        raise DataError(f"{_where(entry)} has no {_shown(name)}, which must be {kind.says}")
+        raise DataError(f"{_where(entry)} has no {shown(name)}, which must be {kind.says}")
     return value(Entry(found[name], entry, name), kind)
 
 
@@ -150,7 +149,7 @@ def value(entry: Entry, kind: Kind[T]) -> T:
     """The value of ``entry`` itself. Raises DataError if it is of another kind."""
     found = kind.take(entry)
     if found is None:
-        raise DataError(f"{_where(entry)} must be {kind.says}, not {_shown(entry._value)}")
+        raise DataError(f"{_where(entry)} must be {kind.says}, not {shown(entry._value)}")
     return found
 
 
@@ -161,7 +160,7 @@ def unique(entries: list[Entry], name: str = "id") -> dict[Id, Entry]:
         key = field(entry, name, ID)
         if key in found:
             raise DataError(
-                f"{_where(entry)}: the same {_shown(name)} as {_part(found[key])}: it must be "
+                f"{_where(entry)}: the same {shown(name)} as {_part(found[key])}: it must be "
                 "that of one entry"
             )
         found[key] = entry
@@ -189,7 +188,7 @@ def listed(left: Left) -> str:
 def check_split(split: str) -> str:
     """``split`` where a set is divided here. Raises DataError if it is neither train nor test."""
     if split not in ("train", "test"):
-        raise DataError(f"the split must be train or test, not {split!r}")
+        raise DataError(f"the split must be train or test, not {shown(split)}")
     return split
 
 
@@ -215,25 +214,25 @@ def _part(entry: Entry) -> str:
     """An entry's place in what is around it: ``entry 3 of 'annotations' (id 7)``."""
     above, step = entry._above, entry._step
     if isinstance(step, str) or isinstance(above, Path):
-        return _shown(step)
-    listed = f" of {_shown(above._step)}" if isinstance(above._step, str) else ""
+        return shown(step)
+    listed = f" of {shown(above._step)}" if isinstance(above._step, str) else ""
     known = entry._value if isinstance(entry._value, dict) else {}
     key = next((key for key in NAMED if isinstance(known.get(key), int | str)), None)
-    named = f" ({key} {_shown(known[key])})" if key else ""
+    named = f" ({key} {shown(known[key])})" if key else ""
     return f"entry {step}{listed}{named}"
 
 
 NAMED = ("id", "question_id", "identifier", "ref_id", "sent_id", "qa_id", "image_id", "filename")
 
 
-def _shown(found: Any, deep: bool = True) -> str:
+def shown(found: Any, deep: bool = True) -> str:
     """A value for a message, as JSON has it, and short."""
     if isinstance(found, dict):
         return "an object"
     if isinstance(found, list):
         if len(found) > 6 or not deep:
             return f"a list of {len(found)}"
-        return f"[{', '.join(_shown(one, False) for one in found)}]"
+        return f"[{', '.join(shown(one, False) for one in found)}]"
     if isinstance(found, str):
         found = found if len(found) <= 40 else f"{found[:40]}…"
         return plain(repr(found))

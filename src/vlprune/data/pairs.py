@@ -16,6 +16,7 @@ from .files import (
     inside,
     optional,
     read_jsonl,
+    shown,
     some,
     wrong,
 )
@@ -50,7 +51,7 @@ def read_nlvr2(
         key = field(entry, "identifier", NAME)
         stem = key.rpartition("-")[0]
         if not stem:
-            raise wrong(entry, f"the identifier {key!r} must end with '-' and a number")
+            raise wrong(entry, f"the identifier {shown(key)} must end with '-' and a number")
         directory = optional(entry, "directory", NAME)
         place = inside(folder, directory) if directory else folder
         pair = (place / f"{stem}-img0.png", place / f"{stem}-img1.png")

@@ -23,6 +23,7 @@ from .files import (
     one_of,
     optional,
     read_json,
+    shown,
     some,
     unique,
     value,
@@ -119,7 +120,7 @@ def read_vqav2(
     found = []
     for key, entry in asked.items():
         if key not in answers:
-            raise wrong(entry, f"{a_path} has no answers for question {key} of {q_path}")
+            raise wrong(entry, f"{a_path} has no answers for question {shown(key)} of {q_path}")
         image = folder / f"COCO_{subtype}_{field(entry, 'image_id', NUMBERED):012d}.jpg"
         question = Question(key, image, field(entry, "question", TEXT), answers[key])
         if _asked(question.text, question.answers, left):
@@ -172,7 +173,7 @@ def read_visual_genome(
             image_id = optional(pair, "image_id", ID)
             image_id = field(entry, "id", ID) if image_id is None else image_id
             if image_id not in places:
-                raise wrong(pair, f"{data_path} does not list image {image_id} of {path}")
+                raise wrong(pair, f"{data_path} does not list image {shown(image_id)} of {path}")
             question = Question(
                 id=field(pair, "qa_id", ID),
                 image=places[image_id],

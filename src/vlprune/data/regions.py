@@ -28,6 +28,7 @@ from .files import (
     optional,
     read_json,
     read_jsonl,
+    shown,
     some,
     unique,
     value,
@@ -124,7 +125,7 @@ def read_mdetr(
         if key not in listed:
             left[STRAY] += 1
         elif any(end > len(texts[key]) for _, end in spans):
-            raise wrong(entry, f"image {key} names characters that its caption lacks")
+            raise wrong(entry, f"image {shown(key)} names characters that its caption lacks")
         elif not any(texts[key][start:end].strip() for start, end in spans):
             left[UNNAMED] += 1
         elif clipped := _clipped(box, sizes[key], left):
@@ -171,9 +172,11 @@ def read_refer(
             continue
         image_id, box_id = field(entry, "image_id", ID), field(entry, "ann_id", ID)
         if image_id not in listed or box_id not in boxes:
-            raise wrong(entry, f"{boxes_path} lacks its image {image_id} or its box {box_id}")
+            raise wrong(
+                entry, f"{boxes_path} lacks its image {shown(image_id)} or its box {shown(box_id)}"
+            )
         if optional(boxes[box_id], "image_id", ID) not in (image_id, None):
-            raise wrong(entry, f"its box {box_id} in {boxes_path} is of another image")
+            raise wrong(entry, f"its box {shown(box_id)} in {boxes_path} is of another image")
         size = _size(listed[image_id])
         image = folder / field(listed[image_id], "file_name", PATH)
         box = _clipped(field(boxes[box_id], "bbox", BOX), size, left)
@@ -210,7 +213,7 @@ def read_coco_instances(
         key, category = field(entry, "image_id", ID), field(entry, "category_id", ID)
         box = field(entry, "bbox", BOX)
         if category not in names:
-            raise wrong(entry, f"the category {category} is not in the list of categories")
+            raise wrong(entry, f"the category {shown(category)} is not in the list of categories")
         if optional(entry, "iscrowd", FLAG):
             left[CROWDS] += 1
         elif key not in listed:
