@@ -91,6 +91,7 @@ def read_ade20k(
 
 def _pictures(folder: Path, left: Left, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Every picture below ``folder``, by names, in the order of paths."""
+    above = above or (folder.resolve(),)
     for path in _inside(folder):
         if path.is_dir():
             real = path.resolve()
