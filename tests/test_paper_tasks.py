@@ -48,7 +48,7 @@ def test_nlvr2_lines_name_their_images(tmp_path: Path) -> None:
     assert found.images[0].parent.name == "7"
     assert found.truth
     (tmp_path / "bad.json").write_text(json.dumps({**line, "label": "maybe"}) + "\n")
-    with pytest.raises(DataError, match="label of line 1"):
+    with pytest.raises(DataError, match="line 1: 'label' must be true or false"):
         read_nlvr2(tmp_path / "bad.json", tmp_path)
 
 

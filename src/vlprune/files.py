@@ -10,12 +10,24 @@ import json
 import os
 import stat
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError, VlpruneError
 
-__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "shown", "write_text"]
+__all__ = [
+    "MiB",
+    "opened",
+    "parse_json",
+    "plain",
+    "read_json",
+    "read_text",
+    "reason",
+    "shown",
+    "write_text",
+]
 
 MiB = 2**20
 LARGEST = 64 * MiB
@@ -46,30 +58,45 @@ def reason(error: BaseException) -> str:
     return plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
 
 
+@contextmanager
+def opened(
+    path: str | Path, kind: type[VlpruneError] = CheckpointError, most: int | None = None
+) -> Iterator[BinaryIO]:
+    """A regular file of at most ``most`` bytes, open for reading. Raises ``kind``."""
+    name = plain(path)
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    except FileNotFoundError:
+        raise kind(f"there is no file {name}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
+        raise kind(f"cannot read {name}: {reason(error)}") from None
+    with file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise kind(f"{name} is not a regular file: give a file")
+        if most is not None and facts.st_size > most:
+            raise kind(
+                f"{name} has {facts.st_size / MiB:,.0f} MiB, and at most "
+                f"{most / MiB:,.0f} MiB are read: it is not such a file"
+            )
+        yield file
+
+
 def read_text(
     path: str | Path, kind: type[VlpruneError] = CheckpointError, most: int = LARGEST
 ) -> str:
     """The UTF-8 text of a regular file of at most ``most`` bytes. Raises ``kind``."""
-    name = plain(path)
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise kind(f"{name} is not a regular file: give a file")
-            if facts.st_size > most:
-                raise kind(
-                    f"{name} has {facts.st_size / MiB:,.0f} MiB, and at most "
-                    f"{most / MiB:,.0f} MiB are read: it is not such a file"
-                )
-            return file.read(most + 1).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise kind(f"there is no file {name}") from None
-    except UnicodeDecodeError as error:
-        raise kind(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, VlpruneError):
-            raise
-        raise kind(f"cannot read {name}: {reason(error)}") from None
+    with opened(path, kind, most) as file:
+        try:
+            # read(most) would take that much memory for every file, however small
+            size = max(os.fstat(file.fileno()).st_size, MiB)
+            return file.read(min(size, most) + 1).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise kind(
+                f"{plain(path)} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+            ) from None
+        except OSError as error:
+            raise kind(f"cannot read {plain(path)}: {reason(error)}") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -77,10 +104,19 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def parse_json(text: str, where: str | Path, kind: type[VlpruneError] = CheckpointError) -> Any:
-    """The value of a JSON text from ``where``. Raises ``kind`` with line and column."""
+def parse_json(
+    text: str,
+    where: str | Path,
+    kind: type[VlpruneError] = CheckpointError,
+    unique: bool = False,
+) -> Any:
+    """The value of a JSON text from ``where``. Raises ``kind`` with line and column.
+
+    Of a key that an object holds twice the last counts, as everywhere in Python; with ``unique``
+    it is refused.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except json.JSONDecodeError as error:
         raise kind(
             f"{plain(where)}, line {error.lineno}, column {error.colno}: not valid JSON "
@@ -90,6 +126,18 @@ def parse_json(text: str, where: str | Path, kind: type[VlpruneError] = Checkpoi
         raise kind(f"{plain(where)}: brackets are nested too deeply for JSON of ours") from None
     except ValueError as error:  # a number of thousands of digits
         raise kind(f"{plain(where)}: not valid JSON ({reason(error)})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises ValueError for a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"an object holds the key {key[:40]!r} twice")
+            seen.add(key)
+    return found
 
 
 def read_json(

@@ -108,6 +108,8 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     progress.phase("reading data")
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
+    if task.left_out:
+        progress.phase(task.left_out)
     if measures:
         progress.phase("measuring which widths this device likes")
         method = make_method({**recipe.method, "round_to": _round_to(recipe, task, out, device)})
@@ -207,6 +209,8 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "history": history,
+        "data": task.facts(),
+        "notes": [*report["notes"], *filter(None, [task.left_out])],
         "seconds": round(time.monotonic() - started, 1),
         "versions": _versions(),
     }
@@ -461,6 +465,8 @@ def evaluate_folder(
     """
     progress = progress or Progress()
     task, model = _open_folder(folder, recipe, trust_remote_code)
+    if task.left_out:
+        progress.phase(task.left_out)
     try:
         metrics = _evaluate(task, model, "evaluating", progress)
     except AttributeError as error:

@@ -84,7 +84,8 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
         loss = None
         if labels is not None:
             full = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear")
-            loss = nn.functional.cross_entropy(
-                full, labels, ignore_index=self.config.semantic_loss_ignore_index
-            )
+            ignored = int(self.config.semantic_loss_ignore_index)
+            total = nn.functional.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
+            # the mean over no pixel would be NaN, and all weights with it after one step
+            loss = total / (labels != ignored).sum().clamp(min=1)
         return SemanticSegmenterOutput(loss=loss, logits=logits)

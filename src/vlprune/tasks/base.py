@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from ..checkpoint import model_class, open_config
-from ..data.files import open_image
+from ..data.files import Left, listed, open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
 from ..errors import DataError, RecipeError, UnsupportedError, did_you_mean
+from ..files import plain
 from ..options import TaskOptions
 from ..recipe import DataSpec, ModelSpec
 
@@ -92,16 +95,34 @@ class Task(ABC):
                     f"give data.{split}.{missing[0]}"
                     + (", or data.folder" if form in STANDARD else "")
                 )
-        self.train, self.test = self.read(form, train), self.read(form, test)
+        self.left = {"train": Left(), "test": Left()}
+        self.train = self.read(form, train, self.left["train"])
+        self.test = self.read(form, test, self.left["test"])
         if data.format != "shapes":  # there, the numbers say how many scenes to generate
             self.train = self.train[: data.train_items or None]
             self.test = self.test[: data.test_items or None]
         if not self.train or not self.test:
             raise DataError("the data set has no training items or no test items")
+        for split, items in (("train", self.train), ("test", self.test)):
+            check_images(split, [path for item in items for path in images_of(item)])
+
+    @property
+    def left_out(self) -> str:
+        """A sentence about what of the data is not used, and why; empty where all of it is."""
+        parts = [f" of data.{split}: {listed(left)}" for split, left in self.left.items() if +left]
+        return f"left out{';'.join(parts)}" if parts else ""
+
+    def facts(self) -> dict[str, Any]:
+        """What the data is, for the report: items of each split, and what was left out of it."""
+        items = {"train": self.train, "test": self.test}
+        return {
+            split: {"items": len(items[split]), "left_out": dict(+left)}
+            for split, left in self.left.items()
+        }
 
     @abstractmethod
-    def read(self, form: str, part: Mapping[str, str]) -> list[Any]:
-        """The items of one split of the format ``form``."""
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Any]:
+        """The items of one split of the format ``form``; ``left`` counts what is left out."""
 
     def prepare(self) -> None:
         """Work out what must be known about the data before there is a model."""
@@ -200,25 +221,58 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def images_of(item: Any) -> tuple[Path, ...]:
+    """The pictures of an item, and its mask."""
+    paths = getattr(item, "images", None) or (
+        getattr(item, "image", None),
+        getattr(item, "mask", None),
+    )
+    return tuple(path for path in paths if isinstance(path, Path))
+
+
+def check_images(split: str, paths: Sequence[Path]) -> None:
+    """Raise DataError now for pictures that are missing, not when training opens the first.
+
+    Folders are listed once each, which takes less time than asking for every file.
+    """
+    wanted: dict[Path, list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        wanted[path.parent].append(path)
+    missing: list[Path] = []
+    for folder, own in wanted.items():
+        try:
+            there = set(os.listdir(folder))
+        except (OSError, ValueError):
+            there = set()
+        # names that differ in case or form may still be found, as the file system decides
+        missing += [path for path in own if path.name not in there and not os.path.isfile(path)]
+    if missing:
+        count = sum(map(len, wanted.values()))
+        raise DataError(
+            f"{len(missing):,} of the {count:,} images of data.{split} are missing, as "
+            f"{plain(missing[0])}: give the right folder, restore them, or remove their entries"
+        )
+
+
 class PixelCache:
     """Pixel values of images by path; keeps as many as fit in ``limit`` bytes."""
 
     def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:
         self.image_processor = image_processor
         self.room = limit
-        self.kept: dict[Path, Tensor] = {}
+        self.kept: dict[tuple[Path, tuple[int, int] | None], Tensor] = {}
 
-    def __call__(self, paths: Sequence[Path]) -> Tensor:
-        """(images, channels, height, width), float32."""
-        return torch.stack([self._one(path) for path in paths])
+    def __call__(self, paths: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
+        """(images, channels, height, width), float32; ``size`` as in :func:`open_image`."""
+        return torch.stack([self._one(path, size) for path in paths])
 
-    def _one(self, path: Path) -> Tensor:
-        found = self.kept.get(path)
+    def _one(self, path: Path, asked: tuple[int, int] | None) -> Tensor:
+        found = self.kept.get((path, asked))
         if found is None:
-            image: Image.Image = open_image(path)
+            image: Image.Image = open_image(path, asked)
             found = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
             size = found.numel() * found.element_size()
             if size <= self.room:
                 self.room -= size
-                self.kept[path] = found
+                self.kept[path, asked] = found
         return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.files import Left
 from ..device import moved_to
 from ..options import CaptioningOptions, TaskOptions
 from .base import Advance, Task
@@ -33,8 +34,8 @@ class CaptioningTask(Task):
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
-        return read_captioned(form, part)
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
+        return read_captioned(form, part, left)
 
     def new_processor(self) -> Any:
         said = [caption for item in self.train for caption in item.captions]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..data.files import Left
 from ..data.pictures import LabelledImage, read_image_folder
 from ..device import device_of, moved_to, place
 from ..errors import DataError, UnsupportedError
@@ -39,8 +40,8 @@ class ClassificationTask(Task):
     test: Sequence[LabelledImage]
     classes: list[str]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[LabelledImage]:
-        return read_image_folder(part["folder"])
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[LabelledImage]:
+        return read_image_folder(part["folder"], left)
 
     def prepare(self) -> None:
         self.classes = sorted({item.label for item in self.train})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import open_config
+from ..data.files import Left
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
 from ..options import ReasoningOptions, TaskOptions
@@ -33,10 +34,10 @@ class ReasoningTask(Task):
     train: Sequence[Statement]
     test: Sequence[Statement]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[Statement]:
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Statement]:
         if form == "nlvr1":
-            return read_nlvr1(part["folder"], part["split"])
-        return read_nlvr2(part["statements"], part["images"])
+            return read_nlvr1(part["folder"], part["split"], left)
+        return read_nlvr2(part["statements"], part["images"], left)
 
     def new_processor(self) -> Any:
         return blip_processor(self.model_spec, [s.text for s in self.train])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.files import Left
 from ..device import device_of, moved_to, place
 from ..options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
 from .base import Advance, Task
@@ -36,8 +37,8 @@ class RetrievalTask(Task):
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
-        return read_captioned(form, part)
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
+        return read_captioned(form, part, left)
 
     def new_processor(self) -> Any:
         return clip_processor(self.model_spec, [c for item in self.train for c in item.captions])
