@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 import uuid
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from .errors import CheckpointError, VlpruneError
 
-__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "write_text"]
+__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "shown", "write_text"]
 
 MiB = 2**20
 LARGEST = 64 * MiB
@@ -28,6 +29,13 @@ def plain(text: object) -> str:
     Escape sequences would move the cursor of a terminal, colour it, or hide what follows.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
+
+
+def shown(value: object) -> str:
+    """A value of somebody else for a message: short, with control characters escaped."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return plain(short.repr(value))
 
 
 def reason(error: BaseException) -> str:
