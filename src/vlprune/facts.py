@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from .errors import CheckpointError, VlpruneError
 from .files import plain
 
-__all__ = ["Bench", "Export", "ExportManifest", "Report", "Section", "checked"]
+__all__ = ["Bench", "Export", "ExportManifest", "Report", "Section", "check_facts"]
 
 
-def checked(
+def check_facts(
     kind: Any,
     value: object,
     where: object,

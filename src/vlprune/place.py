@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,16 @@ try:
 except ImportError:  # no such locks on this system: saves of two processes are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CONFIG", "INDEX", "check_file", "check_place", "is_being_saved", "staging", "swap"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "MARK",
+    "check_file",
+    "check_place",
+    "is_being_saved",
+    "staging",
+    "swap",
+]
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MARK = "being-saved"
@@ -186,6 +196,9 @@ def swap(staged: Path, last: str = CONFIG, stale: Iterable[Path] = ()) -> None:
             raise CheckpointError(
                 f"{plain(folder / name)} is a folder, where a file is to be written: rename it"
             )
+    mode = stat.S_IMODE((staged / MARK).stat().st_mode)  # made by open(), so it follows the umask
+    for name in (*names, Path(last)):
+        (staged / name).chmod(mode)
     with _alone(folder):
         if last == CONFIG and (folder / CONFIG).exists():
             os.replace(_config_meanwhile(staged), folder / CONFIG)

@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from .errors import CheckpointError, UnsupportedError
-from .facts import Section, checked
+from .facts import Section, check_facts
 from .files import plain
 from .plan import Plan
 from .structure import Description, Structure
@@ -116,7 +116,7 @@ class Record:
                 f"{VERSIONS[-1]}): update vlprune"
             )
         again = "copy the folder again, or write it again with vlprune.save"
-        checked(Section, dict(section), "the vlprune section of config.json", advice=again)
+        check_facts(Section, dict(section), "the vlprune section of config.json", advice=again)
         try:
             entries = dict(section["keep"])
             keep = {n: _unpack(e["mask"], e["of"]) for n, e in entries.items()}
