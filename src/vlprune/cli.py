@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from .errors import RecipeError, VlpruneError
+from .files import plain, write_text
+from .place import check_file
 from .progress import Progress
 from .report import Block, human, percent, stage_header, stage_rows, summary, where
 
@@ -32,8 +35,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False, soft_wrap=False)
+
+
+class _Plain(Console):
+    """A console that prints text as it is: names may hold markup, emoji codes or escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text without its control characters."""
+        return super().render_str(plain(text), **options)
+
+
+err = _Plain(stderr=True)
+out = _Plain(soft_wrap=False)
 
 Trust = Annotated[
     bool,
@@ -73,8 +89,8 @@ def inspect(
     loaded = open_model(model, config_only)
     try:
         inputs, problem = made_up_inputs(loaded), ""
-    except VlpruneError as error:
-        inputs, problem = None, str(error)
+    except Exception as error:  # a config may say anything
+        inputs, problem = None, " ".join(str(error).split())[:300]
     description = describe(loaded, inputs, attention)
     description["macs_problem"] = description["macs_problem"] or problem
     if as_json:
@@ -207,8 +223,10 @@ def bench(
     Example: vlprune bench demo-output --batch-sizes 1,8,32 --compile
     """
     sizes = _numbers(batch_sizes)
+    if save:
+        check_file(folder / "bench.json")
     place = against or (folder / "dense" if (folder / "dense").is_dir() else None)
-    err.print("[dim]loading torch and transformers[/dim]")
+    err.print("loading torch and transformers", style="dim")
     from .bench import bench as measure
 
     body = measure(
@@ -258,7 +276,7 @@ def export(
     from .recipe import load_recipe
 
     chosen = load_recipe(found, []) if found else None
-    err.print("[dim]loading torch and transformers[/dim]")
+    err.print("loading torch and transformers", style="dim")
     from .run import export_folder
 
     facts = export_folder(
@@ -312,6 +330,8 @@ def report(
     ending = {".html": "html", ".md": "markdown", ".json": "json"}
     chosen = "json" if as_json else form or ending.get(output.suffix if output else "", "text")
     check_format(chosen)
+    if output is not None:
+        check_file(output)
     reports = [read_report(folder) for folder in folders]
     if chosen == "html":
         if output is None:
@@ -334,12 +354,7 @@ def report(
 
 def _write(path: Path, text: str) -> None:
     """Write a file, all of it or nothing. Raises RecipeError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise RecipeError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, text, RecipeError)
     err.print(f"Written to {path}.")
 
 
@@ -370,7 +385,7 @@ def _on(device: str, recipe: Recipe) -> Recipe:
 
 
 def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
-    err.print("[dim]loading torch and transformers[/dim]")
+    err.print("loading torch and transformers", style="dim")
     from .run import compress as run_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
@@ -458,7 +473,8 @@ def _print_story(blocks: list[Block]) -> None:
                 table.add_row(*row)
             out.print(table)
         elif block.level:
-            out.print(f"\n[bold]{block.text}[/bold]" if block.level == 1 else block.text)
+            title = block.level == 1
+            out.print(f"\n{block.text}" if title else block.text, style="bold" if title else None)
         else:
             out.print(block.text)
 
@@ -523,7 +539,7 @@ class _Shown(Progress):
 
     def phase(self, title: str) -> None:
         """A line for the phase that begins."""
-        err.print(f"[bold]{title}[/bold]" if err.is_terminal else title)
+        err.print(title, style="bold" if err.is_terminal else None)
 
     @contextmanager
     def count(self, title: str, total: int) -> Iterator[Any]:
@@ -532,19 +548,19 @@ class _Shown(Progress):
             yield _plain_lines(title, total)
             return
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Bars(*columns, console=err, transient=True) as bars:
-            task = bars.add_task(title, total=total, note="")
+            task = bars.add_task(plain(title), total=total, note="")
 
             def advance(done: int, note: str = "") -> None:
                 bars.update(task, advance=done)
                 if note:
-                    bars.update(task, note=note)
+                    bars.update(task, note=plain(note))
 
             yield advance
 
@@ -571,10 +587,12 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # a child process imports nothing from the working folder, which may be a stranger's
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         app()
     except VlpruneError as error:
-        err.print(f"vlprune: {error}", markup=False, soft_wrap=True)
+        err.print(f"vlprune: {error}", soft_wrap=True)
         if "--json" in sys.argv[1:]:
             problems = getattr(error, "problems", (str(error),))
             body = {"error": type(error).__name__, "message": str(error), "problems": problems}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 import uuid
 from collections.abc import Iterator
@@ -43,14 +44,15 @@ def plain(text: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: short, and without control characters."""
+    """A value of somebody else for a message: short, with control characters escaped."""
     if value is None:
         return "nothing"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
     try:
-        text = plain(repr(value)).replace("\n", "\\n")
-    except Exception:  # a number of thousands of digits, or an object that cannot print itself
-        text = f"such a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+        return plain(short.repr(value)).replace("\n", "\\n")
+    except Exception:  # an object that cannot print itself
+        return f"such a {type(value).__name__}"
 
 
 def reason(error: BaseException) -> str:

@@ -475,7 +475,9 @@ def _two(one: Mapping[str, Any], other: Mapping[str, Any], draw: _Draw) -> list[
     rows = common_units(one, other)
     agreed = sum(row["both"] for row in rows)
     least = sum(min(row["one"], row["other"]) for row in rows)
-    parts.append(f"<p>Of the units that could be in both plans, {percent(agreed / least)} are.</p>")
+    parts.append(
+        f"<p>Of the units that could be in both plans, {percent(agreed / max(1, least))} are.</p>"
+    )
     theirs = layers_of(other)
     plots = []
     for key, layers in layers_of(one).items():

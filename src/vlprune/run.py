@@ -28,15 +28,25 @@ from . import __version__, cost
 from .architectures import discover
 from .bench import latencies
 from .budget import least
-from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, open_model, save
+from .checkpoint import (
+    PLAN_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    check_result,
+    check_weights,
+    open_model,
+    save,
+)
 from .compressor import Compressor
 from .device import choose, device_name, place
 from .errors import CheckpointError, RecipeError, UnsupportedError
-from .export import Exported, export, is_export
+from .export import Exported, check_export_place, export, is_export
+from .files import write_text
 from .gate import evaluating
 from .latency import best_round_to
 from .machine import need_logger
 from .methods import METHODS, Alternating, Method
+from .place import check_file
 from .plan import Plan
 from .probe import made_up_inputs
 from .progress import Progress
@@ -74,8 +84,7 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
-    if out.is_file():
-        raise CheckpointError(f"{out} is a file: choose a folder for the result")
+    check_result(out)
     try:
         return _compress(recipe, out, progress, started)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -464,6 +473,8 @@ def evaluate_folder(
     task's evaluation server where there is one.
     """
     progress = progress or Progress()
+    if results is not None:
+        check_file(results)
     task, model = _open_folder(folder, recipe, trust_remote_code)
     if task.left_out:
         progress.phase(task.left_out)
@@ -477,10 +488,7 @@ def evaluate_folder(
             ) from None
         raise
     if results is not None:
-        try:
-            results.write_text(json.dumps(task.results(model)) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {results}: {error.strerror}") from None
+        write_text(results, json.dumps(task.results(model)) + "\n")
     return metrics
 
 
@@ -511,6 +519,7 @@ def export_folder(
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     out = out or folder / f"{to}{'-int8' if int8 else ''}"
+    check_export_place(out)
     progress.phase("loading")
     calibration: list[dict[str, Any]] = []
     if recipe is not None:

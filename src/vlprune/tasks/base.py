@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
-from ..checkpoint import model_class, open_config
+from ..checkpoint import from_folder, model_class, open_config, open_processor
 from ..data.files import Left, listed, open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
-from ..errors import DataError, RecipeError, UnsupportedError, did_you_mean
+from ..errors import DataError, RecipeError, did_you_mean
 from ..files import plain
 from ..options import TaskOptions
 from ..recipe import DataSpec, ModelSpec
@@ -173,11 +172,11 @@ class Task(ABC):
 
     def load(self, path: str | Path) -> Any:
         """The model in a folder or on the hub, for this task."""
-        return self.model_type().from_pretrained(path)
+        return from_folder(self.model_type(), path)
 
     def load_by_name(self, path: str | Path) -> Any:
         """The model in a folder or on the hub, by the class that its config names."""
-        return model_class(open_config(path).to_dict(), path).from_pretrained(path)
+        return from_folder(model_class(open_config(path).to_dict(), path), path)
 
     def start_token(self) -> int:
         """The token that begins what a decoder says."""
@@ -193,23 +192,13 @@ class Task(ABC):
     def _processor(self) -> Any:
         if not self.model_spec.path:
             return self.new_processor()
-        try:
-            return AutoProcessor.from_pretrained(self.model_spec.path)
-        except (OSError, ValueError) as error:
-            raise UnsupportedError(
-                f"cannot load a processor from {self.model_spec.path}: {_first_line(error)}"
-            ) from None
+        return open_processor(self.model_spec.path)
 
     def dense_model(self) -> Any:
         """The model to be compressed."""
         if not self.model_spec.path:
             return self.new_model()
-        try:
-            return self.load(self.model_spec.path)
-        except (OSError, ValueError) as error:
-            raise UnsupportedError(
-                f"cannot load {self.model_spec.path}: {_first_line(error)}"
-            ) from None
+        return self.load(self.model_spec.path)
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, Tensor]:
         """Inputs of one forward pass, from the test data."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checkpoint import open_config
+from ..checkpoint import from_folder, open_config
 from ..data.files import Left
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
@@ -58,7 +58,7 @@ class ReasoningTask(Task):
         from transformers import BlipForImageTextRetrieval
 
         if open_config(path).model_type == "blip":
-            return self.model_type().from_blip(BlipForImageTextRetrieval.from_pretrained(path))
+            return self.model_type().from_blip(from_folder(BlipForImageTextRetrieval, path))
         return super().load(path)
 
     def collate(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ..checkpoint import open_config
+from ..checkpoint import from_folder, open_config
 from ..data.files import Left, open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
@@ -76,7 +76,7 @@ class SegmentationTask(Task):
         classes = self.options["classes"] or self.found_classes
         sizes = {k: v for k, v in config.to_dict().items() if k in vit_settings(self.model_spec)}
         model = self.model_type()(SegmenterConfig(**sizes, num_labels=classes))
-        encoder = ViTModel.from_pretrained(path, add_pooling_layer=False)
+        encoder = from_folder(ViTModel, path, add_pooling_layer=False)
         model.vit.load_state_dict(encoder.state_dict())
         return model
 
