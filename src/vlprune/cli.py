@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +20,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .errors import RecipeError, VlpruneError
+from .files import plain
 from .progress import Progress
 from .recipe import Recipe, load_recipe
 from .report import Block, human, percent, stage_header, stage_rows, summary, where
+from .signals import received, stoppable
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -513,6 +516,10 @@ class _Shown(Progress):
         """A line for the phase that begins."""
         err.print(f"[bold]{title}[/bold]" if err.is_terminal else title)
 
+    def note(self, text: str) -> None:
+        """A line, as it is."""
+        err.print(plain(text), markup=False, soft_wrap=True)
+
     @contextmanager
     def count(self, title: str, total: int) -> Iterator[Any]:
         """A bar that disappears when it is done."""
@@ -553,17 +560,33 @@ def _plain_lines(title: str, total: int) -> Any:
 
 
 def main() -> None:
-    """The console script: user errors become one sentence and exit code 2."""
+    """The console script: user errors become one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except VlpruneError as error:
-        err.print(f"vlprune: {error}", markup=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("vlprune: stopped; run the same command again to go on")
-        sys.exit(130)
+    with stoppable():
+        try:
+            app()
+        except BaseException as error:
+            if received():
+                _leave(received())
+            if not isinstance(error, VlpruneError):
+                raise
+            err.print(f"vlprune: {error}", markup=False, soft_wrap=True)
+            sys.exit(2)
+
+
+def _leave(number: int) -> None:
+    """End as asked to by a signal, at once: nothing that libraries do at exit is waited for."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal may be gone
+            err.print(
+                "vlprune: stopped; the same command goes on from the last finished phase or "
+                "checkpoint",
+                soft_wrap=True,
+            )
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

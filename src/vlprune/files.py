@@ -6,6 +6,8 @@ than its kind ever is, is refused before a byte of it is read.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import stat
@@ -15,7 +17,17 @@ from typing import Any
 
 from .errors import CheckpointError, VlpruneError
 
-__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "write_text"]
+__all__ = [
+    "MiB",
+    "digest",
+    "is_full",
+    "parse_json",
+    "plain",
+    "read_json",
+    "read_text",
+    "reason",
+    "write_text",
+]
 
 MiB = 2**20
 LARGEST = 64 * MiB
@@ -33,6 +45,35 @@ def plain(text: object) -> str:
 def reason(error: BaseException) -> str:
     """Why the system refused, without the path that the message names anyway."""
     return plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
+
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def is_full(error: BaseException, place: Path | None = None) -> bool:
+    """Whether an error says that a disk (or a quota) is full, by its number or that of its cause.
+
+    The writers of torch and safetensors lose the number on the way: with a ``place``, the folder
+    they wrote to, a megabyte is written there and removed again, to be refused in the same way.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno is not None:
+            return one.errno in FULL
+        one = one.__cause__ or one.__context__
+    if place is None:
+        return False
+    probe = place / ".probe"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(MiB))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refused:
+        return refused.errno in FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
 
 
 def read_text(
@@ -64,6 +105,23 @@ def read_text(
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file; a pipe that nobody writes to would block here for ever."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def digest(path: str | Path, kind: type[VlpruneError] = CheckpointError) -> list[Any]:
+    """[bytes, SHA-256 in hexadecimal] of a regular file of any size. Raises ``kind``."""
+    name = plain(path)
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise kind(f"{name} is not a regular file: give a file")
+            return [facts.st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    except FileNotFoundError:
+        raise kind(f"there is no file {name}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, VlpruneError):
+            raise
+        raise kind(f"cannot read {name}: {reason(error)}") from None
 
 
 def parse_json(text: str, where: str | Path, kind: type[VlpruneError] = CheckpointError) -> Any:
