@@ -416,7 +416,7 @@ def _open_dense(
     """The dense model, and what is known of it where an earlier run of the recipe trained it."""
     noted = known_dense(out / "dense", basis, progress)
     if noted is None:
-        return place(task.dense_model(), device), None
+        return place(as_if_loaded(task.dense_model()), device), None
     progress.phase("dense model: taken from an earlier run of this recipe")
     return place(in_fresh_memory(task.load(out / "dense")), device), noted
 
@@ -438,6 +438,18 @@ def _train_dense(
         remember(out / "dense" / DENSE_NOTE, basis.key, body)
     processes.wait_for_everyone()
     return body
+
+
+def as_if_loaded(model: Any) -> Any:
+    """The same model, its config saying of its parts what ``from_pretrained`` would note there.
+
+    A resumed run loads its models, and is to save the same ``config.json``.
+    """
+    for name in getattr(model.config, "sub_configs", ()):
+        part = getattr(model.config, name, None)
+        if part is not None:
+            part.dtype = model.dtype
+    return model
 
 
 def in_fresh_memory(model: Any) -> Any:
