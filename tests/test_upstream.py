@@ -340,6 +340,16 @@ def test_names_of_files_and_folders_of_a_checkpoint() -> None:
     )
 
 
+def test_the_trainer_saves_in_one_method_and_unpickles_no_code() -> None:
+    """train: a checkpoint is sealed after it; checkpoints: a stranger's pickle must not run."""
+    saving = inspect.signature(transformers.Trainer._save_checkpoint)
+    assert list(saving.parameters) == ["self", "model", "trial"]
+    source = inspect.getsource(transformers.trainer)
+    loads = re.findall(r"torch\.load\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", source)
+    assert len(loads) == source.count("torch.load(") > 5
+    assert all("weights_only=True" in load for load in loads)
+
+
 def test_what_the_trainer_asks_of_a_bare_module(trainer: transformers.Trainer) -> None:
     """trainee: the Trainer reads both attributes off the model it is given."""
     load = inspect.getsource(transformers.Trainer._issue_warnings_after_load)

@@ -32,7 +32,7 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
     ``out``, or if nothing can be written there.
     """
     work = out / WORK
-    new = not out.exists()
+    made = [folder for folder in (work, *work.parents) if not folder.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = _locked(work, out, say)
@@ -45,10 +45,9 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
             (work / name).unlink(missing_ok=True)
         if lock is not None:
             lock.release()
-        with suppress(OSError):  # they hold something
-            work.rmdir()
-            if new:
-                out.rmdir()
+        with suppress(OSError):  # one holds something
+            for folder in made or [work]:
+                folder.rmdir()
 
 
 def _locked(work: Path, out: Path, say: Callable[[str], None]) -> FileLock | None:
