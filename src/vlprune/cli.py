@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from .files import plain, write_text
 from .place import check_file
 from .progress import Progress
 from .report import Block, human, percent, stage_header, stage_rows, summary, where
+from .signals import received, stoppable
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -541,6 +543,10 @@ class _Shown(Progress):
         """A line for the phase that begins."""
         err.print(title, style="bold" if err.is_terminal else None)
 
+    def note(self, text: str) -> None:
+        """A line, as it is."""
+        err.print(plain(text), markup=False, soft_wrap=True)
+
     @contextmanager
     def count(self, title: str, total: int) -> Iterator[Any]:
         """A bar that disappears when it is done."""
@@ -589,18 +595,34 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # a child process imports nothing from the working folder, which may be a stranger's
     os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        app()
-    except VlpruneError as error:
-        err.print(f"vlprune: {error}", soft_wrap=True)
-        if "--json" in sys.argv[1:]:
-            problems = getattr(error, "problems", (str(error),))
-            body = {"error": type(error).__name__, "message": str(error), "problems": problems}
-            print(json.dumps(body))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("vlprune: stopped; run the same command again to go on")
-        sys.exit(130)
+    with stoppable():
+        try:
+            app()
+        except BaseException as error:
+            if received():
+                _leave(received())
+            if not isinstance(error, VlpruneError):
+                raise
+            err.print(f"vlprune: {error}", soft_wrap=True)
+            if "--json" in sys.argv[1:]:
+                problems = getattr(error, "problems", (str(error),))
+                body = {"error": type(error).__name__, "message": str(error), "problems": problems}
+                print(json.dumps(body))
+            sys.exit(2)
+
+
+def _leave(number: int) -> None:
+    """End as asked to by a signal, at once: nothing that libraries do at exit is waited for."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal may be gone
+            err.print(
+                "vlprune: stopped; the same command goes on from the last finished phase or "
+                "checkpoint",
+                soft_wrap=True,
+            )
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ than its kind ever is, is refused before a byte of it is read.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import reprlib
@@ -20,6 +22,8 @@ from .errors import CheckpointError, VlpruneError
 
 __all__ = [
     "MiB",
+    "digest",
+    "is_full",
     "opened",
     "parse_json",
     "plain",
@@ -58,6 +62,35 @@ def shown(value: object) -> str:
 def reason(error: BaseException) -> str:
     """Why the system refused, without the path that the message names anyway."""
     return plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
+
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def is_full(error: BaseException, place: Path | None = None) -> bool:
+    """Whether an error says that a disk (or a quota) is full, by its number or that of its cause.
+
+    The writers of torch and safetensors lose the number on the way: with a ``place``, the folder
+    they wrote to, a megabyte is written there and removed again, to be refused in the same way.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno is not None:
+            return one.errno in FULL
+        one = one.__cause__ or one.__context__
+    if place is None:
+        return False
+    probe = place / ".probe"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(MiB))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refused:
+        return refused.errno in FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager
@@ -104,6 +137,16 @@ def read_text(
 def _without_waiting(path: str, flags: int) -> int:
     """Open a file; a pipe that nobody writes to would block here for ever."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def digest(path: str | Path, kind: type[VlpruneError] = CheckpointError) -> list[Any]:
+    """[bytes, SHA-256 in hexadecimal] of a regular file of any size. Raises ``kind``."""
+    with opened(path, kind) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            return [size, hashlib.file_digest(file, "sha256").hexdigest()]
+        except OSError as error:
+            raise kind(f"cannot read {plain(path)}: {reason(error)}") from None
 
 
 def parse_json(
