@@ -34,6 +34,7 @@ def levels(picture: Image.Image) -> list[int]:
         ("16.png", (RAMP * 1000).astype(np.uint16), 65535),
         ("16.tif", (RAMP * 1000).astype(np.uint16), 65535),
         ("dark16.png", RAMP.astype(np.uint16), 65535),
+        ("dark16.tif", RAMP.astype(np.uint16), 65535),
         ("16.pgm", (RAMP * 1000).astype(np.uint16), 65535),
         ("32.tif", (RAMP * 1000).astype(np.int32), 65535),
         ("small32.tif", (RAMP * 4).astype(np.int32), 255),
@@ -98,8 +99,10 @@ def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
     for number, exif in enumerate(
         (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0")
     ):
-        Image.new("RGB", (40, 20)).save(tmp_path / f"{number}.jpg", exif=exif)
-        assert open_image(tmp_path / f"{number}.jpg").size == (40, 20)
+        for suffix in ("jpg", "png", "webp"):
+            path = tmp_path / f"{number}.{suffix}"
+            Image.new("RGB", (40, 20)).save(path, exif=exif)
+            assert open_image(path).size == size_of(path) == (40, 20)
 
 
 def test_what_is_transparent_is_white(tmp_path: Path) -> None:
