@@ -309,6 +309,10 @@ def test_a_folder_of_masks_is_matched_by_names(tmp_path: Path) -> None:
     for name in "ab":
         Image.new("RGB", (3, 2)).save(tmp_path / "i" / f"{name}.JPG")
         Image.new("L", (3, 2), 1).save(tmp_path / "m" / f"{name}.PNG")
+    Image.new("L", (2, 3)).save(tmp_path / "m" / "b.PNG")
+    with pytest.raises(DataError, match=r"b\.PNG is 2 x 3 pixels, its picture 3 x 2"):
+        read_ade20k(tmp_path / "i", tmp_path / "m")  # not in the middle of training
+    Image.new("L", (3, 2)).save(tmp_path / "m" / "b.PNG")
     Image.new("L", (3, 2)).save(tmp_path / "m" / "c.png")
     (tmp_path / "i" / ".DS_Store").write_text("x")
     (tmp_path / "i" / "notes.txt").write_text("x")
