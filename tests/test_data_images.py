@@ -34,6 +34,7 @@ def levels(picture: Image.Image) -> list[int]:
         ("16.png", (RAMP * 1000).astype(np.uint16), 65535),
         ("16.tif", (RAMP * 1000).astype(np.uint16), 65535),
         ("dark16.png", RAMP.astype(np.uint16), 65535),
+        ("dark16.tif", RAMP.astype(np.uint16), 65535),
         ("16.pgm", (RAMP * 1000).astype(np.uint16), 65535),
         ("32.tif", (RAMP * 1000).astype(np.int32), 65535),
         ("small32.tif", (RAMP * 4).astype(np.int32), 255),
@@ -98,8 +99,10 @@ def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
     for number, exif in enumerate(
         (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0")
     ):
-        Image.new("RGB", (40, 20)).save(tmp_path / f"{number}.jpg", exif=exif)
-        assert open_image(tmp_path / f"{number}.jpg").size == (40, 20)
+        for suffix in ("jpg", "png", "webp"):
+            path = tmp_path / f"{number}.{suffix}"
+            Image.new("RGB", (40, 20)).save(path, exif=exif)
+            assert open_image(path).size == size_of(path) == (40, 20)
 
 
 def test_what_is_transparent_is_white(tmp_path: Path) -> None:
@@ -306,6 +309,10 @@ def test_a_folder_of_masks_is_matched_by_names(tmp_path: Path) -> None:
     for name in "ab":
         Image.new("RGB", (3, 2)).save(tmp_path / "i" / f"{name}.JPG")
         Image.new("L", (3, 2), 1).save(tmp_path / "m" / f"{name}.PNG")
+    Image.new("L", (2, 3)).save(tmp_path / "m" / "b.PNG")
+    with pytest.raises(DataError, match=r"b\.PNG is 2 x 3 pixels, its picture 3 x 2"):
+        read_ade20k(tmp_path / "i", tmp_path / "m")  # not in the middle of training
+    Image.new("L", (3, 2)).save(tmp_path / "m" / "b.PNG")
     Image.new("L", (3, 2)).save(tmp_path / "m" / "c.png")
     (tmp_path / "i" / ".DS_Store").write_text("x")
     (tmp_path / "i" / "notes.txt").write_text("x")

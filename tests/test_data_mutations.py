@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vlprune.data import captions, files, pairs, questions, regions
+from vlprune.data import captions, files, kinds, pairs, questions, regions
 from vlprune.data.shapes import write_shapes
 from vlprune.errors import DataError
 
@@ -208,9 +208,9 @@ def test_a_mutated_file_gives_sound_data_or_one_message(name: str, root: Path) -
 
 def test_an_entry_opens_to_field_alone() -> None:
     ways = {"__getitem__", "__iter__", "__len__", "__contains__", "get", "items", "keys", "values"}
-    assert not ways & {name for name in dir(files.Entry) if name in ways}
+    assert not ways & {name for name in dir(kinds.Entry) if name in ways}
     for path in SOURCE.glob("*.py"):
-        if path.name in ("files.py", "shapes.py"):
+        if path.name in ("kinds.py", "files.py", "shapes.py"):
             continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -258,6 +258,28 @@ def test_a_message_names_file_entry_id_key_and_what_was_expected(
         f"{path}: entry 1 of 'annotations' (id 'x\\x1b'), 'bbox' must be [left, top, width, "
         f"height]: four finite numbers, the last two not negative, not {shown}"
     )
+
+
+@pytest.mark.parametrize(
+    "width", [None, 0, -1, 1.5, "64", True, 10**7, 10**400, math.nan, "\ud800"]
+)
+def test_sizes_are_whole_numbers_of_pixels(tmp_path: Path, width: Any) -> None:
+    body = instances()
+    body["images"][0]["width"] = 64.0  # as tables write it
+    (scenery,) = regions.read_coco_instances(written(tmp_path, body), ".")
+    assert scenery.size == (64, 48)
+    body["images"][0]["width"] = width
+    with pytest.raises(DataError, match=r"\(id 7\), 'width' must be a whole number from 1 to 1,0"):
+        regions.read_coco_instances(written(tmp_path, body), ".")
+
+
+def test_texts_can_be_written_and_messages_are_short(tmp_path: Path) -> None:
+    body = instances(categories=[{"id": 1, "name": "\ud800"}])
+    with pytest.raises(DataError, match=r"'name' must be text that is not blank, not '\\ud800'"):
+        regions.read_coco_instances(written(tmp_path, body), ".")
+    body = instances(images=[{"id": "n" * 10**6}])
+    with pytest.raises(DataError, match=r"'n{40}…'\) has no 'width'"):
+        regions.read_coco_instances(written(tmp_path, body), ".")
 
 
 def test_ids_in_quotes_are_the_numbers_they_say(tmp_path: Path) -> None:

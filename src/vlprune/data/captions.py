@@ -7,21 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import (
-    FOLDER,
-    ID,
-    LIST,
-    PATH,
-    TEXT_OR_NULL,
-    WORDS,
-    Id,
-    Left,
-    field,
-    optional,
-    read_json,
-    some,
-    unique,
-)
+from .files import Left, field, optional, read_json, some, unique
+from .kinds import FOLDER, ID, LIST, PATH, TEXT_OR_NULL, WORDS, Id
 
 __all__ = ["CaptionedImage", "read_captioned", "read_coco_captions", "read_karpathy"]
 

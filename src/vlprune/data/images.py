@@ -104,7 +104,7 @@ def size_of(path: Path) -> tuple[int, int]:
             return image.size
         if image.format == "TIFF":
             image.load()
-        sideways = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        sideways = _orientation(image) in (5, 6, 7, 8)
         return (image.height, image.width) if sideways else image.size
 
 
@@ -154,12 +154,18 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         )
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where the EXIF is damaged: viewers turn nothing then."""
+    try:
+        found = image.getexif().get(ORIENTATION)
+    except Exception:  # as in _decoded
+        return 1
+    return found if isinstance(found, int) else 1
+
+
 def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture turned as its EXIF says, unless it has the shape ``size`` only as stored."""
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF: viewers show such a picture as it is stored
-        turn = None
+    turn = TURNS.get(_orientation(image))
     upright = image if turn is None else image.transpose(turn)
     if size is None or _same_shape(upright.size, size):
         return upright

@@ -5,21 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import (
-    NAME,
-    TEXT,
-    TRUTH,
-    Entry,
-    Left,
-    check_split,
-    field,
-    inside,
-    optional,
-    read_jsonl,
-    shown,
-    some,
-    wrong,
-)
+from .files import Left, check_split, field, inside, optional, read_jsonl, some, wrong
+from .kinds import NAME, TEXT, TRUTH, Entry, shown
 
 __all__ = ["Statement", "read_nlvr1", "read_nlvr2"]
 

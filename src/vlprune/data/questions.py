@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import (
+from .files import Left, field, inside, optional, read_json, some, unique, value, wrong
+from .kinds import (
     ANSWER,
     ID,
     LIST,
@@ -17,17 +18,8 @@ from .files import (
     TRIPLE,
     URL,
     Id,
-    Left,
-    field,
-    inside,
     one_of,
-    optional,
-    read_json,
     shown,
-    some,
-    unique,
-    value,
-    wrong,
 )
 
 __all__ = [

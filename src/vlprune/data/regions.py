@@ -9,6 +9,18 @@ from pathlib import Path
 from ..errors import DataError
 from ..files import plain
 from .files import (
+    Left,
+    check_split,
+    field,
+    optional,
+    read_json,
+    read_jsonl,
+    some,
+    unique,
+    value,
+    wrong,
+)
+from .kinds import (
     BOX,
     COUNT,
     FLAG,
@@ -22,17 +34,7 @@ from .files import (
     WORDS,
     Entry,
     Id,
-    Left,
-    check_split,
-    field,
-    optional,
-    read_json,
-    read_jsonl,
     shown,
-    some,
-    unique,
-    value,
-    wrong,
 )
 
 __all__ = [

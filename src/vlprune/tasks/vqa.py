@@ -51,7 +51,8 @@ class VqaTask(Task):
             missing = [name for name in names if name not in part]
             if missing:
                 raise DataError(f"to join Visual Genome, {', '.join(missing)} must be given too")
-            found += read_visual_genome(*(part[name] for name in names), left)
+            told, data, folder = (part[name] for name in names)
+            found += read_visual_genome(told, data, folder, left)
         return found
 
     def prepare(self) -> None:
