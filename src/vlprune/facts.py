@@ -109,12 +109,12 @@ class _Timed(_Facts):
     device: str = "cpu"
     threads: Count = 0
     dense: Seconds = 0.0
-    small: Seconds | None = None
+    small: Seconds = 0.0
     shapes: dict[str, Annotated[list[Count], Field(min_length=1)]] = {}
 
     def model_post_init(self, _context: Any) -> None:
         """A batch size is told where both were timed."""
-        if self.small is not None and not self.shapes:
+        if "small" in self.model_fields_set and not self.shapes:
             raise ValueError("shapes is empty")
 
 
@@ -239,7 +239,7 @@ class _Faster(_Facts):
     engine: str
     batch: Count
     times: Number
-    of_ideal: Number | None = None
+    of_ideal: Number = 0.0
 
 
 class Bench(_Facts):
