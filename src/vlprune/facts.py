@@ -109,13 +109,14 @@ class _Timed(_Facts):
     device: str = "cpu"
     threads: Count = 0
     dense: Seconds = 0.0
-    small: Seconds | None = None
+    small: Seconds = 0.0
     shapes: dict[str, Annotated[list[Count], Field(min_length=1)]] = {}
 
     def model_post_init(self, _context: Any) -> None:
         """A batch size is told where both were timed."""
-        if self.small is not None and not self.shapes:
-            raise ValueError("shapes is empty")
+        there = self.model_fields_set
+        if "small" in there and not ({"dense", "threads"} <= there and self.shapes):
+            raise ValueError("it has small, and not dense, threads and shapes")
 
 
 class _Budget(_Facts):
@@ -216,7 +217,7 @@ class Report(_Facts):
 
 class _Conditions(_Facts):
     device: str = "cpu"
-    threads: Count = 0
+    threads: Count
     dtype: str = ""
     torch: str = ""
 
@@ -225,21 +226,22 @@ class _Run(_Facts):
     engine: str
     batch: Count
     model: str = ""
-    median: Seconds | None = None
-    items_per_second: Number | None = None
-    failed: str | None = None
+    median: Seconds = 0.0
+    items_per_second: Number = 0.0
+    failed: str = ""
 
     def model_post_init(self, _context: Any) -> None:
         """A run has times, or says why not."""
-        if self.failed is None and (self.median is None or self.items_per_second is None):
-            raise ValueError("it has neither median and items_per_second nor failed")
+        there = self.model_fields_set
+        if "failed" not in there and not {"model", "median", "items_per_second"} <= there:
+            raise ValueError("it has neither model, median and items_per_second nor failed")
 
 
 class _Faster(_Facts):
     engine: str
     batch: Count
     times: Number
-    of_ideal: Number | None = None
+    of_ideal: Number = 0.0
 
 
 class Bench(_Facts):

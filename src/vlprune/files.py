@@ -164,13 +164,15 @@ def parse_json(
         return json.loads(text, object_pairs_hook=_unique if unique else None)
     except json.JSONDecodeError as error:
         raise kind(
-            f"{plain(where)}, line {error.lineno}, column {error.colno}: not valid JSON "
-            f"({error.msg})"
+            f"cannot read {plain(where)}, line {error.lineno}, column {error.colno}: not valid "
+            f"JSON ({error.msg})"
         ) from None
     except RecursionError:
-        raise kind(f"{plain(where)}: brackets are nested too deeply for JSON of ours") from None
+        raise kind(
+            f"cannot read {plain(where)}: brackets are nested too deeply for JSON of ours"
+        ) from None
     except ValueError as error:  # a number of thousands of digits
-        raise kind(f"{plain(where)}: not valid JSON ({reason(error)})") from None
+        raise kind(f"cannot read {plain(where)}: not valid JSON ({reason(error)})") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

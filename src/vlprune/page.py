@@ -281,7 +281,7 @@ class _Draw:
                 place[one["name"]] = (column, (row + 0.5) / len(members))
         traces = []
         for one in layers:
-            if not one.get("shared") or one["source"] not in place:
+            if not one.get("shared") or one.get("source") not in place:
                 continue
             (x0, y0), (x1, y1) = place[one["name"]], place[one["source"]]
             inside = x0 == x1

@@ -88,7 +88,9 @@ def check_file(path: str | Path) -> None:
         if path.is_symlink():
             raise CheckpointError(f"{plain(path)} is a link to nothing: create what it points to")
         if not path.parent.is_dir():
-            raise CheckpointError(f"there is no folder {plain(path.parent)} for {plain(path.name)}")
+            raise CheckpointError(
+                f"cannot write {plain(path)}: there is no folder {plain(path.parent)}"
+            )
         _try_out(path.parent, path.name)
     except (OSError, ValueError) as error:
         if isinstance(error, VlpruneError):
