@@ -18,6 +18,8 @@ from ..checkpoint import open_config
 from ..data.files import open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
+from ..errors import DataError
+from ..files import plain
 from ..options import SegmentationOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
@@ -108,6 +110,7 @@ class SegmentationTask(Task):
     def _crop(self, item: MaskedImage, rng: random.Random | None) -> tuple[Tensor, Tensor]:
         """A square of the window's size: pixels (3, side, side), labels (side, side)."""
         image, mask, side = open_image(item.image), open_mask(item.mask), self.side
+        self._check_classes(item, mask)
         augment = rng is not None and self.options["augment"]
         zoom = rng.uniform(0.5, 2.0) if rng is not None and augment else 1.0
         scale = zoom * side / min(image.size)
@@ -125,6 +128,15 @@ class SegmentationTask(Task):
         if rng is not None and augment and rng.random() < 0.5:
             pixels, labels = pixels.flip(-1), labels.flip(-1)
         return pixels, labels
+
+    def _check_classes(self, item: MaskedImage, mask: Any) -> None:
+        """Raise DataError for a class beyond ``options.classes``, for which there is no row."""
+        classes, largest = self.options["classes"], int(mask[mask != IGNORE].max(initial=0))
+        if classes and largest >= classes:
+            raise DataError(
+                f"{plain(item.mask)} has the class {largest}, but options.classes is {classes}: "
+                "give more classes, or 0 for as many as the training masks have"
+            )
 
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
