@@ -246,7 +246,11 @@ def test_the_tables_agree() -> None:
         (["model.width=8192", "model.vision_layers=1000"], "more than 1,000,000,000 parameters"),
         (["data.train_items=100000000"], "data.train_items must be from 2 to 1,000,000 generated"),
         (["data.test_items=1"], "data.test_items must be from 2 to 1,000,000 generated"),
-        (["task=grounding", "options.fusion_width=50"], "options.fusion_width makes a mdetr"),
+        (["task=grounding", "options.fusion_width=50"], "multiple of 4 and of the 4 heads"),
+        (
+            ["task=detection", "options.queries=341", "model.image_size=64"],
+            "options.queries must be at most 340, the places of 64 px",
+        ),
         (["method.name=jsp", "method.warmup=0.5"], "method.warmup 0.5 must come before freeze"),
         (["data.format=vqav2", "data.train={questions: a, images: b}"], "data.train.annotations"),
         (["data.format=vqav2", "data.folder=x", "data.test.imges=b"], "Did you mean 'images'"),

@@ -6,7 +6,8 @@ once. What an option means is told where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -236,7 +237,7 @@ class SegmentationOptions(TaskOptions):
 
     formats: ClassVar[Formats] = {"ade20k": ("images", "masks")}
     multi_scale: Annotated[bool, Flag()] = False
-    classes: Annotated[int, Whole(0, 10**4)] = 0
+    classes: Annotated[int, Whole(0, 1000)] = 0
     augment: Annotated[bool, Flag()] = True
 
 
@@ -248,7 +249,7 @@ class RegionOptions(TaskOptions):
     """Of tasks with boxes: sizes of a small new model."""
 
     model: Annotated[str, OneOf(*GROUNDERS)] = "mdetr"
-    queries: Annotated[int, Whole(1, 10**4)] = 16
+    queries: Annotated[int, Whole(1, 1000)] = 16
     fusion_width: Annotated[int, Whole(0, 8192)] = 0
     fusion_layers: Annotated[int, Whole(1, 100)] = 2
     decoder_layers: Annotated[int, Whole(1, 100)] = 3
@@ -300,23 +301,29 @@ TASK_OPTIONS: dict[str, type[TaskOptions]] = {
 """What a recipe may write under ``task:``, and the options of each."""
 
 
-def check_options(
-    task: str, options: Mapping[str, Any], sizes: tuple[int, int] | None = None
-) -> None:
+def check_options(task: str, options: Mapping[str, Any], new_model: Any = None) -> None:
     """Raise pydantic's ValidationError for wrong options of a task.
 
-    ``sizes`` are the width and the heads of a small new model.
+    ``new_model`` has the sizes (of :class:`vlprune.recipe.ModelSpec`) that they must fit, if any.
     """
     takes: Any = TASK_OPTIONS[task]
     chosen = takes.__pydantic_validator__.validate_python({**options})
-    if isinstance(chosen, RegionOptions) and sizes is not None:
-        width, heads = sizes
-        width = fusion_width(chosen.model, chosen.fusion_width or width)
-        if width % heads:
-            text = (
-                f"{KEY} makes a {chosen.model} of width {width}, which {heads} heads do not divide"
-            )
-            raise refuse((("fusion_width",), text))
+    if isinstance(chosen, RegionOptions) and new_model is not None:
+        wrong = [*_too_much(chosen, new_model)]
+        if wrong:
+            raise refuse(*wrong)
+
+
+def _too_much(chosen: RegionOptions, sizes: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What the sizes of a small new model do not allow."""
+    width = fusion_width(chosen.model, chosen.fusion_width or sizes.width)
+    if width % sizes.heads or width % 4:
+        text = f"must be a multiple of 4 and of the {sizes.heads} heads, not {width}"
+        yield ("fusion_width",), f"{KEY} (0: model.width) {text}"
+    places = sum(math.ceil(sizes.image_size / stride) ** 2 for stride in (4, 8, 16, 32))
+    if chosen.model == "grounding-dino" and chosen.queries > places:
+        text = f"must be at most {places}, the places of {sizes.image_size} px, for {chosen.model}"
+        yield ("queries",), f"{KEY} {text}, not {chosen.queries}"
 
 
 STEPS = {"mdetr": 1, "grounding-dino": 32, "glip": 16}

@@ -226,7 +226,8 @@ class Recipe(Checked):
     def _its_options(cls, options: Mapping[str, Any], seen: ValidationInfo) -> Mapping[str, Any]:
         if "task" in seen.data:
             model = seen.data.get("model")
-            check_options(seen.data["task"], options, model and (model.width, model.heads))
+            new = model if model is not None and not model.path else None
+            check_options(seen.data["task"], options, new)
         return options
 
     @field_validator("data")
