@@ -126,7 +126,7 @@ def _no_json(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def make_seeds(folder: Path, chosen: Sequence[str]) -> None:
+def make_seeds(folder: Path, chosen: Sequence[str], cases: int) -> None:
     """Make what surfaces damage, in a process of its own; import here what that process needed."""
     wanted = {name for surface in chosen for name in surfaces.SURFACES[surface].needs}
     todo = [name for name in seeds.MAKERS if name in wanted and not (folder / name).exists()]
@@ -143,7 +143,7 @@ def make_seeds(folder: Path, chosen: Sequence[str]) -> None:
                     body = json.dumps(seeds.digest_of(folder / name))
                     (folder / f"{name}.digest.json").write_text(body)
             load_models(folder)
-            use_once(folder, chosen)
+            use_once(folder, chosen, cases)
             listed.write_text(json.dumps(sorted(sys.modules)))
             code = 0
         finally:
@@ -159,10 +159,13 @@ def make_seeds(folder: Path, chosen: Sequence[str]) -> None:
             continue
 
 
-def use_once(folder: Path, chosen: Sequence[str]) -> None:
-    """Call what cases call, on sound files, so that all it imports is imported."""
+def use_once(folder: Path, chosen: Sequence[str], cases: int) -> None:
+    """Call what cases call, on sound files, so that all it imports is imported.
+
+    Not more often than some tenth of the ``cases`` that gain by it.
+    """
     for surface in chosen:
-        for number in range(surfaces.SURFACES[surface].used):
+        for number in range(min(surfaces.SURFACES[surface].used, cases // 10)):
             room = empty_room(folder.parent)
             make = surfaces.Sound(random.Random(f"{surface}/{number}"), room, folder)
             case = surfaces.SURFACES[surface].make(make)
@@ -184,7 +187,7 @@ def load_models(folder: Path) -> None:
             surfaces.DENSE[name] = open_model(str(folder / name / "dense"))
 
 
-def prepare(folder: Path, chosen: Sequence[str]) -> None:
+def prepare(folder: Path, chosen: Sequence[str], cases: int = 10) -> None:
     """Seeds, modules and models: all that children are forked with."""
     import torch
     import transformers
@@ -198,7 +201,7 @@ def prepare(folder: Path, chosen: Sequence[str]) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     re._MAXCACHE = 100_000  # type: ignore[attr-defined]
-    make_seeds(folder, chosen)
+    make_seeds(folder, chosen, cases)
     load_models(folder)
     gc.collect()
     gc.freeze()
@@ -244,7 +247,7 @@ def fuzz(options: argparse.Namespace, folder: Path) -> int:
     """All cases, and a table; the exit code."""
     chosen = options.surface or list(surfaces.SURFACES)
     began = time.monotonic()
-    prepare(folder / "seeds", chosen)
+    prepare(folder / "seeds", chosen, options.cases)
     print(f"seeds made in {time.monotonic() - began:.0f} s", file=sys.stderr)
     counts: dict[str, dict[str, Any]] = {
         name: defaultdict(int, slowest=0.0, seconds=0.0) for name in chosen

@@ -339,10 +339,9 @@ def _stock(folder: Path) -> bool:
     """Plain transformers, after ``import vlprune``; its own refusals are not ours."""
     import transformers
 
-    names = json.loads((folder / "config.json").read_bytes())["architectures"]
-    cls = getattr(transformers, names[0])
     try:
-        return bool(cls.from_pretrained(folder))
+        names = json.loads((folder / "config.json").read_bytes())["architectures"]
+        return bool(getattr(transformers, names[0]).from_pretrained(folder))
     except Exception as error:
         from .cell import _frame
 
