@@ -47,6 +47,8 @@ Finding = tuple[str, str]
 def findings(case: surfaces.Case, seen: cell.Seen) -> list[Finding]:
     """(kind, where or what) of all that is wrong with how a case ended."""
     found = [*_ended(case, seen), *_touched(case, seen)]
+    if case.theirs and not seen.frame:
+        found = list(_touched(case, seen))
     if seen.ended == "hung":
         return found
     if CONTROL.search(seen.stdout + seen.stderr + _refusal(seen)):
@@ -95,7 +97,7 @@ def _refusal(seen: cell.Seen) -> str:
 def _message(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
     message = _refusal(seen)
     start = re.sub(r"['\"\d].*", "", message.splitlines()[0] if message else "")[:60]
-    if seen.stdout:
+    if seen.stdout and not (case.json and _says_error(seen.stdout)):
         yield "stdout at a refusal", seen.stdout[:60]
     if len(re.findall(r"(?m)^vlprune: ", seen.stderr)) > 1:
         yield "several messages", start
@@ -120,6 +122,15 @@ def _result(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
             json.loads(seen.stdout, parse_constant=_no_json)
         except ValueError as error:
             yield "stdout is not JSON", str(error).partition(":")[0][:60]
+
+
+def _says_error(text: str) -> bool:
+    """Whether a machine can read from stdout that the command refused."""
+    try:
+        body = json.loads(text, parse_constant=_no_json)
+    except ValueError:
+        return False
+    return isinstance(body, dict) and "error" in body
 
 
 def _no_json(name: str) -> None:
@@ -262,7 +273,8 @@ def fuzz(options: argparse.Namespace, folder: Path) -> int:
         good = seen.ended in ("returned", "accepted")
         count["findings" if found else "done" if good else "refused"] += 1
         count["seconds"] += seen.cpu
-        count["slowest"] = max(count["slowest"], took)
+        if took > count["slowest"]:
+            count |= {"slowest": took, "which": number}
         for finding in found:
             told = {"case": f"{surface}:{number}", "what": case.what[:300]}
             groups[finding].append(told | {"message": (_refusal(seen) or seen.message)[:300]})
@@ -289,7 +301,6 @@ def _tell(counts: dict[str, Any], groups: dict[Finding, list[dict[str, Any]]]) -
         number = count["done"] + count["refused"] + count["findings"]
         for key in ("done", "refused", "findings", "seconds"):
             total[key] += count[key]
-        total["slowest"] = max(total["slowest"], count["slowest"])
         if number:
             print(_row(name, number, count))
     print(_row("all", int(total["done"] + total["refused"] + total["findings"]), total))
@@ -308,7 +319,8 @@ def _flat(text: str) -> str:
 def _row(name: str, number: int, count: Any) -> str:
     three = " | ".join(str(int(count[key])) for key in ("done", "refused", "findings"))
     each = count["seconds"] / max(1, number)
-    return f"| {name} | {number} | {three} | {each:.2f} | {count['slowest']:.1f} |"
+    slowest = f"{count['slowest']:.1f} (:{count['which']})" if "which" in count else ""
+    return f"| {name} | {number} | {three} | {each:.2f} | {slowest} |"
 
 
 def show(options: argparse.Namespace, folder: Path) -> int:

@@ -123,7 +123,7 @@ def damage_tree(
     name, kind = ".".join(map(str, place)), rng.random()
     if kind < 0.62:
         value = parent[last] = odd(rng, old, more)
-        if isinstance(value, str) and "/" in value:
+        if isinstance(value, str) and ("/" in value or "data" in keys):  # it names a file
             keys.append(value)
         return tree, f"{name} -> {_short(value)}", keys
     if kind < 0.72:

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlprune.data.layouts import GENERATED
-from vlprune.tasks import TASKS
 
 DENSE = {"train": {"steps": 2, "batch_size": 4}, "retrain": {"steps": 2, "batch_size": 4}}
 SMALL: dict[str, Any] = {
@@ -82,8 +82,22 @@ OTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 """Formats that are not generated: written by :func:`scenes`."""
 
 FORMATS = [
-    (task, form) for task, kind in TASKS.items() for form in kind.formats if task in SETTINGS
+    (task, form)
+    for task, forms in {
+        "reasoning": "nlvr2 nlvr1",
+        "captioning": "karpathy coco-captions",
+        "vqa": "vqav2 visual-genome easy-vqa",
+        "retrieval": "karpathy coco-captions",
+        "blip-retrieval": "karpathy coco-captions",
+        "classification": "image-folder",
+        "segmentation": "ade20k",
+        "grounding": "mdetr mdetr-captions refer",
+        "detection": "coco-instances coco2017 nlvr1-objects",
+        "gqa": "gqa",
+    }.items()
+    for form in forms.split()
 ]
+"""Every task with every format that it reads."""
 
 
 def scenes(folder: Path) -> None:
@@ -157,11 +171,9 @@ def sharded(folder: Path) -> None:
     """A cut model in several files of weights, with an index."""
     import vlprune
 
-    made = folder.parent / "small"
-    model = vlprune.load(made)
-    model.save_pretrained(folder, max_shard_size="100KB")
-    for name in ("plan.json", "report.json", "recipe.yaml"):
-        shutil.copy(made / name, folder)
+    model = vlprune.load(folder.parent / "small")
+    model.save_pretrained = partial(model.save_pretrained, max_shard_size="100KB")
+    vlprune.save(model, folder)
 
 
 def exported(folder: Path) -> None:

@@ -49,6 +49,8 @@ class Case:
     """Whether it starts processes of its own."""
     wrong: Callable[[Any], str] = field(default=lambda value: "")
     """What is wrong with the value that came back, if anything."""
+    theirs: bool = False
+    """Whether only what has a frame of vlprune is a finding: a call of another library."""
     must: bool = False
     """Whether refusing is wrong too."""
 
@@ -77,7 +79,7 @@ class Maker:
 
     def hurt(self, path: Path, form: str) -> tuple[str, list[str]]:
         """Damage one file; what was done, and what a message may name."""
-        names, kind = [path.name, str(path.parent)], self.rng.random()
+        names, kind = [path.stem, str(path.parent)], self.rng.random()
         if kind < 0.12:
             return damage.damage_kind(self.rng, path, self.room.outside), names
         if kind < 0.24 or form == "bytes":
@@ -90,6 +92,18 @@ class Maker:
             return self._line(path), names
         what, keys = damage.damage_text(self.rng, path, form, self.rng.choice([1, 1, 1, 2, 3]))
         return what, names + keys
+
+    def nudge(self, path: Path) -> tuple[str, list[str]]:
+        """Change one number or switch of a recipe a little: most of these are to be accepted."""
+        tree = yaml.safe_load(path.read_text())
+        able = [p for p in damage.places(tree) if isinstance(damage.at(tree, p), int | float)]
+        place = self.rng.choice(able)
+        parent, last = damage.at(tree, place[:-1]), place[-1]
+        old = parent[last]
+        new = not old if isinstance(old, bool) else self.rng.choice([0, 1, 2, 3, 5])
+        parent[last] = type(old)(self.rng.choice([old * new, old / 2, 1 / (1 + new)]))
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return f"{'.'.join(map(str, place))}: {old} -> {parent[last]}", [str(s) for s in place]
 
     def _line(self, path: Path) -> str:
         lines = path.read_text().splitlines()
@@ -104,6 +118,10 @@ class Sound(Maker):
     """Leaves every file as it is."""
 
     def hurt(self, path: Path, form: str) -> tuple[str, list[str]]:
+        """Nothing."""
+        return "nothing", [path.name]
+
+    def nudge(self, path: Path) -> tuple[str, list[str]]:
         """Nothing."""
         return "nothing", [path.name]
 
@@ -178,7 +196,7 @@ def _known_keys() -> dict[str, Any]:
 
     body = dataclasses.asdict(Recipe(task="vqa", budget={"params": 0.5}))
     body["method"] = {f.name: f.default for m in METHODS.values() for f in dataclasses.fields(m)}
-    body["options"] = {k: v for task in TASKS.values() for k, v in task.defaults.items()}
+    body["options"] = {k: v for task in TASKS.values() for k, v in _options(task).items()}
     body["retrain"] = dataclasses.asdict(Training())
     body["teacher"] = dict.fromkeys(("logits", "features", "similarities"), 1)
     found = {}
@@ -187,6 +205,13 @@ def _known_keys() -> dict[str, Any]:
         if isinstance(value, dict):
             found |= {f"{key}.{name}": one for name, one in value.items()}
     return found
+
+
+def _options(task: Any) -> dict[str, Any]:
+    takes = getattr(task, "takes", None)
+    if takes is None:
+        return task.defaults
+    return {f.name: f.default for f in dataclasses.fields(takes)}
 
 
 def overrides(make: Maker) -> Case:
@@ -207,6 +232,7 @@ def overrides(make: Maker) -> Case:
         if isinstance(make, Sound):
             key, value = "seed", "1"
         given.append(f"{key}={value}"[:100_000].replace("\0", "\1"))  # no argument holds a NUL
+        names += [given[-1][:60]] + ([value] if "/" in value or key.startswith("data.") else [])
     kept = _output(make)
     call = cli("compress", "-o", "../out/result", path, "--", *given)
     what = " ".join(text[:60] for text in given)
@@ -214,12 +240,12 @@ def overrides(make: Maker) -> Case:
 
 
 def runs(make: Maker) -> Case:
-    """A damaged recipe, run to its end where it is accepted."""
+    """A recipe with another number in it, run to its end where it is accepted."""
     able = [task for task in seeds.SETTINGS if task != "captioning"]  # its metric starts Java
     task = make.rng.choice(able)
     path = make.room.user / "recipe.yaml"
     path.write_text(yaml.safe_dump(seeds.recipe_of(task), sort_keys=False))
-    what, keys = make.hurt(path, "yaml")
+    what, keys = make.nudge(path)
     call = cli("compress", path, "-o", "../out/result", "--json")
     return Case(call, what, [path.name, *keys], ("out/result",), _output(make), json=True)
 
@@ -307,10 +333,11 @@ def _on_folder(make: Maker, folder: Path, what: str, names: list[str]) -> Case:
         command = "inspect"  # it has no plan
     what = f"{command} {what}"
     named = folder if make.rng.random() < 0.8 else Path("..") / folder.relative_to(make.room.root)
+    names.append(str(named))
     if command == "load":
         return Case(lambda: bool(_vlprune().load(folder)), what, names)
     if command == "stock":
-        return Case(lambda: _stock(folder), what, names)
+        return Case(lambda: _stock(folder), what, names, theirs=True)
     if command == "bench":
         real = make.rng.random() < 0.03
         options = ("--seconds", "0.001", "--batch-sizes", "1", "--json")
