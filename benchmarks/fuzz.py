@@ -35,7 +35,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
 
-from fuzzing import cell, seeds, surfaces
+from fuzzing import cases, cell, damage, folders, seeds, surfaces
 from vlprune.files import plain
 
 LONGEST = 4000
@@ -44,7 +44,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Finding = tuple[str, str]
 
 
-def findings(case: surfaces.Case, seen: cell.Seen) -> list[Finding]:
+def findings(case: cases.Case, seen: cell.Seen) -> list[Finding]:
     """(kind, where or what) of all that is wrong with how a case ended."""
     found = [*_ended(case, seen), *_touched(case, seen)]
     if case.theirs and not seen.frame:
@@ -62,7 +62,7 @@ def findings(case: surfaces.Case, seen: cell.Seen) -> list[Finding]:
     return found
 
 
-def _ended(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
+def _ended(case: cases.Case, seen: cell.Seen) -> Iterator[Finding]:
     if seen.ended == "hung":
         yield "hang", seen.frame
     elif seen.ended == "died":
@@ -75,7 +75,7 @@ def _ended(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
         yield "memory", seen.frame or seen.ended
 
 
-def _touched(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
+def _touched(case: cases.Case, seen: cell.Seen) -> Iterator[Finding]:
     for change in cell.elsewhere(seen.changed, case.allowed, case.kept):
         yield "written elsewhere", re.sub(r"[0-9a-f]{6,}|\d+|tmp\w+", "*", change)[:80]
     for event in seen.events:
@@ -94,7 +94,7 @@ def _refusal(seen: cell.Seen) -> str:
     return re.split(r"(?m)^vlprune: ", seen.stderr, maxsplit=1)[-1]
 
 
-def _message(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
+def _message(case: cases.Case, seen: cell.Seen) -> Iterator[Finding]:
     message = _refusal(seen)
     start = re.sub(r"['\"\d].*", "", message.splitlines()[0] if message else "")[:60]
     if seen.stdout and not (case.json and _says_error(seen.stdout)):
@@ -110,7 +110,7 @@ def _message(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
         yield "a message that names neither file nor key", start
 
 
-def _result(case: surfaces.Case, seen: cell.Seen) -> Iterator[Finding]:
+def _result(case: cases.Case, seen: cell.Seen) -> Iterator[Finding]:
     try:
         wrong = case.wrong(seen.value)
     except OSError as error:
@@ -150,7 +150,7 @@ def make_seeds(folder: Path, chosen: Sequence[str], cases: int) -> None:
             for name in todo:
                 seeds.MAKERS[name](folder / name)
                 shutil.rmtree(folder / name / "data", ignore_errors=True)
-                if name in surfaces.WEIGHED:
+                if name in seeds.WEIGHED:
                     body = json.dumps(seeds.digest_of(folder / name))
                     (folder / f"{name}.digest.json").write_text(body)
             load_models(folder)
@@ -178,7 +178,7 @@ def use_once(folder: Path, chosen: Sequence[str], cases: int) -> None:
     for surface in chosen:
         for number in range(min(surfaces.SURFACES[surface].used, cases // 10)):
             room = empty_room(folder.parent)
-            make = surfaces.Sound(random.Random(f"{surface}/{number}"), room, folder)
+            make = cases.Sound(random.Random(f"{surface}/{number}"), room, folder)
             case = surfaces.SURFACES[surface].make(make)
             with contextlib.ExitStack() as stack:
                 stack.enter_context(contextlib.chdir(room.cwd))
@@ -195,7 +195,7 @@ def load_models(folder: Path) -> None:
 
     for name in ("small", "shared"):
         if (folder / name / "dense").exists():
-            surfaces.DENSE[name] = open_model(str(folder / name / "dense"))
+            folders.DENSE[name] = open_model(str(folder / name / "dense"))
 
 
 def prepare(folder: Path, chosen: Sequence[str], cases: int = 10) -> None:
@@ -222,18 +222,18 @@ def empty_room(folder: Path) -> cell.Room:
     """A room with nothing in it but a trap: what a stranger's working folder may hold."""
     room = cell.Room(folder / "room" / "case")
     room.clear()
-    (room.cwd / "torch.py").write_text(surfaces.damage.EVIL)
+    (room.cwd / "torch.py").write_text(damage.EVIL)
     return room
 
 
 def run(
     surface: str, number: int, seed: int, folder: Path, limit: float, sound: bool = False
-) -> tuple[surfaces.Case, cell.Seen, list[Finding]]:
+) -> tuple[cases.Case, cell.Seen, list[Finding]]:
     """One case."""
     kind = surfaces.SURFACES[surface]
     room = empty_room(folder)
     rng = random.Random(f"{seed}/{surface}/{number}")
-    maker = surfaces.Sound if sound else surfaces.Maker
+    maker = cases.Sound if sound else cases.Maker
     case = kind.make(maker(rng, room, folder / "seeds"))
     seen = cell.run(case.call, room, limit * kind.slower)
     found = findings(case, seen)

@@ -151,7 +151,7 @@ def _inside(
             seen |= {"ended": "exited" if code else "returned", "code": code}
         except BaseException as error:
             seen |= {"error": type(error).__name__, "message": str(error)[:500]}
-            seen |= {"frame": _frame(error), "trace": "".join(traceback.format_exception(error))}
+            seen |= {"frame": frame_of(error), "trace": "".join(traceback.format_exception(error))}
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         faulthandler.cancel_dump_traceback_later()
         for stream in (sys.stdout, sys.stderr):
@@ -222,7 +222,7 @@ def _from(path: Any, root: str) -> bool:
     return str(path).startswith((root, "."))
 
 
-def _frame(error: BaseException) -> str:
+def frame_of(error: BaseException) -> str:
     """Where an error left the project: file and function of its innermost frame."""
     found = ""
     for frame in traceback.extract_tb(error.__traceback__):

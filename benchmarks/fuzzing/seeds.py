@@ -242,6 +242,10 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
+WEIGHED = ("small", "shared", "sharded")
+"""Seeds whose weights are known by :func:`digest_of`."""
+
+
 def digest_of(folder: Path) -> dict[str, str]:
     """Digests of the weights, by name, as ``vlprune.load`` gives them."""
     import hashlib
