@@ -148,7 +148,7 @@ def test_what_cannot_be_done_is_said_at_once() -> None:
         vlprune.Compressor(torch.nn.Linear(2, 2), vlprune.Magnitude(), {"params": 0.5})
     with pytest.raises(RecipeError, match="scope"):
         vlprune.Magnitude(scope="globl")
-    with pytest.raises(TypeError):
+    with pytest.raises(RecipeError, match="Did you mean 'scope'"):
         vlprune.Magnitude(scop="global")  # type: ignore[call-arg]
     compressor = vlprune.Compressor(sample.model, vlprune.Taylor(), {"params": 0.5})
     with pytest.raises(VlpruneError, match="no gate was in place"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
 from vlprune.architectures import discover
 from vlprune.architectures.layouts import NATIVE
 from vlprune.layers import stock_name
 from vlprune.testing import CHECKS, FAMILIES, VARIANTS, build
+from vlprune.testing.families import Sample
 
 UNITS = ("head_dim", "qk_vo", "head")
 QUICK = {
@@ -25,16 +30,33 @@ QUICK = {
 """One family per way in which a block is described and cut; all the others are variations."""
 
 
-def families() -> list[Any]:
-    """All of them; those beyond QUICK are left out of the quick lane."""
-    return [f if f in QUICK else pytest.param(f, marks=pytest.mark.whole) for f in FAMILIES]
+LONG = ("sharing_is_exact", "folders_round_trip", "a_second_cut_composes")
+"""Two thirds of these wait for `make slow`: each family beyond QUICK runs them under one unit, and
+each unit meets them in a third of the families. Every other check runs under every unit."""
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("family", families())
+def cases() -> Iterator[Any]:
+    """(family, unit, check) for all of them, with the lanes they run in."""
+    for number, family in enumerate(FAMILIES):
+        for unit, check in product(UNITS, CHECKS):
+            marks = [] if family in QUICK else [pytest.mark.whole]
+            if marks and check in LONG and unit != UNITS[number % len(UNITS)]:
+                marks = [pytest.mark.slow]
+            yield pytest.param(family, unit, check, marks=marks, id=f"{family}-{unit}-{check}")
+
+
+sample = cache(build)
+
+
+def copied(name: str) -> Sample:
+    """A sample of its own: to copy one takes a third of the time of building it."""
+    torch.manual_seed(0)
+    return copy.deepcopy(sample(name))
+
+
+@pytest.mark.parametrize(("family", "unit", "check"), cases())
 def test_family(family: str, unit: str, check: str) -> None:
-    CHECKS[check](partial(build, family), unit)
+    CHECKS[check](partial(copied, family), unit)
 
 
 @pytest.mark.whole
@@ -42,7 +64,7 @@ def test_family(family: str, unit: str, check: str) -> None:
 def test_variant(variant: str) -> None:
     for unit in UNITS:
         for check in ("order_is_execution_order", "masked_equals_cut"):
-            CHECKS[check](partial(build, variant), unit)
+            CHECKS[check](partial(copied, variant), unit)
 
 
 @cache

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlprune.data.captions import read_coco_captions, read_karpathy
 from vlprune.data.files import open_image, read_jsonl
+from vlprune.data.pairs import read_nlvr2
 from vlprune.data.questions import read_easy_vqa, read_vqav2
 from vlprune.data.shapes import SHAPES, draw, make_scene, questions, write_shapes
 from vlprune.errors import DataError
@@ -77,8 +78,8 @@ def test_every_other_format_is_consistent(shapes: Path) -> None:
     refs = json.loads((notes / "refs_train2014.json").read_text())
     assert refs
     assert all(r["ann_id"] in by_id for r in refs)
-    lines = dict(read_jsonl(shapes / "nlvr2" / "train.json"))
-    for line in lines.values():
+    for text in (shapes / "nlvr2" / "train.json").read_text().splitlines():
+        line = json.loads(text)
         assert line["label"] in ("True", "False")
         stem = line["identifier"].rpartition("-")[0]
         assert all((shapes / "nlvr2" / "train" / f"{stem}-img{i}.png").exists() for i in (0, 1))
@@ -122,20 +123,20 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path) -> None:
     path.write_text('{"images": [}')
     fails(r"c\.json, line 1, column 13: not valid JSON", read_coco_captions, path, tmp_path)
     path.write_bytes(b"\xff\xfe\x00")
-    fails("cannot read", read_coco_captions, path, tmp_path)
+    fails("is not UTF-8 text", read_coco_captions, path, tmp_path)
     coco(tmp_path, images=[])
-    fails("has no 'annotations'", read_coco_captions, path, tmp_path)
+    fails("has no 'annotations', which must be a list", read_coco_captions, path, tmp_path)
     coco(tmp_path, images=[], annotations=[{"caption": "x"}])
-    fails("entry 0 has no 'image_id'", read_coco_captions, path, tmp_path)
+    fails("entry 0 of 'annotations' has no 'image_id'", read_coco_captions, path, tmp_path)
     coco(tmp_path, images=[], annotations=[])
     fails("no captioned image", read_coco_captions, path, tmp_path)
     lines = tmp_path / "l.json"
     lines.write_text('{"a": 1}\n\n{"b": \n')
     fails(r"l\.json, line 3", lambda p: list(read_jsonl(p)), lines)
     lines.write_text("[1]\n")
-    fails("line 1: expected a JSON object", lambda p: list(read_jsonl(p)), lines)
+    fails("line 1 must be an object with", read_nlvr2, lines, tmp_path)
     (tmp_path / "questions.json").write_text('[["q", "a"]]')
-    fails("entry 0 is not", read_easy_vqa, tmp_path)
+    fails("entry 0 must be .question, answer, image id.", read_easy_vqa, tmp_path)
     (tmp_path / "questions.json").write_text("[]")
     fails("holds no question", read_easy_vqa, tmp_path)
 

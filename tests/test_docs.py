@@ -118,7 +118,10 @@ def test_commands_in_the_documents_exist() -> None:
     assert seen >= 20
 
 
-def test_the_tutorial_runs(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exports", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_tutorial_runs(
+    exports: bool, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All its commands, in order, with fewer steps; then its Python."""
     from small_runs import TINY
     from vlprune import bench
@@ -130,6 +133,8 @@ def test_the_tutorial_runs(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = (ROOT / "docs" / "tutorial.md").read_text()
     lines = re.findall(r"^vlprune (.*)$", text, flags=re.MULTILINE)
     assert len(lines) >= 9
+    if not exports:  # they take most of the time, and so does what is timed with them
+        lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("export"))]
     less = [option for option in TINY if not option.startswith("budget")]
     for line in lines:
         words = line.split()

@@ -40,7 +40,13 @@ def samples(model: Any) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "to"), [("clip", "onnx"), ("blip_vqa", "openvino"), ("segmenter", "torch-export")]
+    ("family", "to"),
+    [
+        ("clip", "onnx"),
+        ("deit", "openvino"),
+        pytest.param("blip_vqa", "openvino", marks=pytest.mark.slow),
+        ("segmenter", "torch-export"),
+    ],
 )
 def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Path) -> None:
     model = uneven(family)
@@ -79,12 +85,10 @@ def test_shared_weights_are_stored_once(to: str, tmp_path: Path) -> None:
 
 def test_int8_is_the_runtimes_own_and_its_difference_is_told(tmp_path: Path) -> None:
     model = uneven("deit")
-    plain = export(model, samples(model), "onnx", tmp_path / "plain")
     small = export(model, samples(model), "onnx", tmp_path / "int8", int8=True)
     worst = max(row["difference"] for row in small["checked"])
-    assert max(row["difference"] for row in plain["checked"]) < 1e-5 < worst < 0.5
-    weights = "model.onnx.data"
-    assert small["files"][weights] < 0.6 * plain["files"][weights]
+    assert 1e-5 < worst < 0.5
+    assert sum(small["files"].values()) < 0.8 * 4 * sum(p.numel() for p in model.parameters())
     with pytest.raises(UnsupportedError, match="--to onnx or --to openvino"):
         export(model, samples(model), "torch-export", tmp_path / "no", int8=True)
 

@@ -287,8 +287,8 @@ SHORT = Training(steps=6, batch_size=8, learning_rate=3e-4, save_steps=0)
     [
         ("grounding", "mdetr", False),
         pytest.param("grounding", "glip", True, marks=pytest.mark.slow),
-        ("detection", "grounding-dino", True),
-        ("gqa", "mdetr", False),
+        pytest.param("detection", "grounding-dino", True, marks=pytest.mark.slow),
+        pytest.param("gqa", "mdetr", False, marks=pytest.mark.slow),
     ],
 )
 def test_joint_share_and_prune_from_data_to_folder(

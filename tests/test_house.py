@@ -14,12 +14,14 @@ import vlprune
 
 SOURCE = Path(vlprune.__file__).parent
 LEVELS = {
-    0: "errors files structure plan budget schedule registry recipe report page progress",
+    0: "errors files facts place structure plan budget schedule registry recipe report page "
+    "progress checks options machine recipe_file signals notes fingerprint workplace checkpoints",
     1: "device trainee units gate layers cost record share vectors cutting difference wrappers "
-    "first_batch optimizers saved_names gating ranks",
-    2: "architectures models latency stock",
+    "first_batch optimizers saved_names gating ranks weights",
+    2: "architectures models latency stock opening",
     3: "methods data tasks checkpoint",
-    4: "compressor callback summary turns teacher train bench export probe scan run testing",
+    4: "compressor callback earlier summary turns teacher train bench export probe scan run "
+    "testing",
     5: "cli transformers_hook __init__",
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}

@@ -48,7 +48,7 @@ def test_nlvr2_lines_name_their_images(tmp_path: Path) -> None:
     assert found.images[0].parent.name == "7"
     assert found.truth
     (tmp_path / "bad.json").write_text(json.dumps({**line, "label": "maybe"}) + "\n")
-    with pytest.raises(DataError, match="label of line 1"):
+    with pytest.raises(DataError, match="line 1: 'label' must be true or false"):
         read_nlvr2(tmp_path / "bad.json", tmp_path)
 
 
@@ -354,7 +354,7 @@ def test_reranking_uses_the_matching_head(tmp_path: Path) -> None:
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Did you mean 'mixup'"):
         ClassificationTask(SMALL, FEW, tmp_path, {"mixupp": 0.1})
-    with pytest.raises(RecipeError, match="must be like"):
+    with pytest.raises(RecipeError, match="multi_scale must be true or false"):
         SegmentationTask(SMALL, FEW, tmp_path, {"multi_scale": 1})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import vlprune
+from mutations import check_message, mutated
 from vlprune.errors import CheckpointError
 from vlprune.page import page
 from vlprune.report import common_units, markdown, read_report, story
@@ -171,3 +173,97 @@ def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
     report["verified"] |= {"dtype": "bfloat16", "kernel": "eager", "compared": 0.75}
     said = "(bfloat16, with eager attention in place of the model's own; 75.0% of the values are"
     assert said in summary(report)
+
+
+BENCH = {
+    "conditions": {"device": "cpu", "threads": 2, "dtype": "float32", "torch": "2"},
+    "folders": {"small": "m"},
+    "models": {},
+    "runs": [
+        {"engine": "eager", "batch": 1, "model": "small", "median": 0.1, "items_per_second": 10.0},
+        {"engine": "onnx", "batch": 1, "failed": "no"},
+    ],
+    "faster": [{"engine": "eager", "batch": 1, "times": 2.0, "of_ideal": 0.9}],
+}
+EXPORT = {
+    "format": "onnx",
+    "int8": False,
+    "files": {"model.onnx": 10},
+    "checked": [{"shapes": {}, "difference": 1e-6, "compared": 1.0}],
+}
+
+
+@pytest.fixture
+def whole(tiny_folder: Path, tmp_path: Path) -> Path:
+    """What a report reads, of a run with timings and an export."""
+    folder = tmp_path / "whole"
+    (folder / "onnx").mkdir(parents=True)
+    for name in ("report.json", "plan.json"):
+        shutil.copy(tiny_folder / name, folder)
+    (folder / "bench.json").write_text(json.dumps(BENCH))
+    (folder / "onnx" / "vlprune-export.json").write_text(json.dumps(EXPORT))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["report.json", "bench.json", "onnx/vlprune-export.json"])
+def test_any_damage_of_what_a_report_reads_is_one_message(whole: Path, name: str) -> None:
+    body, told = json.loads((whole / name).read_text()), 0
+    for seed in range(300):
+        changed, what = mutated(body, random.Random(seed))
+        (whole / name).write_text(json.dumps(changed))
+        try:
+            report = read_report(whole)
+            markdown(story([report, {**report, "folder": "other"}]))
+            if seed % 10 == 0:
+                page([report])
+        except Exception as error:
+            told += 1
+            check_message(error, what, f"{whole}/{name}")
+    assert told > 100
+    (whole / name).write_text(json.dumps({**body, "faster": 7, "budget": 7, "checked": 7}))
+    key = {"report.json": "budget", "bench.json": "faster"}.get(name, "checked")
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: {key}: "):
+        read_report(whole)
+
+
+def test_names_print_as_text(run: Any, whole: Path, tmp_path: Path) -> None:
+    evil = "[red]x[/nope] \x1b[31m\r :smile: <b>y</b> | `z` [a](javascript:b)"
+    shown = "[red]x[/nope] \\x1b[31m\\r :smile: <b>y</b> | `z` [a](javascript:b)"
+    body = json.loads((whole / "report.json").read_text())
+    body["notes"] = [evil]
+    body["method"] = evil
+    body["groups"][0]["tower"] = evil
+    (whole / "report.json").write_text(json.dumps(body))
+    for arguments in ([], [str(whole)]):  # alone, and beside itself
+        code, text, problem = run("report", str(whole), *arguments)
+        assert (code, problem) == (0, "")
+        assert "\x1b" not in text
+        assert " ".join(shown.split()) in " ".join(text.split())
+    code, text, _ = run("report", str(whole), "--format", "markdown")
+    assert "\x1b" not in text
+    assert "<b>" not in text.replace("\\<b>", "")
+    assert all(line.count(" | ") == 6 for line in text.splitlines() if line.startswith("| \\[red"))
+    text = page([read_report(whole)])
+    assert "<b>y</b>" not in text
+    assert "\x1b" not in text
+    code, _, problem = run("report", str(tmp_path / "[red]no[/]\x1b[31m"))
+    assert (code, problem.strip()) == (
+        2,
+        f"vlprune: there is no folder {tmp_path}/[red]no[/]\\x1b[31m",
+    )
+
+
+def test_a_report_is_written_into_links_and_refused_where_it_cannot_be(
+    run: Any, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link.md").symlink_to(tmp_path / "real.md")
+    (tmp_path / "real.md").write_text("old")
+    assert run("report", str(whole), "-o", str(tmp_path / "link.md"))[0] == 0
+    assert (tmp_path / "link.md").is_symlink()
+    assert "budget" in (tmp_path / "real.md").read_text()
+    for place in (tmp_path, tmp_path / "no" / "x.md", "/proc/x.md"):
+        code, text, problem = run("report", str(whole), "-o", str(place))
+        assert (code, text) == (2, "")
+        assert len(problem.splitlines()) == 1
+    assert run("report", str(whole), "-o", "/dev/null")[0] == 0
+    assert not Path("/dev/null").is_file()

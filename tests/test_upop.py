@@ -349,7 +349,7 @@ def test_gradient_checkpointing_makes_the_same_decisions() -> None:
     assert thrifty.plan() == plain.plan()
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_torch_compile_makes_the_same_decisions() -> None:
     plain, _ = searched("vit_labelled")
     compiled, _ = searched("vit_labelled", wrap=lambda m: torch.compile(m, backend="aot_eager"))

@@ -19,7 +19,7 @@ import torch
 
 from . import cost
 from .architectures import discover
-from .checkpoint import check_weights, open_model
+from .checkpoint import check_weights, open_model, open_processor
 from .device import choose, device_of, moved_to, place
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .export import Exported, export_folders, is_export
@@ -96,6 +96,7 @@ def bench(
     progress.phase("loading")
     models = {name: place(_opened(path), chosen).eval() for name, path in folders.items()}
     example = _inputs(models, folders)
+    engines = _engines(models, folders, compiled, trust_remote_code)  # refuses before it measures
     largest = max(batch_sizes)
     facts = {}
     for name, path in folders.items():
@@ -104,7 +105,6 @@ def bench(
         facts[name] |= _size(models[name], example(1))
     runs: list[dict[str, Any]] = []
     faster: list[dict[str, Any]] = []
-    engines = _engines(models, folders, compiled, trust_remote_code)
     for engine, callables in engines.items():
         for batch_size in batch_sizes:
             progress.phase(f"timing {engine}, batch {batch_size}")
@@ -167,10 +167,9 @@ def _inputs(models: Mapping[str, Any], folders: Mapping[str, Path]) -> Any:
 def _prompt(model: Any, folder: Path) -> dict[str, torch.Tensor] | None:
     """One image and a few words as the folder's processor makes them; None without one."""
     from PIL import Image
-    from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = open_processor(folder)
         token = getattr(processor, "image_token", "<image>")
         made = processor(
             images=[Image.new("RGB", (224, 224))], text=[f"{token} a picture"], return_tensors="pt"
@@ -269,8 +268,15 @@ def _alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any
     """Loading time, peak memory and bytes on disk of the model in ``folder``."""
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     facts: dict[str, Any] = {"disk_bytes": sum(path.stat().st_size for path in weights)}
-    command = [sys.executable, "-m", "vlprune.bench", str(folder), str(batch_size), str(device)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    # -P: else it would import torch.py, or any module, of the working folder
+    command = [sys.executable, "-P", "-m", "vlprune.bench"]
+    command += [str(folder.absolute()), str(batch_size), str(device)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(_import_places()),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     try:
         return facts | json.loads(done.stdout.strip().splitlines()[-1])
@@ -279,6 +285,12 @@ def _alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any
             f"cannot load {folder} in a process of its own: "
             f"{(done.stderr.strip().splitlines() or ['it was killed'])[-1]}"
         ) from None
+
+
+def _import_places() -> list[str]:
+    """PYTHONPATH without empty entries, which mean the working folder."""
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(place) for place in places if place]
 
 
 def _report_alone(folder: Path, batch_size: int, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BudgetError, did_you_mean
+from .files import shown
 
 __all__ = ["Budget", "Floor", "Prices", "least", "parse_budget", "select"]
 
@@ -119,20 +120,20 @@ def parse_budget(budget: Mapping[str, Any]) -> Budget:
     """The budget in a mapping such as ``{"params": 0.5}``. Raises BudgetError."""
     if not isinstance(budget, Mapping) or len(budget) != 1:
         raise BudgetError(
-            f"a budget names one thing and the fraction of it that stays, as in "
-            f'{{"params": 0.5}}, not {budget!r}'
+            f"budget must name one thing and the fraction of it that stays, as in "
+            f'{{"params": 0.5}}, not {shown(budget)}'
         )
     ((what, fraction),) = budget.items()
     if what not in CURRENCIES:
         raise BudgetError(
-            f"a budget is in {', '.join(CURRENCIES[:-1])} or {CURRENCIES[-1]}, not {what!r}."
-            f"{did_you_mean(str(what), CURRENCIES)}"
+            f"budget must be in {', '.join(CURRENCIES[:-1])} or {CURRENCIES[-1]}, not "
+            f"{shown(what)}.{did_you_mean(shown(what), CURRENCIES)}"
         )
     number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not number or not 0 < fraction <= 1:
         raise BudgetError(
-            f"the budget for {what} is the fraction that stays, a number above 0 and at most 1, "
-            f"not {fraction!r}"
+            f"budget.{what} must be the fraction that stays, a number above 0 and at most 1, "
+            f"not {shown(fraction)}"
         )
     return Budget(str(what), float(fraction))
 

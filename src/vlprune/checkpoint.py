@@ -3,46 +3,69 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from .architectures import discover
 from .cutting import apply_plan
-from .errors import CheckpointError, UnsupportedError, VlpruneError
-from .models import MODELS, PREFIX
+from .errors import CheckpointError, VlpruneError
+from .files import plain, read_json, reason, write_text
+from .opening import (
+    check_memory,
+    from_folder,
+    guarded,
+    model_class,
+    open_config,
+    open_model,
+    open_processor,
+    read_config,
+)
+from .place import CONFIG, check_place, is_being_saved, staging, swap
 from .record import METHOD, Record, gather_record
 from .structure import Structure
+from .weights import check_digest, check_weights, digest, is_weights, weight_files
 from .wrappers import uncompiled
 
 __all__ = [
+    "check_place",
+    "check_result",
     "check_weights",
+    "files_of_export",
+    "from_folder",
     "load",
     "model_class",
     "open_config",
     "open_model",
+    "open_processor",
     "rebuild_shapes",
     "save",
 ]
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
-BENCH_FILE, EXPORT_FILE = "bench.json", "vlprune-export.json"
+BENCH_FILE, EXPORT_FILE, MANIFEST = "bench.json", "vlprune-export.json", "export.json"
 
 
-def rebuild_shapes(model: Any, section: Mapping[str, Any]) -> Record:
+def rebuild_shapes(
+    model: Any, section: Mapping[str, Any], files: Sequence[str | Path] | None = None
+) -> Record:
     """Cut a freshly built, still empty model to the shapes that ``section`` describes.
 
-    Returns the record in the names that this model has for its structures.
+    Returns the record in the names that this model has for its structures. ``files`` are those the
+    weights will be read from; they must have the digest that the section states, if any. Raises
+    CheckpointError if section, model and weights do not belong together.
     """
     cut, record = _matched(model, Record.from_section(section))
     apply_plan(model, cut, record.plan)
+    paths = [Path(file) for file in files or ()]
+    if paths and all(is_weights(path.name) for path in paths):  # others are variants, with a dtype
+        check_memory(model, sum(path.stat().st_size for path in paths), paths[0].parent)
+        if section.get("weights"):
+            check_digest(paths, section["weights"])
     return record
 
 
@@ -105,215 +128,194 @@ def save(
     """The folder, which plain ``from_pretrained`` loads after ``import vlprune``.
 
     Holds the stock ``config.json`` and ``model.safetensors``, ``plan.json``, the files of
-    ``processor`` (anything with ``save_pretrained``) and ``extras`` {file name: text}. All
-    is written beside the folder and renamed into place at the end: a kill or a full disk
-    leaves what was there before. Files that vlprune did not write survive.
+    ``processor`` (anything with ``save_pretrained``) and ``extras`` {file name: text}. All is
+    written into a hidden folder inside and moved into place at the end: a kill at any moment
+    leaves the old or the new model, a full disk the old one. Files that vlprune did not write
+    survive, unless they have the name of a new one.
 
     Raises CheckpointError if the folder cannot be written.
     """
     folder, model = Path(folder), uncompiled(model)
     record = gather_record(model)
-    partial, old = _neighbours(folder)
-    _recover(folder)
+    check_place(folder)
+    staged = folder
     try:
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file: choose a folder to save into")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        model.save_pretrained(partial)
-        if processor is not None:
-            processor.save_pretrained(partial)
-        if record is not None:
-            (partial / PLAN_FILE).write_text(record.plan.to_json() + "\n", encoding="utf-8")
-        for name, text in (extras or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        _keep_foreign_files(folder, partial)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with staging(folder) as staged:
+            model.save_pretrained(staged)
+            if processor is not None:
+                processor.save_pretrained(staged)
+            if record is not None:
+                write_text(staged / PLAN_FILE, record.plan.to_json() + "\n")
+            for name, text in (extras or {}).items():
+                write_text(staged / name, text)
+            _seal(staged)
+            swap(staged, stale=_stale(folder, {p.name for p in staged.iterdir()}))
+    except VlpruneError as error:
+        raise CheckpointError(f"cannot save to {plain(folder)}: {_after(staged, error)}") from error
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        _recover(folder)
-        reason = getattr(error, "strerror", None) or str(error)
+        problem = reason(error)
         raise CheckpointError(
-            f"cannot save to {folder}: {reason}; what was there before is unchanged"
+            f"cannot save to {plain(folder)}: {_after(staged, problem)}"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        _recover(folder)
-        raise
     return folder
 
 
-def _neighbours(folder: Path) -> tuple[Path, Path]:
-    """Where a save is prepared, and where the previous folder waits during the swap."""
-    name = folder.resolve().name
-    return folder.resolve().parent / f".{name}.partial", folder.resolve().parent / f".{name}.old"
+def _after(staged: Path, problem: object) -> str:
+    """The problem, and what a failed save has left."""
+    if staged.name.startswith(".vlprune-") and staged.is_dir():
+        return f"{problem}; the new model can be loaded already, save again to finish it"
+    return f"{problem}; what was there before is unchanged"
 
 
-def _recover(folder: Path) -> None:
-    """Finish a swap that was killed between its two renames."""
-    _, old = _neighbours(folder)
-    if old.exists():
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, folder)
+def _seal(staged: Path) -> None:
+    """Write the digest of the weights into the config, where it says that the model was cut."""
+    path = staged / CONFIG
+    config = read_json(path)
+    section = config.get("quantization_config")
+    if isinstance(section, dict) and section.get("quant_method") == METHOD:
+        section["weights"] = digest(weight_files(staged))
+        write_text(path, json.dumps(config, indent=2) + "\n")
 
 
-def _keep_foreign_files(folder: Path, partial: Path) -> None:
-    """Carry over what the old folder holds and the new one does not.
-
-    Except old weights, and the plan, report, timings and exports of another model.
-    """
-    if not folder.is_dir():
-        return
-    for entry in folder.iterdir():
-        target = partial / entry.name
-        stale = entry.name.startswith("model") and ".safetensors" in entry.name
-        stale = stale or entry.name in (PLAN_FILE, REPORT_FILE, BENCH_FILE)
-        if target.exists() or stale or (entry / EXPORT_FILE).is_file():
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
-        else:
-            _link(entry, target)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """The same file under a second name; a copy where the file system has no hard links."""
+def _stale(folder: Path, new: set[str]) -> list[Path]:
+    """What would speak of the model before: its weights, plan, report, timings and exports."""
+    if not (folder / CONFIG).is_file():
+        return []
     try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+        config = read_json(folder / CONFIG)
+    except CheckpointError:
+        config = None
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    ours = isinstance(section, dict) and section.get("quant_method") == METHOD
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.name not in new
+        and not path.is_dir()
+        and (is_weights(path.name) or (path.name in _MARKS and (ours or _is_our_own(path))))
+    ]
+    return found + [path for export in folder.iterdir() for path in files_of_export(export)]
+
+
+_MARKS = {PLAN_FILE: {"format", "keep"}, REPORT_FILE: {"budget"}, BENCH_FILE: {"runs", "faster"}}
+"""Keys that tell a file of ours from another of that name."""
+
+
+def _is_our_own(path: Path) -> bool:
+    try:
+        body = read_json(path)
+    except CheckpointError:
+        return False
+    return isinstance(body, dict) and _MARKS[path.name] <= body.keys()
+
+
+def files_of_export(folder: Path) -> list[Path]:
+    """The files that ``vlprune export`` wrote into a folder; none if it wrote none there."""
+    note = folder / EXPORT_FILE
+    if folder.is_symlink() or not note.is_file():
+        return []
+    try:
+        body = read_json(note)
+    except CheckpointError:
+        return []
+    names = body.get("files") if isinstance(body, dict) else None
+    listed = [name for name in names or () if isinstance(name, str) and Path(name).name == name]
+    paths = [folder / MANIFEST, *(folder / name for name in listed), note]
+    return [path for path in dict.fromkeys(paths) if path.is_file()]
+
+
+def check_result(folder: str | Path, need: int = 0) -> None:
+    """Raise CheckpointError unless a whole result can be written to ``folder``, now.
+
+    Besides :func:`vlprune.place.check_place`: files of the user that a result would overwrite are
+    refused, such as a README.md or a model of his own in the working folder.
+    """
+    folder = Path(folder)
+    check_place(folder, need)
+    if not folder.is_dir() or _is_result(folder):
+        return
+    names = [CONFIG, *_MARKS, RECIPE_FILE, "README.md"]
+    names += [p.name for p in folder.iterdir() if is_weights(p.name)]
+    taken = [name for name in names if (folder / name).exists()]
+    if taken:
+        raise CheckpointError(
+            f"{plain(folder)} holds files that vlprune did not write and the result would "
+            f"overwrite: {plain(', '.join(sorted(set(taken))))}. Choose another folder with -o"
+        )
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether a run of vlprune filled the folder, or began to, or :func:`save` did."""
+    if (folder / REPORT_FILE).is_file() and _is_our_own(folder / REPORT_FILE):
+        return True
+    if is_being_saved(folder) is not None:
+        return True
+    if (folder / PLAN_FILE).is_file() and _is_our_own(folder / PLAN_FILE):
+        return True
+    return (folder / "dense" / "vlprune-dense.json").is_file()
 
 
 def load(folder: str | Path, **kwargs: Any) -> Any:
     """The model in a folder that :func:`save` (or ``save_pretrained`` of a cut model) wrote.
 
-    Its class is the one named in ``config.json``; ``kwargs`` go to ``from_pretrained``.
-    Says what is wrong where ``from_pretrained`` would raise from deep inside. Raises
-    CheckpointError for a folder that is missing, incomplete or damaged.
+    Its class is the one named in ``config.json``; ``kwargs`` go to ``from_pretrained``. Nothing is
+    written. While another process saves into the folder, it is tried again for some seconds. Says
+    what is wrong where ``from_pretrained`` would raise from deep inside. Raises CheckpointError for
+    a folder that is missing, incomplete or damaged.
     """
     folder = Path(folder)
-    _recover(folder)
-    config = _config(folder)
+    for seconds in (*WAITS, None):
+        before = _version(folder)
+        try:
+            model = _loaded(folder, kwargs)
+        except CheckpointError:
+            saving = is_being_saved(folder)
+            if seconds is None and saving:
+                raise CheckpointError(
+                    f"{plain(folder)} is being saved by another process: load it when that has "
+                    "ended"
+                ) from None
+            if seconds is None or (not saving and _version(folder) == before):
+                raise
+        else:
+            if seconds is None or _version(folder) == before:
+                return model
+        time.sleep(seconds)
+    raise AssertionError
+
+
+WAITS = (0.1, 0.3, 1.0, 2.0, 4.0)
+"""Seconds between tries of :func:`load` while the folder changes."""
+
+
+def _version(folder: Path) -> tuple[int, int, int] | None:
+    """Changes whenever a save puts another config in place."""
+    try:
+        facts = (folder / CONFIG).stat()
+    except (OSError, ValueError):
+        return None
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def _loaded(folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    if folder.is_dir() and not (folder / CONFIG).exists() and is_being_saved(folder) is False:
+        raise CheckpointError(f"a save into {plain(folder)} was stopped before its end: save again")
+    config = read_config(folder)
     section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != METHOD:
         raise CheckpointError(
-            f"{folder}/config.json has no vlprune section, so the plan of this model is not known: "
-            "restore config.json from where the folder was saved, or load an uncut model with "
-            "from_pretrained"
+            f"{plain(folder)}/config.json has no vlprune section, so the plan of this model is not "
+            "known: restore config.json from where the folder was saved, or load an uncut model "
+            "with from_pretrained"
         )
     Record.from_section(section)
-    check_weights(folder)
-    cls = model_class(config, folder)
-    model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    with guarded(folder, "load"):
+        cls = model_class(config, folder)
+        model, info = from_folder(cls, folder, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
         raise CheckpointError(
-            f"{folder} lacks the weights of {sorted(info['missing_keys'])[0]} and "
-            f"{len(info['missing_keys']) - 1} more: copy the folder again"
+            f"{plain(folder)} lacks the weights of {plain(missing[0])} and {len(missing) - 1} "
+            "more: copy the folder again"
         )
     return model
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder."""
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no config.json: it is not a model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read {folder}/config.json: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}/config.json is not a JSON object")
-    return config
-
-
-def open_config(name: str | Path) -> Any:
-    """The config in a folder or on the hub."""
-    found, _ = transformers.PreTrainedConfig.get_config_dict(name)
-    if _is_ours(found):
-        return MODELS[found["architectures"][0]].config_class.from_pretrained(name)
-    return transformers.AutoConfig.from_pretrained(name)
-
-
-def _is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` names a model of ours, not one of the same name elsewhere."""
-    name = (config.get("architectures") or [""])[0]
-    prefixed = str(config.get("model_type", "")).startswith(PREFIX)
-    return name in MODELS and (prefixed or not hasattr(transformers, name))
-
-
-def model_class(config: Mapping[str, Any], where: object) -> Any:
-    """The class a ``config.json`` names, ours or transformers'. Never runs code from the folder."""
-    names = config.get("architectures") or [""]
-    cls: Any = MODELS[names[0]] if _is_ours(config) else getattr(transformers, names[0], None)
-    if cls is None or not issubclass(cls, transformers.PreTrainedModel):
-        raise UnsupportedError(
-            f"{where} names the model class {names[0] or 'nothing'!r}, which this "
-            "transformers does not have: update transformers, or load it with its own class"
-        )
-    return cls
-
-
-def check_weights(folder: Path) -> None:
-    """Raise CheckpointError unless every safetensors file of the folder is there and whole."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(mapping.values()))
-        except (OSError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"cannot read {index}: {error}") from None
-    else:
-        files = ["model.safetensors"]
-    for name in files:
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(
-                f"{folder} lacks {name}: copy the folder again (pickled weights are never read)"
-            )
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut short ({error}): copy the file again"
-            ) from None
-
-
-def open_model(name: str, config_only: bool = False) -> Any:
-    """The model in a folder or on the hub, by the class its config names.
-
-    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
-    then also be a model type, which stands for that type's default sizes.
-    """
-    from transformers import AutoConfig, AutoModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    transformers.utils.logging.disable_progress_bar()
-    if name.startswith(("/", ".", "~")) and not Path(name).exists():
-        raise CheckpointError(f"there is no folder {name}")
-    try:
-        if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
-            config = AutoConfig.for_model(name)
-        else:
-            config = open_config(name)
-        if not config_only:
-            if Path(name).is_dir():
-                check_weights(Path(name))
-            return model_class(config.to_dict(), name).from_pretrained(name)
-        with torch.device("meta"):
-            if getattr(config, "architectures", None):
-                return model_class(config.to_dict(), name)(config).eval()
-            return AutoModel.from_config(config).eval()
-    except VlpruneError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise CheckpointError(f"cannot open {name}: {reason}") from None

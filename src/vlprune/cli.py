@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from .errors import RecipeError, VlpruneError
+from .files import plain, write_text
+from .place import check_file
 from .progress import Progress
-from .recipe import Recipe, load_recipe
 from .report import Block, human, percent, stage_header, stage_rows, summary, where
+from .signals import received, stoppable
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -30,8 +37,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False, soft_wrap=False)
+
+
+class _Plain(Console):
+    """A console that prints text as it is: names may hold markup, emoji codes or escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text without its control characters."""
+        return super().render_str(plain(text), **options)
+
+
+err = _Plain(stderr=True)
+out = _Plain(soft_wrap=False)
 
 Trust = Annotated[
     bool,
@@ -71,8 +91,8 @@ def inspect(
     loaded = open_model(model, config_only)
     try:
         inputs, problem = made_up_inputs(loaded), ""
-    except VlpruneError as error:
-        inputs, problem = None, str(error)
+    except Exception as error:  # a config may say anything
+        inputs, problem = None, " ".join(str(error).split())[:300]
     description = describe(loaded, inputs, attention)
     description["macs_problem"] = description["macs_problem"] or problem
     if as_json:
@@ -101,6 +121,8 @@ def compress(
 
     Example: vlprune compress recipes/easy-vqa.yaml budget.params=0.3 -o small
     """
+    from .recipe import load_recipe
+
     chosen = load_recipe(recipe, overrides or [], toy)
     _run(_on(device, chosen), output, as_json)
 
@@ -128,6 +150,8 @@ def evaluate(
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
     found = recipe or next((place for place in places if place.exists()), places[0])
+    from .recipe import load_recipe
+
     chosen = _on(device, load_recipe(found, overrides or []))
     from .run import evaluate_folder
 
@@ -160,6 +184,8 @@ def scan(
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
     found = recipe or next((place for place in places if place.exists()), places[0])
+    from .recipe import load_recipe
+
     chosen = _on(device, load_recipe(found, overrides or []))
     from .run import scan_folder
 
@@ -199,8 +225,10 @@ def bench(
     Example: vlprune bench demo-output --batch-sizes 1,8,32 --compile
     """
     sizes = _numbers(batch_sizes)
+    if save:
+        check_file(folder / "bench.json")
     place = against or (folder / "dense" if (folder / "dense").is_dir() else None)
-    err.print("[dim]loading torch and transformers[/dim]")
+    err.print("loading torch and transformers", style="dim")
     from .bench import bench as measure
 
     body = measure(
@@ -247,8 +275,10 @@ def export(
     Example: vlprune export demo-output --to onnx
     """
     found = recipe or (folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else None)
+    from .recipe import load_recipe
+
     chosen = load_recipe(found, []) if found else None
-    err.print("[dim]loading torch and transformers[/dim]")
+    err.print("loading torch and transformers", style="dim")
     from .run import export_folder
 
     facts = export_folder(
@@ -302,6 +332,8 @@ def report(
     ending = {".html": "html", ".md": "markdown", ".json": "json"}
     chosen = "json" if as_json else form or ending.get(output.suffix if output else "", "text")
     check_format(chosen)
+    if output is not None:
+        check_file(output)
     reports = [read_report(folder) for folder in folders]
     if chosen == "html":
         if output is None:
@@ -324,12 +356,7 @@ def report(
 
 def _write(path: Path, text: str) -> None:
     """Write a file, all of it or nothing. Raises RecipeError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise RecipeError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, text, RecipeError)
     err.print(f"Written to {path}.")
 
 
@@ -348,6 +375,8 @@ def demo(
 
     Example: vlprune demo -o demo-output
     """
+    from .recipe import load_recipe
+
     recipe = load_recipe(str(files("vlprune") / "demo.yaml"), overrides or [])
     _run(_on(device, recipe), output, as_json)
 
@@ -358,7 +387,7 @@ def _on(device: str, recipe: Recipe) -> Recipe:
 
 
 def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
-    err.print("[dim]loading torch and transformers[/dim]")
+    err.print("loading torch and transformers", style="dim")
     from .run import compress as run_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
@@ -446,7 +475,8 @@ def _print_story(blocks: list[Block]) -> None:
                 table.add_row(*row)
             out.print(table)
         elif block.level:
-            out.print(f"\n[bold]{block.text}[/bold]" if block.level == 1 else block.text)
+            title = block.level == 1
+            out.print(f"\n{block.text}" if title else block.text, style="bold" if title else None)
         else:
             out.print(block.text)
 
@@ -511,7 +541,11 @@ class _Shown(Progress):
 
     def phase(self, title: str) -> None:
         """A line for the phase that begins."""
-        err.print(f"[bold]{title}[/bold]" if err.is_terminal else title)
+        err.print(title, style="bold" if err.is_terminal else None)
+
+    def note(self, text: str) -> None:
+        """A line, as it is."""
+        err.print(plain(text), markup=False, soft_wrap=True)
 
     @contextmanager
     def count(self, title: str, total: int) -> Iterator[Any]:
@@ -520,19 +554,19 @@ class _Shown(Progress):
             yield _plain_lines(title, total)
             return
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Bars(*columns, console=err, transient=True) as bars:
-            task = bars.add_task(title, total=total, note="")
+            task = bars.add_task(plain(title), total=total, note="")
 
             def advance(done: int, note: str = "") -> None:
                 bars.update(task, advance=done)
                 if note:
-                    bars.update(task, note=note)
+                    bars.update(task, note=plain(note))
 
             yield advance
 
@@ -553,17 +587,42 @@ def _plain_lines(title: str, total: int) -> Any:
 
 
 def main() -> None:
-    """The console script: user errors become one sentence and exit code 2."""
+    """The console script: user errors become one message and exit code 2.
+
+    With ``--json`` stdout gets {"error": kind, "message": text, "problems": [one line each]}.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except VlpruneError as error:
-        err.print(f"vlprune: {error}", markup=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("vlprune: stopped; run the same command again to go on")
-        sys.exit(130)
+    # a child process imports nothing from the working folder, which may be a stranger's
+    os.environ["PYTHONSAFEPATH"] = "1"
+    with stoppable():
+        try:
+            app()
+        except BaseException as error:
+            if received():
+                _leave(received())
+            if not isinstance(error, VlpruneError):
+                raise
+            err.print(f"vlprune: {error}", soft_wrap=True)
+            if "--json" in sys.argv[1:]:
+                problems = getattr(error, "problems", (str(error),))
+                body = {"error": type(error).__name__, "message": str(error), "problems": problems}
+                print(json.dumps(body))
+            sys.exit(2)
+
+
+def _leave(number: int) -> None:
+    """End as asked to by a signal, at once: nothing that libraries do at exit is waited for."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal may be gone
+            err.print(
+                "vlprune: stopped; the same command goes on from the last finished phase or "
+                "checkpoint",
+                soft_wrap=True,
+            )
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .difference import Difference, difference, tensors_of
 from .errors import IncomparableError, PlanError, UnsupportedError, VerificationError
 from .first_batch import run_inputs
 from .gate import evaluating, gated, has_gates
-from .layers import PaddedLinear, is_linear, linear_axes
+from .layers import PaddedLinear, expect_index, is_linear, linear_axes
 from .plan import Plan
 from .record import Record, read_record, record_of, write_record
 from .registry import native_forward
@@ -498,6 +498,10 @@ def _pad(
             full_in=columns[1] if columns else module.weight.shape[in_axis],
             transposed=out_axis == 1,
         )
+        if device.type == "meta":
+            for name, kept in (("rows", rows), ("columns", columns)):
+                if kept:
+                    expect_index(layer, name, kept[0])
         layer.train(module.training)
         parent_path, leaf = owner_of(path)
         parent = model.get_submodule(parent_path)

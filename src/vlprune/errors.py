@@ -66,7 +66,14 @@ class DataError(VlpruneError):
 
 
 class RecipeError(VlpruneError):
-    """A recipe with an unknown key or an impossible value."""
+    """A recipe or an option with an unknown key or an impossible value.
+
+    ``problems`` has one line per mistake, where several were found at once.
+    """
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems or (message,)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -12,8 +12,6 @@ import copy
 import io
 import json
 import logging
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import EXPORT_FILE
+from .checkpoint import EXPORT_FILE, MANIFEST, files_of_export
 from .device import device_of, moved_to, placed
 from .difference import difference, tensors_of
 from .errors import (
@@ -34,9 +32,20 @@ from .errors import (
     UnsupportedError,
     VerificationError,
 )
+from .facts import ExportManifest, check_facts
+from .files import plain, read_json, reason, write_text
 from .gate import evaluating
+from .opening import guarded, read_config
+from .place import MARK, check_place, is_being_saved, staging, swap
 
-__all__ = ["FORMATS", "Exported", "export", "export_folders", "is_export"]
+__all__ = [
+    "FORMATS",
+    "Exported",
+    "check_export_place",
+    "export",
+    "export_folders",
+    "is_export",
+]
 
 FORMATS = ("onnx", "torch-export", "openvino")
 """What ``--to`` may say."""
@@ -50,7 +59,6 @@ _QUANTIZERS = {
     "onnx": ("OnnxRuntimeQuantizer", ("onnxruntime",)),
     "openvino": ("NNCFOpenVINOQuantizer", ("nncf",)),
 }
-MANIFEST = "export.json"
 TOLERANCE = 1e-3
 """The largest difference to PyTorch that is no error, relative to an output's largest value."""
 FLOOR = 1e-3
@@ -72,18 +80,17 @@ class Exported:
     ) -> None:
         folder = Path(folder)
         if not is_export(folder):
-            raise CheckpointError(f"{folder} is no export: it holds no {MANIFEST}")
+            raise CheckpointError(f"{plain(folder)} is no export: it holds no {MANIFEST}")
+        manifest = _manifest(folder)
         exporters = _transformers_exporters()
         threads = threads or torch.get_num_threads()
-        self.format = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["export_format"]
+        self.format = manifest["export_format"]
         options: dict[str, Any] = {}
-        if self.format not in ("onnx", "openvino"):
-            if not trust_remote_code:
-                raise UnsupportedError(
-                    f"{folder} is a torch.export, which runs code when it is read: if you trust "
-                    "who made it, add --trust-remote-code (trust_remote_code=True)"
-                )
-            options["trust_remote_code"] = True
+        if self.format not in ("onnx", "openvino") and not trust_remote_code:
+            raise UnsupportedError(
+                f"{plain(folder)} is a torch.export, which runs code when it is read: if you "
+                "trust who made it, add --trust-remote-code (trust_remote_code=True)"
+            )
         if self.format == "onnx":
             runtime = _needs("onnxruntime")
             options["session_options"] = runtime.SessionOptions()
@@ -98,8 +105,10 @@ class Exported:
                 "INFERENCE_NUM_THREADS": threads,
                 "INFERENCE_PRECISION_HINT": "f32",
             }
-        with _silence(), _denormals():
-            self.model = exporters.base.ExportedModel.from_pretrained(folder, **options)
+        with guarded(folder, "open the export"), _silence(), _denormals():
+            self.model = exporters.base.ExportedModel.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
         self.config, self.device = self.model.config, torch.device("cpu")
 
     def eval(self) -> Exported:
@@ -116,6 +125,35 @@ class Exported:
     def stages(self) -> dict[str, Any]:
         """{stage: what runs it}, for an export of what ``generate`` needs."""
         return dict(self.model.runners)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """``export.json``, whose files are in the folder. Raises CheckpointError."""
+    body: dict[str, Any] = read_json(folder / MANIFEST)
+    check_facts(ExportManifest, body, folder / MANIFEST, advice="export the model again")
+    for component in body["components"].values():
+        path = folder / component["file"]
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            raise CheckpointError(
+                f"{plain(folder)} lacks {plain(component['file'])}: export the model again"
+            )
+    if (folder / "config.json").exists():
+        read_config(folder)
+    return body
+
+
+def check_export_place(out: str | Path, need: int = 0) -> None:
+    """Raise CheckpointError unless an export can be written to ``out``: a new or an empty folder.
+
+    Or one with an export, which is replaced, or with one that was stopped while it was written.
+    """
+    out = Path(out)
+    check_place(out, need)
+    ours = is_export(out) or files_of_export(out) or is_being_saved(out) is False
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise CheckpointError(
+            f"{plain(out)} exists and is no export: choose another folder with -o"
+        )
 
 
 def is_export(folder: Path) -> bool:
@@ -168,9 +206,8 @@ def export(
         raise UnsupportedError("a model is exported with its weights, and this one has none")
     options: dict[str, Any] = {"dynamic": True}
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    check_export_place(out)
+    with staging(out) as staged:
         with placed(model, torch.device("cpu")), evaluating(model), torch.no_grad():
             samples = [
                 moved_to(model, {n: v for n, v in one.items() if n != "labels"}) for one in inputs
@@ -185,7 +222,10 @@ def export(
                 with _silence(), _own_forwards(model):
                     exported = run(model, dict(samples[0]), config)
                     exported.save_pretrained(staged)
+                _forget_code(staged / "config.json")
             except Exception as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise CheckpointError(f"cannot write {plain(out)}: {reason(error)}") from error
                 raise UnsupportedError(
                     f"{type(model).__name__} cannot be exported to {to}: {_sentence(error)}"
                 ) from error
@@ -206,7 +246,8 @@ def export(
                     f"the {to} export answers otherwise than the model ({error}), so nothing was "
                     "written: report this architecture"
                 ) from error
-        files = {path.name: path.stat().st_size for path in sorted(staged.iterdir())}
+        found = sorted(path for path in staged.iterdir() if path.name != MARK)
+        files = {path.name: path.stat().st_size for path in found}
         facts: dict[str, Any] = {
             "format": to,
             "int8": int8,
@@ -216,16 +257,23 @@ def export(
             "seconds": round(time.monotonic() - started, 1),
             "versions": {p: version(p) for p in ("torch", "transformers", *packages)},
         }
-        (staged / EXPORT_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        if out.exists() and not is_export(out):
-            raise CheckpointError(f"{out} exists and is no export: choose another folder with -o")
-        shutil.rmtree(out, ignore_errors=True)
-        staged.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        write_text(staged / EXPORT_FILE, json.dumps(facts, indent=1) + "\n")
+        stale = [path for path in files_of_export(out) if path.name not in (*files, EXPORT_FILE)]
+        swap(staged, last=MANIFEST, stale=stale)
     return facts
+
+
+def _forget_code(path: Path) -> None:
+    """Take ``auto_map`` out of the config of an export: it would be followed when that is read."""
+    if path.exists():
+        write_text(path, json.dumps(_without(read_json(path), "auto_map"), indent=2) + "\n")
+
+
+def _without(value: Any, name: str) -> Any:
+    """The same JSON value without a key, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without(one, name) for key, one in value.items() if key != name}
+    return [_without(one, name) for one in value] if isinstance(value, list) else value
 
 
 def _checked(

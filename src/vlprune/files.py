@@ -6,16 +6,33 @@ than its kind ever is, is refused before a byte of it is read.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import reprlib
 import stat
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError, VlpruneError
 
-__all__ = ["MiB", "parse_json", "plain", "read_json", "read_text", "reason", "write_text"]
+__all__ = [
+    "MiB",
+    "digest",
+    "is_full",
+    "opened",
+    "parse_json",
+    "plain",
+    "read_json",
+    "read_text",
+    "reason",
+    "shown",
+    "write_text",
+]
 
 MiB = 2**20
 LARGEST = 64 * MiB
@@ -30,35 +47,91 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
 
 
+def shown(value: object) -> str:
+    """A value of somebody else for a message: short, with control characters escaped."""
+    if value is None:
+        return "nothing"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        return plain(short.repr(value)).replace("\n", "\\n")
+    except Exception:  # an object that cannot print itself
+        return f"such a {type(value).__name__}"
+
+
 def reason(error: BaseException) -> str:
     """Why the system refused, without the path that the message names anyway."""
     return plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
+
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def is_full(error: BaseException, place: Path | None = None) -> bool:
+    """Whether an error says that a disk (or a quota) is full, by its number or that of its cause.
+
+    The writers of torch and safetensors lose the number on the way: with a ``place``, the folder
+    they wrote to, a megabyte is written there and removed again, to be refused in the same way.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, OSError) and one.errno is not None:
+            return one.errno in FULL
+        one = one.__cause__ or one.__context__
+    if place is None:
+        return False
+    probe = place / ".probe"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(MiB))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refused:
+        return refused.errno in FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
+
+
+@contextmanager
+def opened(
+    path: str | Path, kind: type[VlpruneError] = CheckpointError, most: int | None = None
+) -> Iterator[BinaryIO]:
+    """A regular file of at most ``most`` bytes, open for reading. Raises ``kind``."""
+    name = plain(path)
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    except FileNotFoundError:
+        raise kind(f"there is no file {name}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
+        raise kind(f"cannot read {name}: {reason(error)}") from None
+    with file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise kind(f"{name} is not a regular file: give a file")
+        if most is not None and facts.st_size > most:
+            raise kind(
+                f"{name} has {facts.st_size / MiB:,.0f} MiB, and at most "
+                f"{most / MiB:,.0f} MiB are read: it is not such a file"
+            )
+        yield file
 
 
 def read_text(
     path: str | Path, kind: type[VlpruneError] = CheckpointError, most: int = LARGEST
 ) -> str:
     """The UTF-8 text of a regular file of at most ``most`` bytes. Raises ``kind``."""
-    name = plain(path)
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise kind(f"{name} is not a regular file: give a file")
-            if facts.st_size > most:
-                raise kind(
-                    f"{name} has {facts.st_size / MiB:,.0f} MiB, and at most "
-                    f"{most / MiB:,.0f} MiB are read: it is not such a file"
-                )
-            return file.read(most + 1).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise kind(f"there is no file {name}") from None
-    except UnicodeDecodeError as error:
-        raise kind(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, VlpruneError):
-            raise
-        raise kind(f"cannot read {name}: {reason(error)}") from None
+    with opened(path, kind, most) as file:
+        try:
+            # read(most) would take that much memory for every file, however small
+            size = max(os.fstat(file.fileno()).st_size, MiB)
+            return file.read(min(size, most) + 1).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise kind(
+                f"{plain(path)} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+            ) from None
+        except OSError as error:
+            raise kind(f"cannot read {plain(path)}: {reason(error)}") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -66,19 +139,52 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def parse_json(text: str, where: str | Path, kind: type[VlpruneError] = CheckpointError) -> Any:
-    """The value of a JSON text from ``where``. Raises ``kind`` with line and column."""
+def digest(path: str | Path, kind: type[VlpruneError] = CheckpointError) -> list[Any]:
+    """[bytes, SHA-256 in hexadecimal] of a regular file of any size. Raises ``kind``."""
+    with opened(path, kind) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            return [size, hashlib.file_digest(file, "sha256").hexdigest()]
+        except OSError as error:
+            raise kind(f"cannot read {plain(path)}: {reason(error)}") from None
+
+
+def parse_json(
+    text: str,
+    where: str | Path,
+    kind: type[VlpruneError] = CheckpointError,
+    unique: bool = False,
+) -> Any:
+    """The value of a JSON text from ``where``. Raises ``kind`` with line and column.
+
+    Of a key that an object holds twice the last counts, as everywhere in Python; with ``unique``
+    it is refused.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except json.JSONDecodeError as error:
         raise kind(
-            f"{plain(where)}, line {error.lineno}, column {error.colno}: not valid JSON "
-            f"({error.msg})"
+            f"cannot read {plain(where)}, line {error.lineno}, column {error.colno}: not valid "
+            f"JSON ({error.msg})"
         ) from None
     except RecursionError:
-        raise kind(f"{plain(where)}: brackets are nested too deeply for JSON of ours") from None
+        raise kind(
+            f"cannot read {plain(where)}: brackets are nested too deeply for JSON of ours"
+        ) from None
     except ValueError as error:  # a number of thousands of digits
-        raise kind(f"{plain(where)}: not valid JSON ({reason(error)})") from None
+        raise kind(f"cannot read {plain(where)}: not valid JSON ({reason(error)})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises ValueError for a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"an object holds the key {key[:40]!r} twice")
+            seen.add(key)
+    return found
 
 
 def read_json(

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["PaddedLinear", "is_linear", "linear_axes", "stock_name"]
+from .errors import CheckpointError
+
+__all__ = [
+    "PaddedLinear",
+    "check_indices",
+    "expect_index",
+    "is_linear",
+    "linear_axes",
+    "stock_name",
+]
 
 
 def stock_name(module: nn.Module) -> str:
@@ -20,6 +30,29 @@ def is_linear(module: nn.Module) -> bool:
 def linear_axes(module: nn.Module) -> tuple[int, int]:
     """``(output axis, input axis)`` of the module's weight; Conv1D stores it transposed."""
     return (1, 0) if stock_name(module) == "Conv1D" else (0, 1)
+
+
+def expect_index(module: nn.Module, name: str, values: Tensor) -> None:
+    """Note what an index buffer of an empty model must hold once its weights are loaded."""
+    if values.is_meta:
+        raise ValueError("the positions themselves are needed, not a tensor without numbers")
+    module.__dict__.setdefault("expected_indices", {})[name] = values
+
+
+def check_indices(model: nn.Module) -> None:
+    """Compare the loaded index buffers with what the plan says, and forget that.
+
+    A wrong one would read or write other positions, or memory outside of a weight. Raises
+    CheckpointError.
+    """
+    for path, module in model.named_modules():
+        for name, wanted in module.__dict__.pop("expected_indices", {}).items():
+            found = getattr(module, name)
+            if not found.is_meta and not torch.equal(found.cpu().to(wanted.dtype), wanted):
+                raise CheckpointError(
+                    f"the positions in {path}.{name} are not those of the plan: the weights are "
+                    "damaged, or of another model; copy the folder again"
+                )
 
 
 class PaddedLinear(nn.Module):

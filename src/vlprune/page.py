@@ -281,7 +281,7 @@ class _Draw:
                 place[one["name"]] = (column, (row + 0.5) / len(members))
         traces = []
         for one in layers:
-            if not one.get("shared") or one["source"] not in place:
+            if not one.get("shared") or one.get("source") not in place:
                 continue
             (x0, y0), (x1, y1) = place[one["name"]], place[one["source"]]
             inside = x0 == x1
@@ -475,7 +475,9 @@ def _two(one: Mapping[str, Any], other: Mapping[str, Any], draw: _Draw) -> list[
     rows = common_units(one, other)
     agreed = sum(row["both"] for row in rows)
     least = sum(min(row["one"], row["other"]) for row in rows)
-    parts.append(f"<p>Of the units that could be in both plans, {percent(agreed / least)} are.</p>")
+    parts.append(
+        f"<p>Of the units that could be in both plans, {percent(agreed / max(1, least))} are.</p>"
+    )
     theirs = layers_of(other)
     plots = []
     for key, layers in layers_of(one).items():

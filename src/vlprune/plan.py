@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .errors import PlanError, did_you_mean
+from .files import parse_json, plain, read_text, shown, write_text
 from .structure import Structure
 
 __all__ = ["Plan"]
@@ -121,86 +123,95 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that :meth:`to_json` wrote. Raises PlanError on anything else."""
-        try:
-            body = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"the plan is not valid JSON: {error}") from None
+        body = parse_json(text, "the plan", PlanError)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise PlanError(f'this is not a plan: it lacks "format": "{FORMAT}"')
         if body.get("version") != VERSION:
             raise PlanError(
-                f"the plan has version {body.get('version')!r}, this vlprune reads {VERSION}: "
+                f"the plan has version {shown(body.get('version'))}, this vlprune reads {VERSION}: "
                 "use the vlprune that wrote it, or make the plan anew"
             )
         known = {"format", "version", "attention", "fingerprint", "keep", "share"}
         for key in body.keys() - known:
-            raise PlanError(f"the plan has the unknown key {key!r}.{did_you_mean(key, known)}")
+            raise PlanError(f"the plan has the unknown key {shown(key)}.{did_you_mean(key, known)}")
         keep, share = body.get("keep", {}), body.get("share", {})
         if not isinstance(keep, dict) or not isinstance(share, dict):
             raise PlanError("the plan's 'keep' and 'share' must be JSON objects")
         return cls(
             keep=keep,
             share=share,
-            attention=str(body.get("attention", "head_dim")),
-            fingerprint=str(body.get("fingerprint", "")),
+            attention=_text(body, "attention", "head_dim"),
+            fingerprint=_text(body, "fingerprint", ""),
         )
 
     def save(self, path: str | Path) -> None:
         """Write the plan to ``path``, all of it or nothing."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".partial")
-        try:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise PlanError(f"cannot write the plan to {path}: {error.strerror}") from error
+        write_text(path, self.to_json() + "\n", PlanError)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read the plan at ``path``. Raises PlanError if it is missing or malformed."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from None
+            text = read_text(path, PlanError)
+        except PlanError as error:
+            raise PlanError(f"cannot read the plan: {error}") from None
         try:
             return cls.from_json(text)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from None
+            raise PlanError(f"{plain(path)}: {error}") from None
+
+
+def _text(body: Mapping[str, Any], key: str, default: str) -> str:
+    value = body.get(key, default)
+    if not isinstance(value, str):
+        raise PlanError(f"the plan's {key!r} must be a text, not {shown(value)}")
+    return value
 
 
 def _share(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """``(source, units, source units)``, by ascending units. Raises PlanError."""
-    if isinstance(entry, str) or not hasattr(entry, "__len__") or not 2 <= len(entry) <= 3:
+    is_list = isinstance(entry, Sequence) and not isinstance(entry, str | bytes)
+    if not is_list or not 2 <= len(entry) <= 3 or not isinstance(entry[0], str):
         raise PlanError(
-            f"what the plan shares of {name!r} must be [source, units] or [source, units, source "
-            f"units], not {entry!r}"
+            f"what the plan shares of {shown(name)} must be [source, units] or [source, units, "
+            f"source units], not {shown(entry)}"
         )
-    source, listed = str(entry[0]), list(entry[1])
-    units = _units(name, listed)
-    others = list(entry[2]) if len(entry) == 3 else listed
+    source, *lists = entry
+    units = _units(name, lists[0])
+    listed = list(lists[0])
+    others = listed
+    if len(lists) == 2:
+        others = _numbers(source, lists[1])
     if len(others) != len(listed):
         raise PlanError(
-            f"the plan shares {len(listed)} units of {name!r} from {len(others)} of {source!r}"
+            f"the plan shares {len(listed)} units of {shown(name)} from {len(others)} of "
+            f"{shown(source)}"
         )
-    _units(source, set(others))
     pairing = dict(zip(listed, others, strict=True))
     return source, units, tuple(pairing[unit] for unit in units)
 
 
 def _units(name: str, units: Any) -> tuple[int, ...]:
     """``units`` as an ascending tuple. Raises PlanError on repeats, negatives, nothing."""
-    if isinstance(units, str | bytes) or not hasattr(units, "__iter__"):
-        raise PlanError(f"the plan must list the units of {name!r}, not {units!r}")
+    listed = sorted(_numbers(name, units))
+    for unit, following in pairwise(listed):
+        if unit == following:
+            raise PlanError(f"the plan lists unit {shown(unit)} of {name!r} more than once")
+    return tuple(listed)
+
+
+def _numbers(name: str, units: Any) -> list[int]:
+    """``units`` as a list of unit numbers, at least one. Raises PlanError."""
+    if isinstance(units, str | bytes | Mapping) or not hasattr(units, "__iter__"):
+        raise PlanError(f"the plan must list the units of {name!r}, not {shown(units)}")
     listed = list(units)
     for unit in listed:
         if isinstance(unit, bool) or not isinstance(unit, int):
-            raise PlanError(f"the plan lists {unit!r} as a unit of {name!r}: units are integers")
+            raise PlanError(
+                f"the plan lists {shown(unit)} as a unit of {name!r}: units are integers"
+            )
         if unit < 0:
-            raise PlanError(f"the plan lists unit {unit} of {name!r}: units count from 0")
+            raise PlanError(f"the plan lists unit {shown(unit)} of {name!r}: units count from 0")
     if not listed:
         raise PlanError(f"the plan keeps nothing of {name!r}: at least one unit must stay")
-    if len(set(listed)) != len(listed):
-        repeated = next(unit for unit in sorted(listed) if listed.count(unit) > 1)
-        raise PlanError(f"the plan lists unit {repeated} of {name!r} more than once")
-    return tuple(sorted(listed))
+    return listed

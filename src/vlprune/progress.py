@@ -15,6 +15,9 @@ class Progress:
     def phase(self, title: str) -> None:
         """A new phase begins."""
 
+    def note(self, text: str) -> None:
+        """Something the user should know, in a line of its own."""
+
     @contextmanager
     def count(self, title: str, total: int) -> Iterator[Any]:
         """A bar for ``total`` items; yields ``advance(done, note="")``."""

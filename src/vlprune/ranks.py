@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from .errors import VlpruneError
 from .plan import Plan
 from .structure import Structure
 
-__all__ = ["averaged", "check_same_plan", "mean_gradients", "world"]
+__all__ = ["agreed", "averaged", "check_same_plan", "mean_gradients", "world"]
 
 
 def world() -> tuple[int, int]:
@@ -20,6 +23,16 @@ def world() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 1, 0
     return dist.get_world_size(), dist.get_rank()
+
+
+Found = TypeVar("Found")
+
+
+def agreed(find: Callable[[], Found]) -> Found:
+    """What ``find`` returns in the first process, in all of them; it runs nowhere else."""
+    found = [find() if PartialState().is_main_process else None]
+    first: Found = broadcast_object_list(found)[0]
+    return first
 
 
 def mean_gradients(

@@ -1,40 +1,86 @@
-"""Recipes: YAML files as frozen typed dataclasses. Imports nothing heavy."""
+"""Recipes: YAML files as frozen dataclasses, checked before anything heavy is imported.
+
+Making one of these classes raises RecipeError for all that is wrong at once, from Python as from
+a file (:mod:`vlprune.checks`). What a leaf may be stands beside it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ValidationError, ValidationInfo, field_validator
 
 from .budget import parse_budget
-from .errors import RecipeError, did_you_mean
+from .checks import (
+    BUDGET,
+    KEY,
+    SEEDS,
+    Checked,
+    Flag,
+    Mistake,
+    Number,
+    OneOf,
+    Text,
+    Texts,
+    Whole,
+    checked,
+    mistakes_of,
+    refusal,
+    refuse,
+)
+from .errors import BudgetError, did_you_mean
+from .files import plain, shown
+from .machine import THREADS, Device, Logger
+from .options import TASK_OPTIONS, check_method, check_options, check_teacher
+from .recipe_file import override, read
 
 __all__ = ["DataSpec", "ModelSpec", "Recipe", "Training", "load_recipe"]
 
+MANY = 10**9
+PATCHES = 2**14
+"""The most patches per image of a new model: 128 by 128, as for 2,048 pixels in patches of 16."""
+PARAMETERS = 10**9
+"""The most parameters of a new model."""
+SCENES = 10**6
 
-@dataclass(frozen=True)
-class ModelSpec:
+
+@checked
+class ModelSpec(Checked):
     """Which model: ``path`` (a folder or a hub name), or a small new one of these sizes."""
 
-    path: str = ""
-    width: int = 96
-    heads: int = 4
-    vision_layers: int = 3
-    text_layers: int = 2
-    image_size: int = 64
-    patch_size: int = 16
+    path: Annotated[str, Text()] = ""
+    width: Annotated[int, Whole(8, 8192)] = 96
+    heads: Annotated[int, Whole(1, 1024)] = 4
+    vision_layers: Annotated[int, Whole(1, 1000)] = 3
+    text_layers: Annotated[int, Whole(1, 1000)] = 2
+    image_size: Annotated[int, Whole(8, 8192)] = 64
+    patch_size: Annotated[int, Whole(1, 8192)] = 16
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """Sizes must go into each other, and make a model that can be held."""
+        if self.width % self.heads:
+            yield ("heads",), f"{KEY} must divide the width {self.width}, not {self.heads}"
+        if self.image_size % self.patch_size:
+            text = f"must divide the image_size {self.image_size}, not {self.patch_size}"
+            yield ("patch_size",), f"{KEY} {text}"
+        elif (self.image_size // self.patch_size) ** 2 > PATCHES:
+            text = f"{self.patch_size} makes more than {PATCHES:,} patches of {self.image_size} px"
+            yield ("patch_size",), f"{KEY} {text}: make it larger, or image_size smaller"
+        if 12 * self.width**2 * (self.vision_layers + self.text_layers) > PARAMETERS:
+            text = f"{self.width} and so many layers make more than {PARAMETERS:,} parameters"
+            yield ("width",), f"{KEY} {text}: make them smaller, or give model.path"
 
 
-@dataclass(frozen=True)
-class DataSpec:
+@checked
+class DataSpec(Checked):
     """Which data.
 
     ``format`` is one that the task reads (docs/recipes.md lists them), with ``train`` and
@@ -44,20 +90,27 @@ class DataSpec:
     ``$NAME`` is replaced from the environment.
     """
 
-    format: str = "shapes"
-    like: str = ""
-    folder: str = ""
-    train: Mapping[str, str] = field(default_factory=dict)
-    test: Mapping[str, str] = field(default_factory=dict)
-    train_items: int = 0
-    test_items: int = 0
+    format: Annotated[str, Text(1)] = "shapes"
+    like: Annotated[str, Text()] = ""
+    folder: Annotated[str, Text()] = ""
+    train: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
+    test: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
+    train_items: Annotated[int, Whole(0, MANY)] = 0
+    test_items: Annotated[int, Whole(0, MANY)] = 0
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """Scenes are generated, so their number is bounded by the disk."""
+        for name in ("train_items", "test_items"):
+            items = getattr(self, name)
+            if self.format == "shapes" and items and not 2 <= items <= SCENES:
+                yield (name,), f"{KEY} must be from 2 to {SCENES:,} generated scenes, not {items:,}"
 
 
 DECAYS = ("cosine", "constant")
 
 
-@dataclass(frozen=True)
-class Training:
+@checked
+class Training(Checked):
     """One phase of training by the Trainer: AdamW, warm-up, ``cosine`` or ``constant`` decay.
 
     It takes ``steps`` optimizer steps, or ``epochs`` passes over the data where ``steps`` is 0.
@@ -69,28 +122,28 @@ class Training:
     ``clip`` (0: not at all).
     """
 
-    steps: int = 0
-    epochs: float = 0.0
-    batch_size: int = 64
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    rates: Mapping[str, float] = field(default_factory=dict)
-    clip: float = 1.0
-    warmup: float = 0.1
-    decay: str = "cosine"
-    bf16: bool = False
-    fp16: bool = False
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    save_steps: int = 500
+    steps: Annotated[int, Whole(0, MANY)] = 0
+    epochs: Annotated[float, Number(0, 10**6)] = 0.0
+    batch_size: Annotated[int, Whole(1, 10**6)] = 64
+    accumulate: Annotated[int, Whole(1, 10**6)] = 1
+    learning_rate: Annotated[float, Number(0, 1000)] = 1e-3
+    weight_decay: Annotated[float, Number(0, 1000)] = 0.05
+    rates: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1000)]] = field(
+        default_factory=dict
+    )
+    clip: Annotated[float, Number(0, 10**6)] = 1.0
+    warmup: Annotated[float, Number(0, 1)] = 0.1
+    decay: Annotated[str, OneOf(*DECAYS)] = "cosine"
+    bf16: Annotated[bool, Flag()] = False
+    fp16: Annotated[bool, Flag()] = False
+    gradient_checkpointing: Annotated[bool, Flag()] = False
+    compile: Annotated[bool, Flag()] = False
+    save_steps: Annotated[int, Whole(0, MANY)] = 500
 
-    def __post_init__(self) -> None:
-        if self.decay not in DECAYS:
-            raise RecipeError(
-                f"decay must be one of {', '.join(DECAYS)}, not {self.decay!r}."
-                f"{did_you_mean(self.decay, DECAYS)}"
-            )
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """The Trainer takes one precision."""
+        if self.bf16 and self.fp16:
+            yield ("fp16",), f"{KEY} and bf16 must not both be true: leave one of them out"
 
     @property
     def on(self) -> bool:
@@ -106,8 +159,11 @@ class Training:
         return max(1, math.ceil(self.epochs * max(1, batches // self.accumulate)))
 
 
-@dataclass(frozen=True)
-class Recipe:
+ATTENTION = ("head_dim", "qk_vo", "head")
+
+
+@checked
+class Recipe(Checked):
     """One compression from data to folder.
 
     ``method`` is ``{"name": ..., option: value}``. ``train`` makes the dense model (no steps:
@@ -121,32 +177,71 @@ class Recipe:
     ``cuda:1``. A budget in latency is measured on batches of ``latency_batch_size``.
     """
 
-    task: str
+    task: Annotated[str, OneOf(*TASK_OPTIONS)]
     budget: Mapping[str, float]
-    method: Mapping[str, Any] = field(default_factory=lambda: {"name": "magnitude"})
-    attention: str = "head_dim"
-    skip: Sequence[str] = ()
+    method: Mapping[Annotated[str, Text(1)], Any] = field(
+        default_factory=lambda: {"name": "magnitude"}
+    )
+    attention: Annotated[str, OneOf(*ATTENTION)] = "head_dim"
+    skip: Annotated[Sequence[str], Texts()] = ()
     model: ModelSpec = field(default_factory=ModelSpec)
     data: DataSpec = field(default_factory=DataSpec)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[Annotated[str, Text(1)], Any] = field(default_factory=dict)
     train: Training = field(default_factory=Training)
     search: Training = field(default_factory=Training)
     retrain: Training = field(default_factory=Training)
-    teacher: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-    threads: int = 0
-    device: str = "auto"
-    report_to: str = "none"
-    latency_batch_size: int = 1
-    uniform: bool = False
+    teacher: Mapping[Annotated[str, Text(1)], Any] = field(default_factory=dict)
+    seed: Annotated[int, Whole(0, SEEDS)] = 0
+    threads: Annotated[int, Whole(0, THREADS)] = 0
+    device: Annotated[str, Device()] = "auto"
+    report_to: Annotated[str, Logger()] = "none"
+    latency_batch_size: Annotated[int, Whole(1, 4096)] = 1
+    uniform: Annotated[bool, Flag()] = False
 
-    def __post_init__(self) -> None:
-        parse_budget(self.budget)
+    @field_validator("budget", mode="plain")
+    @classmethod
+    def _a_budget(cls, budget: Any) -> Any:
+        if isinstance(budget, Mapping):
+            budget = {what: _as_number(fraction) for what, fraction in budget.items()}
+        try:
+            parse_budget(budget)
+        except BudgetError as error:
+            raise refuse(((), str(error)), kind=BUDGET) from None
+        return budget
+
+    @field_validator("method")
+    @classmethod
+    def _a_method(cls, method: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_method(method)
+        return method
+
+    @field_validator("teacher")
+    @classmethod
+    def _a_teacher(cls, teacher: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_teacher(teacher)
+        return {term: float(weight) for term, weight in teacher.items()}
+
+    @field_validator("options")
+    @classmethod
+    def _its_options(cls, options: Mapping[str, Any], seen: ValidationInfo) -> Mapping[str, Any]:
+        if "task" in seen.data:
+            model = seen.data.get("model")
+            new = model if model is not None and not model.path else None
+            check_options(seen.data["task"], options, new)
+        return options
+
+    @field_validator("data")
+    @classmethod
+    def _its_data(cls, data: DataSpec, seen: ValidationInfo) -> DataSpec:
+        if "task" in seen.data:
+            wrong = [*_data_mistakes(seen.data["task"], data)]
+            if wrong:
+                raise refuse(*wrong)
+        return data
 
     def to_yaml(self) -> str:
         """The recipe with every default spelled out, ready to be run again."""
-        body = dataclasses.asdict(self)
-        return yaml.safe_dump({**body, "skip": list(self.skip)}, sort_keys=False)
+        return yaml.safe_dump(_as_written(dataclasses.asdict(self)), sort_keys=False)
 
     def toy(self) -> Recipe:
         """The same procedure in minutes: a small new model, generated data in the same format,
@@ -179,7 +274,7 @@ class Recipe:
             self,
             method=method,
             budget=budget,
-            options={**self.options, **({"queue": 64} if "queue" in self.options else {})},
+            options={**self.options, **{k: v for k, v in TOY_OPTIONS.items() if k in self.options}},
             model=dataclasses.replace(self.model, path="", **TOY_SIZES),
             data=DataSpec(
                 format="shapes",
@@ -195,6 +290,7 @@ class Recipe:
 
 TOY_IGNORES = ("path", "folder", "train", "test")
 TOY_STEPS = 12
+TOY_OPTIONS: Mapping[str, Any] = {"queue": 64, "fusion_width": 0, "queries": 16}
 TOY_SIZES: Mapping[str, Any] = {
     "width": 48,
     "heads": 4,
@@ -210,108 +306,108 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = Fal
 
     ``toy`` makes it :meth:`Recipe.toy` first; names that the environment lacks do not matter then.
 
-    Raises RecipeError for a file that cannot be read, an unknown key (with the closest known
-    one) or a value of the wrong type; BudgetError for a budget that is none.
+    Raises RecipeError for a file that cannot be read, and for all mistakes in it and in the
+    overrides at once; BudgetError where the only one is a budget that is none.
     """
-    try:
-        body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(body, dict):
-        raise RecipeError(f"{path} must be a mapping of keys to values")
+    body, wrong = read(path)
+    where = plain(path)
     if toy:
         for section in ("model", "data"):  # nothing of it is used, so it need not be there
             given = body.get(section)
             if isinstance(given, dict):
                 body[section] = {k: v for k, v in given.items() if k not in TOY_IGNORES}
-        small = typing.cast(Recipe, _build(Recipe, body, "")).toy()
-        body = yaml.safe_load(small.to_yaml())
-    for override in overrides:
-        _override(body, override)
-    return typing.cast(Recipe, _build(Recipe, body, ""))
+        if isinstance(body.get("data"), dict):
+            body["data"]["folder"] = "generated"  # stands for the files of its format
+        body = yaml.safe_load(_made(body, wrong, where, ()).toy().to_yaml())
+    given = []
+    for text in overrides:
+        key, refused = override(body, text)
+        given.append(key)
+        wrong += refused
+    return _made(body, wrong, where, given)
 
 
-def _override(body: dict[str, Any], text: str) -> None:
-    """Set ``a.b=value`` in a nested mapping; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"{text!r} is not of the form key=value, as in budget.params=0.3")
-    *parents, leaf = key.split(".")
-    for name in parents:
-        body = body.setdefault(name, {})
-        if not isinstance(body, dict):
-            raise RecipeError(f"{key}: {name} has a value and no keys below it")
+def _made(body: dict[str, Any], wrong: list[Mistake], where: str, given: Sequence[str]) -> Recipe:
+    """The recipe of these values. Raises for what is ``wrong`` already and in the values.
+
+    ``given`` are the keys of the command line: mistakes there are not mistakes in the file.
+    """
+    wrong = [*wrong]
+    body = {name: _expanded(value, name, wrong) for name, value in body.items()}
     try:
-        body[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"{text!r}: the value is not valid YAML") from None
+        recipe: Recipe = Recipe.__pydantic_validator__.validate_python(body)  # type: ignore[attr-defined]
+    except ValidationError as error:
+        wrong += mistakes_of(error)
+    if not wrong:
+        return recipe
+    own = [any(_is_below(one.key, key) for key in given) for one in wrong]
+    places = [*([] if all(own) else [where]), *(["the command line"] if any(own) else [])]
+    raise refusal(wrong, " and ".join(places) if len(wrong) > 1 or not any(own) else "")
 
 
-def _build(cls: type[Any], body: Any, where: str) -> Any:
-    """A dataclass from a mapping, strictly."""
-    if not isinstance(body, Mapping):
-        raise RecipeError(f"{where or 'the recipe'} must hold keys, not {body!r}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in body.items():
-        place = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            raise RecipeError(
-                f"unknown key {place!r} in the recipe.{did_you_mean(str(key), hints)}"
-            )
-        values[key] = _value(hints[key], value, place)
-    for spec in dataclasses.fields(cls):
-        needed = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if needed and spec.name not in values:
-            raise RecipeError(f"the recipe needs {spec.name!r}")
-    return cls(**values)
+def _is_below(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
-_MAPPINGS = (Mapping, types.MappingProxyType)
-_LISTS = (Sequence,)
+# -- what a task says about its data -----------------------------------------------------
 
 
-def _value(hint: Any, value: Any, place: str) -> Any:
-    """``value`` as the type that a field asks for."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, place)
-    origin = typing.get_origin(hint)
-    if origin in _MAPPINGS:
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{place} must hold keys, as in {place}.name=value, not {value!r}")
-        return {
-            str(k): _expand(v, f"{place}.{k}") if isinstance(v, str) else v
-            for k, v in value.items()
-        }
-    if origin in _LISTS:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise RecipeError(f"{place} must be a list, as in [a, b], not {value!r}")
-        return tuple(str(entry) for entry in value)
-    if hint is str and isinstance(value, str):
-        return _expand(value, place)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise RecipeError(f"{place} must be a number, not {value!r}") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
-        kind = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
-        raise RecipeError(f"{place} must be {kind}, not {value!r}")
-    if hint in (int, float) and value < 0:
-        raise RecipeError(f"{place} must not be negative, not {value!r}")
+def _data_mistakes(task: str, data: DataSpec) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A format that the task does not read, and keys that its files do not have."""
+    takes = TASK_OPTIONS[task]
+    known = OneOf("shapes", *sorted(takes.formats))
+    for name, value in (("format", data.format), ("like", data.like)):
+        if value not in known.words and (value or name == "format"):
+            yield (name,), known.refuses(value)
+    if data.format not in takes.formats:
+        return
+    needs = takes.formats[data.format]
+    may = (*needs, *takes.also.get(data.format, ()))
+    for split, part in (("train", data.train), ("test", data.test)):
+        for key in part:
+            if key not in may:
+                text = f"unknown key '{KEY}': {data.format} reads {', '.join(may)}."
+                yield (split, key), text + did_you_mean(key, may)
+        wanted = may if any(key in part for key in may[len(needs) :]) else needs
+        missing = [key for key in wanted if key not in part]
+        if missing and (part or not data.folder):
+            text = f"{KEY} is missing: the format {data.format} reads {', '.join(wanted)}"
+            yield (split, missing[0]), text
+
+
+# -- values in YAML ----------------------------------------------------------------------
+
+
+def _as_number(value: Any) -> Any:
+    """YAML reads 5e-1 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _as_written(value: Any) -> Any:
+    """Plain values for YAML, from which :func:`load_recipe` makes the same ones again."""
+    if isinstance(value, Mapping):
+        return {name: _as_written(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_written(entry) for entry in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value
+
+
+def _expanded(value: Any, key: str, wrong: list[Mistake]) -> Any:
+    """``$NAME`` replaced from the environment, and a leading ``~``, in all texts of a value."""
+    if isinstance(value, dict):
+        return {name: _expanded(entry, f"{key}.{name}", wrong) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_expanded(entry, key, wrong) for entry in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return os.path.expanduser(string.Template(value).substitute(os.environ))
+    except KeyError as error:
+        text = f"uses ${plain(error.args[0])}, which is not set in the environment"
+    except ValueError:
+        text = f"{shown(value)} holds a $ that begins no name: write $$ for the sign itself"
+    wrong.append(Mistake(plain(key), f"{plain(key)} {text}"))
     return value
-
-
-def _expand(text: str, place: str) -> str:
-    """``$NAME`` replaced from the environment. Raises RecipeError if a name is not set."""
-    expanded = os.path.expanduser(os.path.expandvars(text))
-    if "$" in expanded:
-        name = expanded[expanded.index("$") :].split("/")[0]
-        raise RecipeError(f"{place} uses {name}, which is not set in the environment")
-    return expanded

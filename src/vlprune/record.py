@@ -20,6 +20,8 @@ import numpy as np
 from torch import nn
 
 from .errors import CheckpointError, UnsupportedError
+from .facts import Section, check_facts
+from .files import plain
 from .plan import Plan
 from .structure import Description, Structure
 
@@ -110,8 +112,11 @@ class Record:
         if section.get("version") not in VERSIONS:
             raise CheckpointError(
                 f"this folder was written by another version of vlprune (format "
-                f"{section.get('version')!r}, this one reads up to {VERSIONS[-1]}): update vlprune"
+                f"{plain(repr(section.get('version')))[:40]}, this one reads up to "
+                f"{VERSIONS[-1]}): update vlprune"
             )
+        again = "copy the folder again, or write it again with vlprune.save"
+        check_facts(Section, dict(section), "the vlprune section of config.json", advice=again)
         try:
             entries = dict(section["keep"])
             keep = {n: _unpack(e["mask"], e["of"]) for n, e in entries.items()}
@@ -130,8 +135,7 @@ class Record:
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise CheckpointError(
-                f"the vlprune section of config.json is damaged ({error}): copy the folder again, "
-                "or write it again with vlprune.save"
+                f"the vlprune section of config.json is damaged ({plain(error)}): {again}"
             ) from None
         return cls(
             plan,

@@ -6,13 +6,16 @@ tables) that the command line, Markdown and the page show each in its own way.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, did_you_mean
+from .facts import Bench, Export, Report, check_facts
+from .files import plain, read_json
+from .plan import Plan
 
 __all__ = [
     "FORMATS",
@@ -50,32 +53,44 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises CheckpointError for a folder without one.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}")
-    report = _json(folder / "report.json")
-    if not isinstance(report, dict) or "budget" not in report:
+        raise CheckpointError(f"there is no folder {plain(folder)}")
+    report = _facts(folder / "report.json", Report)
+    if report is None:
         raise CheckpointError(
-            f"{folder} holds no report.json: `vlprune compress` writes one; after a loop of your "
-            'own, vlprune.save(model, folder, extras={"report.json": '
+            f"{plain(folder)} holds no report.json: `vlprune compress` writes one; after a loop of "
+            'your own, vlprune.save(model, folder, extras={"report.json": '
             "json.dumps(compressor.report())})"
         )
-    report["folder"] = str(folder)
-    plan = _json(folder / "plan.json")
-    report["keep"] = plan.get("keep", {}) if isinstance(plan, dict) else {}
-    report["fingerprint"] = plan.get("fingerprint", "") if isinstance(plan, dict) else ""
-    found = [_json(path) for path in sorted(folder.glob("*/vlprune-export.json"))]
-    report["exports"] = [one for one in found if isinstance(one, dict)]
-    report["bench"] = _json(folder / "bench.json")
+    report["folder"] = plain(folder)
+    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").exists() else Plan()
+    report["keep"] = {plain(name): units for name, units in plan.keep.items()}
+    report["fingerprint"] = plan.fingerprint
+    found = [_facts(path, Export) for path in sorted(folder.glob("*/vlprune-export.json"))]
+    report["exports"] = [one for one in found if one is not None]
+    report["bench"] = _facts(folder / "bench.json", Bench)
     return report
 
 
-def _json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none. Raises CheckpointError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _facts(path: Path, kind: Any) -> dict[str, Any] | None:
+    """What a JSON file holds, checked, its texts without control characters; None without one.
+
+    Raises CheckpointError that names file and key.
+    """
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    facts = read_json(path)
+    check_facts(kind, facts, path, advice="copy it again from where it was made")
+    cleaned: dict[str, Any] = _cleaned(facts)
+    return cleaned
+
+
+def _cleaned(value: Any) -> Any:
+    """The same JSON value, its texts without control characters."""
+    if isinstance(value, dict):
+        return {plain(key): _cleaned(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(one) for one in value]
+    return plain(value) if isinstance(value, str) else value
 
 
 def layers_of(report: Mapping[str, Any]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
@@ -232,11 +247,23 @@ def markdown(blocks: Sequence[Block]) -> str:
     for block in blocks:
         if block.rows:
             head, *body = block.rows
-            table = [head, ("---",) * len(head), *body]
-            parts.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+            parts.append(_table(head, body))
         else:
-            parts.append(f"{'#' * block.level} {block.text}" if block.level else block.text)
+            text = _as_text(block.text)
+            parts.append(f"{'#' * block.level} {text}" if block.level else text)
     return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = [[_as_text(cell) for cell in row] for row in (head, *body)]
+    rows.insert(1, ["---"] * len(head))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _as_text(text: str) -> str:
+    """The text so that Markdown shows it as it is: names may hold markup, links or HTML."""
+    one_line = plain(" ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<|]|(?<!\w)_|_(?!\w))", r"\\\1", one_line)
 
 
 def check_format(name: str) -> str:
@@ -359,10 +386,9 @@ into plain dense layers: faster, larger.
 def model_card(report: Mapping[str, Any], model_class: str) -> str:
     """The README.md of a saved folder: what it is, how it was made, figures, limits."""
     header, rows = stage_header(report), stage_rows(report)
-    table = [header, ["---"] * len(header), *rows]
-    lines = ["| " + " | ".join(row) + " |" for row in table]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
+    told = f"{report['method']} ({options}; attention unit {report['attention']})"
     return f"""---
 library_name: transformers
 tags: [vlprune, pruning]
@@ -370,8 +396,8 @@ tags: [vlprune, pruning]
 
 # A smaller {model_class}
 
-Made by vlprune with {report["method"]} ({options}; attention unit {report["attention"]}).
-{summary(report)}
+Made by vlprune with {_as_text(told)}.
+{_as_text(summary(report))}
 
 ```python
 import vlprune  # teaches from_pretrained the smaller shapes
@@ -380,7 +406,7 @@ from transformers import {model_class}
 model = {model_class}.from_pretrained("this folder")
 ```
 {_sharing(report)}
-{chr(10).join(lines)}
+{_table(header, rows)}
 
 Latency: median of one forward pass on {where(report)}.
 MACs: multiply-adds of one forward pass at batch 1.
@@ -394,7 +420,7 @@ every number, and `vlprune report` draws it. Versions: {versions}.
 
 ## Limits
 
-{chr(10).join(f"- {limit}" for limit in _limits(report))}
+{chr(10).join(f"- {_as_text(limit)}" for limit in _limits(report))}
 """
 
 
@@ -404,7 +430,7 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
     limits = [
         "It is an ordinary model: it loads without vlprune."
         if report.get("ordinary") == ""
-        else "Loading needs `import vlprune` in the process; exports of `vlprune export` do not.",
+        else "Loading needs import vlprune in the process; exports of vlprune export do not.",
         f"The figures are of one run of the task {report['task']} with one seed.",
         "It was trained on the data of its recipe and inherits the biases of that data and of the "
         "dense model; what was pruned may have mattered for inputs that were not tested.",

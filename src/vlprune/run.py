@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import errno
-import hashlib
 import inspect
 import json
 import math
 import platform
 import random
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,25 +18,48 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch import nn
 
 from . import __version__, cost
 from .architectures import discover
 from .bench import latencies
 from .budget import least
-from .checkpoint import PLAN_FILE, RECIPE_FILE, REPORT_FILE, check_weights, open_model, save
+from .checkpoint import (
+    PLAN_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    check_result,
+    check_weights,
+    open_model,
+    save,
+)
 from .compressor import Compressor
 from .device import choose, device_name, place
-from .errors import CheckpointError, RecipeError, UnsupportedError, did_you_mean
-from .export import Exported, export, is_export
+from .earlier import (
+    CUT_NOTE,
+    DENSE_NOTE,
+    Basis,
+    basis_of,
+    deciding,
+    known,
+    known_dense,
+    refuse_overwriting,
+    remember,
+    search_key,
+)
+from .errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError
+from .export import Exported, check_export_place, export, is_export
+from .files import is_full, plain, reason, write_text
 from .gate import evaluating
 from .latency import best_round_to
+from .machine import need_logger
 from .methods import METHODS, Alternating, Method
+from .notes import NO_NOTE, hashed, note_text
+from .place import check_file
 from .plan import Plan
 from .probe import made_up_inputs
 from .progress import Progress
+from .ranks import agreed
 from .recipe import Recipe, Training
 from .report import model_card
 from .scan import SHARES, scan
@@ -47,36 +68,20 @@ from .stock import ordinary
 from .tasks import TASKS, Task
 from .teacher import Taught
 from .train import fit, prepare
+from .workplace import WORK, claimed, cleared
 
 __all__ = ["compress", "evaluate_folder", "export_folder", "make_task", "scan_folder"]
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
-    """The task of a recipe, with its data loaded. Raises RecipeError for an unknown task."""
-    if recipe.task not in TASKS:
-        raise RecipeError(
-            f"task must be one of {', '.join(TASKS)}, not {recipe.task!r}."
-            f"{did_you_mean(recipe.task, TASKS)}"
-        )
+    """The task of a recipe, with its data loaded."""
     return TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
 
 
 def make_method(options: Mapping[str, Any]) -> Method:
-    """The method of a recipe. Raises RecipeError for an unknown name or option."""
-    chosen = dict(options)
-    name = chosen.pop("name", None)
-    if name not in METHODS:
-        raise RecipeError(
-            f"method.name must be one of {', '.join(METHODS)}, not {name!r}."
-            f"{did_you_mean(str(name), METHODS)}"
-        )
-    cls: Any = METHODS[name]
-    known = cls.__dataclass_fields__
-    for option in chosen:
-        if option not in known:
-            raise RecipeError(
-                f"the method {name} has no option {option!r}.{did_you_mean(option, known)}"
-            )
+    """The method of a recipe, which has checked its name and options."""
+    chosen = {**options}
+    cls: Any = METHODS[chosen.pop("name")]
     return cls(**chosen)
 
 
@@ -86,46 +91,64 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     ``out`` ends as a folder that plain ``from_pretrained`` loads, with the dense model in
     ``out/dense``. If a run of the same recipe was stopped, it goes on from the last finished
     phase or checkpoint, and ends as if it had never been stopped.
+
+    Raises CheckpointError if ``out`` cannot be written, or if another run is working in it.
     """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
-    if out.is_file():
-        raise CheckpointError(f"{out} is a file: choose a folder for the result")
+    check_result(out)
     try:
         return _compress(recipe, out, progress, started)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if _disk_is_full(error, out):
+    except (OSError, VlpruneError) as error:
+        if is_full(error):
             raise CheckpointError(
-                f"the disk of {out} is full: free some space and run the same command again, it "
-                "goes on from the last complete checkpoint"
+                f"the disk of {plain(out)} is full: free some space and run the same command "
+                "again, it goes on from the last complete checkpoint"
             ) from None
-        raise
-
-
-def _disk_is_full(error: Exception, out: Path) -> bool:
-    """Whether that is the reason; torch reports a full disk as an unexpected file position."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return True
-    place = next((path for path in (out, *out.parents) if path.exists()), Path("."))
-    return shutil.disk_usage(place).free < 2**20
+        if isinstance(error, VlpruneError) or error.filename is None:
+            raise
+        raise CheckpointError(
+            f"cannot read or write {plain(error.filename)}: {reason(error)}"
+        ) from None
 
 
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:
     prepare(recipe.seed, recipe.threads)
     device = choose(recipe.device)
+    need_logger(recipe.report_to)
     measures = recipe.method.get("round_to") == "auto"
     method = make_method({**recipe.method, "round_to": 1} if measures else recipe.method)
     for spec in (recipe.train, recipe.search, recipe.retrain):
         if spec.fp16 and device.type == "cpu":
             raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
+    alone = PartialState().is_main_process  # the others work for it, in the same folder
+    with claimed(out, progress.note) if alone else nullcontext(out / WORK) as work:
+        refuse_overwriting(recipe, out)
+        return _work_through(recipe, method, measures, out, work, device, progress, started)
+
+
+def _work_through(
+    recipe: Recipe,
+    method: Method,
+    measures: bool,
+    out: Path,
+    work: Path,
+    device: torch.device,
+    progress: Progress,
+    started: float,
+) -> dict[str, Any]:
     processes = PartialState()
     progress.phase("reading data")
     with processes.main_process_first():
         task = make_task(recipe, out / "data")
+    if task.left_out:
+        progress.phase(task.left_out)
+    basis = basis_of(recipe, task)
     if measures:
         progress.phase("measuring which widths this device likes")
-        method = make_method({**recipe.method, "round_to": _round_to(recipe, task, out, device)})
+        width = _round_to(recipe, task, work, device, basis, progress)
+        method = make_method({**recipe.method, "round_to": width})
     timed = "latency" in recipe.budget
     batch_size = recipe.latency_batch_size if timed else 1
     example = task.example_inputs(batch_size)
@@ -134,23 +157,12 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     if method.needs_held_out:
         searched, held_out = _split(task, recipe)
 
-    model, known_dense = _open_dense(recipe, task, out, device, progress)
-    key = _digest(
-        [
-            _dense_key(recipe),
-            asdict(recipe.search),
-            dict(recipe.method),
-            dict(recipe.budget),
-            recipe.attention,
-            list(recipe.skip),
-            dict(recipe.teacher),
-            recipe.uniform,
-        ]
-    )
-    done = out / "checkpoints" / f"cut-{key}"
-    known_cut = _read_note(done / "vlprune-cut.json")
+    model, dense_known = _open_dense(task, out, device, basis, progress)
+    key = search_key(recipe, basis, getattr(method, "round_to", 1))
+    done = work / f"cut-{key}"
+    cut_known = known(done / CUT_NOTE, key, progress, f"the cut model in {plain(done)}")
     own_loss, compressor = _OwnLoss(), None
-    if not known_cut:
+    if not cut_known:
         if timed:
             progress.phase(f"measuring the time of every width, batch {batch_size}")
         compressor = Compressor(
@@ -165,18 +177,19 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
             loss=own_loss,
         )
         _refuse_early(recipe, compressor, len(searched))
-    dense_metrics, dense_history = known_dense or _train_dense(recipe, task, out, model, progress)
+    if not dense_known:
+        dense_known = _train_dense(recipe, task, out, work, model, basis, progress)
+    dense_metrics, dense_history = dense_known["metrics"], dense_known["history"]
     history: dict[str, Any] = {"train": dense_history}
     dense = copy.deepcopy(model)
-    phase = _Phases(recipe, task, progress, out / "checkpoints", dense)
+    phase = _Phases(recipe, task, progress, work, out / "logs", dense)
 
     if compressor is None:
         progress.phase("cut model: taken from an earlier run of this recipe")
-        check_weights(done)
         small = place(in_fresh_memory(task.load(done)), device)
         plan = Plan.load(done / PLAN_FILE)
-        report, cut_metrics = known_cut["report"], known_cut["metrics"]
-        history["search"] = known_cut["history"]
+        report, cut_metrics = cut_known["report"], cut_known["metrics"]
+        history["search"] = cut_known["history"]
     else:
         progress.phase("searching" if recipe.search.on else "planning")
         compressor.restart()  # with the trained weights, where it looks at weights at all
@@ -190,14 +203,15 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         cut_metrics = _evaluate(task, small, "evaluating cut", progress)
         note = {"report": report, "metrics": cut_metrics, "history": history["search"]}
         if processes.is_main_process and recipe.search.on and recipe.retrain.on:
-            save(small, done, extras={"vlprune-cut.json": json.dumps(note)})
+            save(small, done)
+            remember(done / CUT_NOTE, key, note)
         processes.wait_for_everyone()
     metrics = {"dense": dense_metrics, "cut": cut_metrics}
 
     if recipe.retrain.on:
         progress.phase("retraining")
         # Checkpoints of a retraining fit only the plan it started from.
-        key = _digest([key, asdict(recipe.retrain), plan.to_json()])
+        key = hashed([key, deciding(recipe.retrain), plan.to_json()])
         history["retrain"] = phase.fit(f"retrain-{key}", recipe.retrain, small)
         metrics["retrained"] = _evaluate(task, small, "evaluating retrained", progress)
 
@@ -222,6 +236,8 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "history": history,
+        "data": task.facts(),
+        "notes": [*report["notes"], *filter(None, [task.left_out])],
         "seconds": round(time.monotonic() - started, 1),
         "versions": _versions(),
     }
@@ -237,24 +253,30 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
         extras[PLAN_FILE] = plan.to_json() + "\n"
     if processes.is_main_process:
         save(small, out, extras=extras, processor=task.processor)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        cleared(work)
     processes.wait_for_everyone()
     return report
 
 
-def _round_to(recipe: Recipe, task: Task, out: Path, device: torch.device) -> int:
+def _round_to(
+    recipe: Recipe, task: Task, work: Path, device: torch.device, basis: Basis, progress: Progress
+) -> int:
     """The multiple of units that is fast here; measured once a run, by the first process."""
-    processes = PartialState()
-    note = out / "checkpoints" / "round-to.json"
-    found: list[Any] = [_read_note(note).get("round_to")]
-    if found[0] is None and processes.is_main_process:
+    size = recipe.latency_batch_size if "latency" in recipe.budget else 8
+    key = hashed([basis.model, recipe.attention, size, device_name(device)])
+    path = work / "round-to.json"
+    noted = known(path, key, progress, f"the width in {plain(path)}")
+    if noted is not None:
+        return int(noted)
+
+    def measured() -> int:
         model = place(task.dense_model(), device)
         structures = discover(model, recipe.attention).structures  # type: ignore[arg-type]
-        size = recipe.latency_batch_size if "latency" in recipe.budget else 8
-        found = [best_round_to(model, structures, task.example_inputs(size), recipe.attention)]
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"round_to": found[0]}), encoding="utf-8")
-    return int(broadcast_object_list(found)[0])
+        found = best_round_to(model, structures, task.example_inputs(size), recipe.attention)
+        remember(path, key, found)
+        return found
+
+    return agreed(measured)
 
 
 def _ordinary(small: Any) -> tuple[str, Any]:
@@ -272,7 +294,8 @@ class _Phases:
     recipe: Recipe
     task: Task
     progress: Progress
-    checkpoints: Path
+    work: Path
+    logs: Path
     teacher: Any = None
 
     def trainee(self, model: Any) -> nn.Module:
@@ -313,8 +336,9 @@ class _Phases:
                 report_to=recipe.report_to,
                 callbacks=callbacks,
                 advance=advance,
-                checkpoints=self.checkpoints / name,
-                logs=self.checkpoints.parent / "logs" / name.partition("-")[0],
+                say=self.progress.note,
+                checkpoints=self.work / name,
+                logs=self.logs / name.partition("-")[0],
             )
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_disable()
@@ -337,7 +361,6 @@ class _HeldOut(Sequence[Any]):
 
 
 HELD_OUT = 0.05
-DENSE_NOTE = "vlprune-dense.json"
 
 
 def _split(task: Task, recipe: Recipe) -> tuple[list[Any], _HeldOut]:
@@ -385,45 +408,45 @@ def _refuse_early(recipe: Recipe, compressor: Compressor, items: int) -> None:
 
 
 def _open_dense(
-    recipe: Recipe, task: Task, out: Path, device: torch.device, progress: Progress
-) -> tuple[Any, tuple[dict[str, float], Any] | None]:
-    """The dense model, and its metrics and log where an earlier run of the recipe trained it."""
-    folder = out / "dense"
-    known = _read_note(folder / DENSE_NOTE)
-    if known.get("key") != _dense_key(recipe):
-        return place(task.dense_model(), device), None
+    task: Task, out: Path, device: torch.device, basis: Basis, progress: Progress
+) -> tuple[Any, Any]:
+    """The dense model, and what is known of it where an earlier run of the recipe trained it."""
+    noted = known_dense(out / "dense", basis, progress)
+    if noted is None:
+        return place(as_if_loaded(task.dense_model()), device), None
     progress.phase("dense model: taken from an earlier run of this recipe")
-    check_weights(folder)
-    model = place(in_fresh_memory(task.load(folder)), device)
-    return model, (known["metrics"], known["history"])
+    return place(in_fresh_memory(task.load(out / "dense")), device), noted
 
 
 def _train_dense(
-    recipe: Recipe, task: Task, out: Path, model: Any, progress: Progress
-) -> tuple[dict[str, float], Any]:
+    recipe: Recipe, task: Task, out: Path, work: Path, model: Any, basis: Basis, progress: Progress
+) -> dict[str, Any]:
     """Train the dense model in place and save it; its metrics and log."""
-    key = _dense_key(recipe)
     if recipe.train.on:
         progress.phase("training the dense model")
-    phase = _Phases(recipe, task, progress, out / "checkpoints")
-    history = phase.fit(f"train-{key}", recipe.train, model)
+    phase = _Phases(recipe, task, progress, work, out / "logs")
+    history = phase.fit(f"train-{basis.key}", recipe.train, model)
     metrics = _evaluate(task, model, "evaluating dense", progress)
-    body = json.dumps({"key": key, "metrics": metrics, "history": history})
+    body = {"basis": asdict(basis), "metrics": metrics, "history": history}
     processes = PartialState()
     if processes.is_main_process:
-        save(model, out / "dense", extras={DENSE_NOTE: body}, processor=task.processor)
+        ours = {DENSE_NOTE: note_text(NO_NOTE)}
+        save(model, out / "dense", extras=ours, processor=task.processor)
+        remember(out / "dense" / DENSE_NOTE, basis.key, body)
     processes.wait_for_everyone()
-    return metrics, history
+    return body
 
 
-def _dense_key(recipe: Recipe) -> str:
-    """The same for two recipes only if they train the same dense model."""
-    parts = [asdict(part) for part in (recipe.model, recipe.data, recipe.train)]
-    return _digest([recipe.task, dict(recipe.options), recipe.seed, parts])
+def as_if_loaded(model: Any) -> Any:
+    """The same model, its config saying of its parts what ``from_pretrained`` would note there.
 
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    A resumed run loads its models, and is to save the same ``config.json``.
+    """
+    for name in getattr(model.config, "sub_configs", ()):
+        part = getattr(model.config, name, None)
+        if part is not None:
+            part.dtype = model.dtype
+    return model
 
 
 def in_fresh_memory(model: Any) -> Any:
@@ -435,15 +458,6 @@ def in_fresh_memory(model: Any) -> Any:
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
     return model
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    """What an earlier run noted beside its dense model; nothing if it cannot be read."""
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
 
 
 def _open_folder(folder: Path, recipe: Recipe, trust_remote_code: bool = False) -> tuple[Task, Any]:
@@ -475,7 +489,11 @@ def evaluate_folder(
     task's evaluation server where there is one.
     """
     progress = progress or Progress()
+    if results is not None:
+        check_file(results)
     task, model = _open_folder(folder, recipe, trust_remote_code)
+    if task.left_out:
+        progress.phase(task.left_out)
     try:
         metrics = _evaluate(task, model, "evaluating", progress)
     except AttributeError as error:
@@ -486,10 +504,7 @@ def evaluate_folder(
             ) from None
         raise
     if results is not None:
-        try:
-            results.write_text(json.dumps(task.results(model)) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {results}: {error.strerror}") from None
+        write_text(results, json.dumps(task.results(model)) + "\n")
     return metrics
 
 
@@ -520,6 +535,7 @@ def export_folder(
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     out = out or folder / f"{to}{'-int8' if int8 else ''}"
+    check_export_place(out)
     progress.phase("loading")
     calibration: list[dict[str, Any]] = []
     if recipe is not None:

@@ -48,7 +48,9 @@ def _loaded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What ``from_pretrained`` makes of a state in saved form."""
     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
     config = copy.deepcopy(model.config)
-    loaded = type(model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    loaded = type(model).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, trust_remote_code=False
+    )
     return dict(loaded.state_dict())
 
 

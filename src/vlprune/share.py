@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .errors import PlanError, UnsupportedError
+from .layers import expect_index
 from .plan import Plan
 from .record import Record, read_record, write_record
 from .structure import Slot, Structure
@@ -407,6 +408,8 @@ class SharedWeight(nn.Module):
 
     def _index(self, name: str, values: Tensor, device: torch.device) -> None:
         self.register_buffer(name, values.to(device, torch.int32))
+        if device.type == "meta":
+            expect_index(self, name, values)
 
     def forward(self, own: Tensor) -> Tensor:
         """The whole weight, from the part that is stored."""

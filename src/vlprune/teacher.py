@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .device import place
-from .errors import RecipeError, UnsupportedError, did_you_mean
+from .errors import UnsupportedError
+from .options import TeacherOptions
 from .structure import Structure
 from .trainee import Trainee
 
-__all__ = ["TERMS", "Taught", "last_blocks"]
-
-TERMS = ("logits", "features", "similarities")
+__all__ = ["Taught", "last_blocks"]
 
 
 class Taught(Trainee):
@@ -39,13 +38,7 @@ class Taught(Trainee):
         structures: Sequence[Structure],
     ) -> None:
         super().__init__(trainee)
-        for name, weight in weights.items():
-            if name not in TERMS:
-                raise RecipeError(
-                    f"teacher.{name} is not one of {', '.join(TERMS)}.{did_you_mean(name, TERMS)}"
-                )
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-                raise RecipeError(f"teacher.{name} is a weight of at least 0, not {weight!r}")
+        TeacherOptions(**weights)
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         self.blocks = last_blocks(structures)
         self._pair = (student, teacher.eval())  # in a tuple: neither trained nor saved here

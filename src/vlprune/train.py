@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -27,15 +29,15 @@ from transformers import (
     set_seed,
 )
 
+from .checkpoints import newest, seal, step_of
 from .device import device_of, use
-from .errors import RecipeError, VlpruneError
+from .errors import CheckpointError, RecipeError, VlpruneError
+from .files import is_full, plain, reason
+from .ranks import agreed
 from .recipe import Training
 from .trainee import Trainee
 
 __all__ = ["fit", "prepare"]
-
-COMPLETE = "complete"
-"""An empty file, written into a checkpoint last: one without it was cut short."""
 
 Collate = Callable[[list[Any], random.Random], Any]
 
@@ -79,6 +81,23 @@ class _Trainer(Trainer):
     not_finite: Tensor | None = None
     most_not_finite: Tensor | None = None
     rates: Mapping[str, float] = MappingProxyType({})
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint, sealed when every process has written its part; the one before stays."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        state = PartialState()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                seal(folder)
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
+            full = is_full(error, folder.parent)
+            shutil.rmtree(folder, ignore_errors=True)  # it may have filled the disk
+            why = os.strerror(errno.ENOSPC) if full else reason(error)
+            raise CheckpointError(f"cannot write the checkpoint {plain(folder)}: {why}") from (
+                OSError(errno.ENOSPC, why) if full else error
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, its groups split where some weights learn more slowly."""
@@ -129,7 +148,9 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(1)
-        if control.should_log or control.should_save:  # before a bad state is saved
+        if control.should_save:  # a logged loss is the mean since the last log or resume
+            control.should_log = True
+        if control.should_log:  # before a bad state is saved
             self._check(state.global_step)
 
     def on_log(
@@ -141,10 +162,6 @@ class _Watch(TrainerCallback):
             notes.append(f"keeps {logs['search/remains']:.0%}")
         if notes:
             self.advance(0, note=", ".join(notes))
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def _check(self, step: int) -> None:
         assert self.trainer is not None
@@ -174,6 +191,7 @@ def fit(
     report_to: str = "none",
     callbacks: Sequence[TrainerCallback] = (),
     advance: Callable[..., None] = lambda done, note="": None,
+    say: Callable[[str], None] = lambda text: None,
     checkpoints: Path | None = None,
     logs: Path | None = None,
 ) -> list[dict[str, float]]:
@@ -182,7 +200,8 @@ def fit(
     ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng``
     depends on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called
     as it goes. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there,
-    and training goes on from the last one that is complete. TensorBoard's files, where
+    and training goes on from the last one that is whole; ``say`` gets a line for every other.
+    Raises CheckpointError where one cannot be written. TensorBoard's files, where
     ``report_to`` asks for them, go to ``logs``.
     """
     if not spec.on:
@@ -193,7 +212,7 @@ def fit(
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
-        last = _last_complete(folder)
+        last = agreed(lambda: newest(folder, say))
         arguments = _Arguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -212,7 +231,6 @@ def fit(
             logging_steps=min(50, max(1, steps // 20)),
             save_strategy="steps" if saving else "no",
             save_steps=spec.save_steps or steps,
-            save_total_limit=2,  # the one before stays until the newest is complete
             logging_nan_inf_filter=False,  # it would log a NaN as a good loss
             report_to=report_to,
             remove_unused_columns=False,
@@ -238,11 +256,14 @@ def fit(
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
         if last:
-            advance(_step(last))
-        if last and _step(last) >= steps:  # the Trainer would take one more step
-            return _as_it_ended(trainer, last, callbacks)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        return list(trainer.state.log_history)
+            advance(step_of(last))
+        if last and step_of(last) >= steps:  # the Trainer would take one more step
+            state = _as_it_ended(trainer, last, callbacks)
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            state = trainer.state
+        # the last row is about this process: how long it took, what it saw since it resumed
+        return [row for row in state.log_history if "train_runtime" not in row]
 
 
 def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
@@ -253,14 +274,14 @@ def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
 
 def _as_it_ended(
     trainer: Trainer, checkpoint: Path, callbacks: Sequence[TrainerCallback]
-) -> list[dict[str, float]]:
+) -> TrainerState:
     """Bring model and callbacks to the end of a training whose last checkpoint is there."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     trainer._load_from_checkpoint(str(checkpoint))
     for callback in callbacks:
         callback.on_train_begin(trainer.args, state, trainer.control)
         callback.on_train_end(trainer.args, state, trainer.control)
-    return list(state.log_history)
+    return state
 
 
 def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], Any]:
@@ -271,19 +292,3 @@ def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], An
         return collate([item for _, item in rows], random.Random(f"{seed}/{numbers}"))
 
     return collated
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _last_complete(folder: Path) -> Path | None:
-    """The last checkpoint in ``folder`` that was written to its end; half ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=_step) if folder.is_dir() else []
-    whole = [path for path in found if (path / COMPLETE).exists()]
-    state = PartialState()
-    if state.is_main_process:
-        for path in set(found) - set(whole):
-            shutil.rmtree(path, ignore_errors=True)
-    state.wait_for_everyone()
-    return whole[-1] if whole else None

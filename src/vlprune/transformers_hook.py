@@ -122,9 +122,10 @@ def _register_quantizer(auto: Any) -> None:
 
         requires_calibration = False
 
-        def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             rebuild = importlib.import_module("vlprune.checkpoint").rebuild_shapes
-            self.record = rebuild(model, self.quantization_config.to_dict())
+            section, files = self.quantization_config.to_dict(), kwargs.get("checkpoint_files")
+            self.record = rebuild(model, section, files)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
@@ -133,7 +134,9 @@ def _register_quantizer(auto: Any) -> None:
             for module in model.modules():
                 if hasattr(getattr(module, "config", None), "_is_quantized"):
                     module.config._is_quantized = False
-            # In its own names: another class may have written the folder.
+            importlib.import_module("vlprune.layers").check_indices(model)
+            # In its own names, as another class may have written the folder; and without the
+            # digest of the weights, which the next training makes wrong.
             importlib.import_module("vlprune.record").write_record(model, self.record)
             model.is_quantized = False
             for flag in ("hf_quantizer", "quantization_method"):

@@ -113,17 +113,17 @@ class _FusedForward:
 
 
 @register_native_forward("fused:BlipAttention")
-class CutBlipAttention(_FusedForward, BlipAttention):  # type: ignore[misc]
+class CutBlipAttention(_FusedForward, BlipAttention):
     """BlipAttention that takes any head size."""
 
 
 @register_native_forward("fused:Blip2Attention")
-class CutBlip2Attention(_FusedForward, Blip2Attention):  # type: ignore[misc]
+class CutBlip2Attention(_FusedForward, Blip2Attention):
     """Blip2Attention that takes any head size."""
 
 
 @register_native_forward("fused:InstructBlipAttention")
-class CutInstructBlipAttention(_FusedForward, InstructBlipAttention):  # type: ignore[misc]
+class CutInstructBlipAttention(_FusedForward, InstructBlipAttention):
     """InstructBlipAttention that takes any head size."""
 
 
@@ -168,22 +168,22 @@ class _PairForward(_ProjectedForward):
 
 
 @register_native_forward("spelled:ViltSelfAttention")
-class CutViltSelfAttention(_PairForward, ViltSelfAttention):  # type: ignore[misc]
+class CutViltSelfAttention(_PairForward, ViltSelfAttention):
     """ViltSelfAttention by SDPA."""
 
 
 @register_native_forward("spelled:FlavaSelfAttention")
-class CutFlavaSelfAttention(_PairForward, FlavaSelfAttention):  # type: ignore[misc]
+class CutFlavaSelfAttention(_PairForward, FlavaSelfAttention):
     """FlavaSelfAttention by SDPA."""
 
 
 @register_native_forward("spelled:BlipTextSelfAttention")
-class CutBlipTextSelfAttention(_ProjectedForward, BlipTextSelfAttention):  # type: ignore[misc]
+class CutBlipTextSelfAttention(_ProjectedForward, BlipTextSelfAttention):
     """BlipTextSelfAttention by SDPA."""
 
     layer_idx: int
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
-from .files import field, read_json
+from .files import Left, field, optional, read_json, some, unique
+from .kinds import FOLDER, ID, LIST, PATH, TEXT_OR_NULL, WORDS, Id
 
 __all__ = ["CaptionedImage", "read_captioned", "read_coco_captions", "read_karpathy"]
+
+EMPTY = "captions that are null or blank"
+STRAY = "captions of images that the file does not list"
+BARE = "images without a caption"
 
 
 @dataclass(frozen=True)
@@ -21,57 +25,68 @@ class CaptionedImage:
     captions: tuple[str, ...]
 
 
-def read_coco_captions(captions: str | Path, images: str | Path) -> list[CaptionedImage]:
+def read_coco_captions(
+    captions: str | Path, images: str | Path, left: Left | None = None
+) -> list[CaptionedImage]:
     """The images of a ``captions_*.json`` file that have captions, in the file's order.
 
-    ``images`` is the folder that ``file_name`` is relative to.
+    ``images`` is the folder that ``file_name`` is relative to. ``left`` counts what is left out:
+    null and blank captions, captions of unknown images, images without a caption. Raises
+    DataError.
     """
-    path, folder = Path(captions), Path(images)
+    path, folder, left = Path(captions), Path(images), Left() if left is None else left
     body = read_json(path)
-    texts: dict[int, list[str]] = defaultdict(list)
-    for number, entry in enumerate(field(body, "annotations", path, 0)):
-        texts[field(entry, "image_id", path, number)].append(field(entry, "caption", path, number))
-    found = [
-        CaptionedImage(
-            folder / field(entry, "file_name", path, number),
-            tuple(texts[field(entry, "id", path, number)]),
-        )
-        for number, entry in enumerate(field(body, "images", path, 0))
-        if texts.get(entry.get("id"))
-    ]
-    return _some(found, path)
+    listed = unique(field(body, "images", LIST))
+    texts: dict[Id, list[str]] = defaultdict(list)
+    for entry in field(body, "annotations", LIST):
+        key, text = field(entry, "image_id", ID), field(entry, "caption", TEXT_OR_NULL)
+        if key not in listed:
+            left[STRAY] += 1
+        elif not text.strip():
+            left[EMPTY] += 1
+        else:
+            texts[key].append(text)
+    found = []
+    for key, entry in listed.items():
+        place = folder / field(entry, "file_name", PATH)
+        if key in texts:
+            found.append(CaptionedImage(place, tuple(texts[key])))
+        else:
+            left[BARE] += 1
+    return some(found, path, "captioned image", left)
 
 
-def read_karpathy(split_file: str | Path, images: str | Path, split: str) -> list[CaptionedImage]:
+def read_karpathy(
+    split_file: str | Path, images: str | Path, split: str, left: Left | None = None
+) -> list[CaptionedImage]:
     """The images of one split of ``dataset_coco.json`` or ``dataset_flickr30k.json``.
 
     ``split`` is ``"train"``, ``"val"`` or ``"test"``; ``"train"`` includes ``"restval"``,
-    as is usual. ``filepath`` may be absent, as in the Flickr30K file.
+    as is usual. ``filepath`` may be absent, as in the Flickr30K file. ``left`` counts what is left
+    out: null and blank captions, images without a caption. Raises DataError.
     """
-    path, folder = Path(split_file), Path(images)
+    path, folder, left = Path(split_file), Path(images), Left() if left is None else left
     wanted = {"train", "restval"} if split == "train" else {split}
     found = []
-    for number, entry in enumerate(field(read_json(path), "images", path, 0)):
-        if field(entry, "split", path, number) not in wanted:
+    for entry in field(read_json(path), "images", LIST):
+        if field(entry, "split", WORDS) not in wanted:
             continue
-        sentences = field(entry, "sentences", path, number)
-        found.append(
-            CaptionedImage(
-                folder / entry.get("filepath", "") / field(entry, "filename", path, number),
-                tuple(field(sentence, "raw", path, number) for sentence in sentences),
-            )
-        )
-    return _some(found, path, f" in the split {split!r}")
+        said = [field(one, "raw", TEXT_OR_NULL) for one in field(entry, "sentences", LIST)]
+        texts = tuple(text for text in said if text.strip())
+        left[EMPTY] += len(said) - len(texts)
+        below = optional(entry, "filepath", FOLDER) or ""
+        place = folder / below / field(entry, "filename", PATH)
+        if texts:
+            found.append(CaptionedImage(place, texts))
+        else:
+            left[BARE] += 1
+    return some(found, path, f"captioned image in the split {split!r}", left)
 
 
-def read_captioned(form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
+def read_captioned(
+    form: str, part: Mapping[str, str], left: Left | None = None
+) -> list[CaptionedImage]:
     """One split in the format ``karpathy`` or ``coco-captions``, from the paths in ``part``."""
     if form == "karpathy":
-        return read_karpathy(part["split_file"], part["images"], part["split"])
-    return read_coco_captions(part["captions"], part["images"])
-
-
-def _some(found: list[CaptionedImage], path: Path, where: str = "") -> list[CaptionedImage]:
-    if not found:
-        raise DataError(f"{path} holds no captioned image{where}")
-    return found
+        return read_karpathy(part["split_file"], part["images"], part["split"], left)
+    return read_coco_captions(part["captions"], part["images"], left)

@@ -1,70 +1,145 @@
-"""Reading what is on disk; whatever is wrong with it becomes one sentence with its place."""
+"""Reading what is on disk: every reader takes parsed files apart with :func:`field`, only with it.
+
+A parsed value is an :class:`~vlprune.data.kinds.Entry`, which cannot be looked into in any other
+way: whatever a stranger's file holds is the data as meant, or a DataError that names the file, the
+entry, the key and what was expected there.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from PIL import Image, UnidentifiedImageError
+from typing import TypeVar
 
 from ..errors import DataError
+from ..files import MiB, parse_json, plain
+from ..files import read_text as read_bounded
+from .images import open_image
+from .kinds import ID, Entry, Id, Kind, part, shown, where
 
-__all__ = ["field", "open_image", "read_json", "read_jsonl", "read_text"]
+__all__ = [
+    "Left",
+    "check_split",
+    "field",
+    "inside",
+    "listed",
+    "open_image",
+    "optional",
+    "read_json",
+    "read_jsonl",
+    "read_text",
+    "some",
+    "unique",
+    "value",
+    "wrong",
+]
+
+LARGEST = 8 * 1024 * MiB
+T = TypeVar("T")
+
+Left = Counter[str]
+"""How many entries a reader left out, by reason."""
+
+
+# -- files -----------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises DataError if it is missing or not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+    """The text of a file. Raises DataError if it is missing, no regular file or not UTF-8."""
+    return read_bounded(path, DataError, LARGEST)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Entry:
     """The value in a JSON file. Raises DataError with line and column if it is malformed."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
-        ) from None
+    return Entry(parse_json(read_text(path), path, DataError, unique=True), path)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for every line. Raises DataError naming the malformed line."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+def read_jsonl(path: Path) -> Iterator[Entry]:
+    """The value of every line that is not blank. Raises DataError naming the malformed line.
+
+    Only a line feed ends a line: the other characters at which Python splits lines may stand
+    unescaped in a JSON string.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{plain(path)}, line {number}"
+            try:
+                found = parse_json(line, where, DataError, unique=True)
+            except DataError as error:  # it counts lines from this one
+                raise DataError(str(error).replace(", line 1, column", ", column")) from None
+            yield Entry(found, path, number)
+
+
+# -- taking entries apart --------------------------------------------------------------
+
+
+def field(entry: Entry, name: str, kind: Kind[T]) -> T:
+    """The value that the object ``entry`` has under ``name``, of this kind. Raises DataError."""
+    found = entry._value
+    if not isinstance(found, dict):
+        raise DataError(f"{where(entry)} must be an object with {shown(name)}, not {shown(found)}")
+    if name not in found:
+        raise DataError(f"{where(entry)} has no {shown(name)}, which must be {kind.says}")
+    return value(Entry(found[name], entry, name), kind)
+
+
+def optional(entry: Entry, name: str, kind: Kind[T]) -> T | None:
+    """The same, or None where there is nothing or ``null`` under ``name``. Raises DataError."""
+    found = entry._value
+    if isinstance(found, dict) and found.get(name) is None:
+        return None
+    return field(entry, name, kind)
+
+
+def value(entry: Entry, kind: Kind[T]) -> T:
+    """The value of ``entry`` itself. Raises DataError if it is of another kind."""
+    found = kind.take(entry)
+    if found is None:
+        raise DataError(f"{where(entry)} must be {kind.says}, not {shown(entry._value)}")
+    return found
+
+
+def unique(entries: list[Entry], name: str = "id") -> dict[Id, Entry]:
+    """Entries by their id under ``name``. Raises DataError for one that occurs twice."""
+    found: dict[Id, Entry] = {}
+    for entry in entries:
+        key = field(entry, name, ID)
+        if key in found:
             raise DataError(
-                f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})"
-            ) from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object")
-        yield number, value
+                f"{where(entry)}: the same {shown(name)} as {part(found[key])}: it must be "
+                "that of one entry"
+            )
+        found[key] = entry
+    return found
 
 
-def field(entry: Mapping[str, Any], name: str, path: Path, number: int) -> Any:
-    """``entry[name]``. Raises DataError saying which entry of which file lacks it."""
-    if not isinstance(entry, Mapping) or name not in entry:
-        raise DataError(f"{path}: entry {number} has no {name!r}")
-    return entry[name]
+def wrong(entry: Entry, text: str) -> DataError:
+    """An error about ``entry``, to be raised: its place, and what is wrong there."""
+    return DataError(f"{where(entry)}: {plain(text)}")
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image as RGB, fully decoded. Raises DataError if it is missing or damaged."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f"the image {path} cannot be decoded ({error}): restore it, or remove its entries"
-        ) from None
+def some(found: list[T], path: Path, what: str, left: Left | None = None) -> list[T]:
+    """``found``. Raises DataError if it is empty, with what was left out."""
+    if not found:
+        told = f"; left out were {listed(left)}" if left and +left else ""
+        raise DataError(f"{plain(path)} holds no {what}{told}")
+    return found
+
+
+def listed(left: Left) -> str:
+    """The reasons and counts, as in ``images without a caption (3), boxes of crowds (1)``."""
+    return ", ".join(f"{reason} ({count:,})" for reason, count in left.items() if count)
+
+
+def check_split(split: str) -> str:
+    """``split`` where a set is divided here. Raises DataError if it is neither train nor test."""
+    if split not in ("train", "test"):
+        raise DataError(f"the split must be train or test, not {shown(split)}")
+    return split
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The subfolder of that name if there is one, else the folder itself."""
+    return folder / name if os.path.isdir(folder / name) else folder

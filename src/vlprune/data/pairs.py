@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
-from .files import field, read_jsonl
+from .files import Left, check_split, field, inside, optional, read_jsonl, some, wrong
+from .kinds import NAME, TEXT, TRUTH, Entry, shown
 
 __all__ = ["Statement", "read_nlvr1", "read_nlvr2"]
+
+BLANK = "statements that are blank"
 
 
 @dataclass(frozen=True)
@@ -21,55 +23,53 @@ class Statement:
     truth: bool
 
 
-def read_nlvr2(statements: str | Path, images: str | Path) -> list[Statement]:
+def read_nlvr2(
+    statements: str | Path, images: str | Path, left: Left | None = None
+) -> list[Statement]:
     """The lines of an NLVR2 split file (``train.json``, ``dev.json``, ``test1.json``).
 
     The images of ``dev-1-2-3`` are ``dev-1-2-img0.png`` and ``-img1.png`` in ``images``, or in
-    the subfolder that the line's ``directory`` names, as in the training split.
+    the subfolder that the line's ``directory`` names, as in the training split. ``left`` counts
+    blank statements, which are left out. Raises DataError.
     """
-    path, folder = Path(statements), Path(images)
+    path, folder, left = Path(statements), Path(images), Left() if left is None else left
     found = []
-    for number, entry in read_jsonl(path):
-        key = str(field(entry, "identifier", path, number))
+    for entry in read_jsonl(path):
+        key = field(entry, "identifier", NAME)
         stem = key.rpartition("-")[0]
-        place = folder / str(entry["directory"]) if "directory" in entry else folder
-        if not place.is_dir():
-            place = folder
+        if not stem:
+            raise wrong(entry, f"the identifier {shown(key)} must end with '-' and a number")
+        directory = optional(entry, "directory", NAME)
+        place = inside(folder, directory) if directory else folder
         pair = (place / f"{stem}-img0.png", place / f"{stem}-img1.png")
-        text = str(field(entry, "sentence", path, number))
-        found.append(Statement(key, text, pair, _truth(entry, path, number)))
-    return _some(found, path)
+        found += _statement(entry, key, (pair[0], pair[1]), left)
+    return some(found, path, "statement", left)
 
 
-def read_nlvr1(folder: str | Path, split: str) -> list[Statement]:
+def read_nlvr1(folder: str | Path, split: str, left: Left | None = None) -> list[Statement]:
     """NLVR v1 with its ``dev`` and ``hidden`` folders taken together.
 
     Every tenth different sentence tests, the others train (a sentence is never in both). A
-    picture of NLVR v1 holds three boxes; the same picture stands for both images.
+    picture of NLVR v1 holds three boxes; the same picture stands for both images. ``left`` counts
+    blank statements of both splits, which are left out. Raises DataError.
     """
-    folder, found = Path(folder), []
+    test = check_split(split) == "test"
+    folder, left = Path(folder), Left() if left is None else left
+    found: list[Statement] = []
     for part in ("dev", "hidden"):
-        path = folder / part / f"{part}.json"
-        for number, entry in read_jsonl(path):
-            key = str(field(entry, "identifier", path, number))
+        for entry in read_jsonl(folder / part / f"{part}.json"):
+            key = field(entry, "identifier", NAME)
             image = folder / part / "images" / f"{part}-{key}-0.png"
-            text = str(field(entry, "sentence", path, number))
-            statement = Statement(f"{part}-{key}", text, (image, image), False)
-            truth = _truth(entry, path, number)
-            found.append(Statement(statement.id, text, statement.images, truth))
+            found += _statement(entry, f"{part}-{key}", (image, image), left)
     order = {text: n for n, text in enumerate(dict.fromkeys(s.text for s in found))}
-    wanted = [s for s in found if (order[s.text] % 10 == 0) == (split == "test")]
-    return _some(wanted, folder)
+    wanted = [s for s in found if (order[s.text] % 10 == 0) == test]
+    return some(wanted, folder, "statement", left)
 
 
-def _truth(entry: dict[str, object], path: Path, number: int) -> bool:
-    label = str(field(entry, "label", path, number)).lower()
-    if label not in ("true", "false"):
-        raise DataError(f"{path}: the label of line {number} is {label!r}, not true or false")
-    return label == "true"
-
-
-def _some(found: list[Statement], path: Path) -> list[Statement]:
-    if not found:
-        raise DataError(f"{path} holds no statement")
-    return found
+def _statement(entry: Entry, key: str, images: tuple[Path, Path], left: Left) -> list[Statement]:
+    """The statement of a line, or nothing where it is blank."""
+    text, truth = field(entry, "sentence", TEXT), field(entry, "label", TRUTH)
+    if not text.strip():
+        left[BLANK] += 1
+        return []
+    return [Statement(key, text, images, truth)]

@@ -1,12 +1,26 @@
-"""Questions about images: VQAv2's pair of JSON files, and easy-VQA's folder."""
+"""Questions about images: VQAv2's pair of JSON files, GQA, Visual Genome and easy-VQA's folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
-from .files import field, read_json
+from .files import Left, field, inside, optional, read_json, some, unique, value, wrong
+from .kinds import (
+    ANSWER,
+    ID,
+    LIST,
+    NAME,
+    NUMBERED,
+    OBJECT,
+    PAIRS,
+    TEXT,
+    TRIPLE,
+    URL,
+    Id,
+    one_of,
+    shown,
+)
 
 __all__ = [
     "Question",
@@ -17,12 +31,16 @@ __all__ = [
     "read_vqav2",
 ]
 
+BLANK = "questions that are blank"
+UNANSWERED = "questions without an answer"
+UNASKED = "answers to questions that the file does not ask"
+
 
 @dataclass(frozen=True)
 class Question:
     """A question about an image and the answers people gave (VQAv2: ten, easy-VQA: one)."""
 
-    id: int
+    id: Id
     image: Path
     text: str
     answers: tuple[str, ...]
@@ -39,117 +57,132 @@ class TypedQuestion:
     kind: str
 
 
-def read_gqa(questions: str | Path, images: str | Path) -> list[TypedQuestion]:
+SEMANTIC = one_of("obj", "rel", "attr", "cat", "global")
+
+
+def read_gqa(
+    questions: str | Path, images: str | Path, left: Left | None = None
+) -> list[TypedQuestion]:
     """The questions of a GQA file such as ``train_balanced_questions.json``.
 
-    The image of ``imageId`` 1234 is ``1234.jpg`` in ``images``. Questions without an answer or a
-    type, as in the test files, are refused.
+    The image of ``imageId`` 1234 is ``1234.jpg`` in ``images``. ``left`` counts what is left out:
+    blank questions and answers. Files without answers or types, as the test files, are refused.
+    Raises DataError.
     """
-    path, folder, found = Path(questions), Path(images), []
-    body = read_json(path)
-    if not isinstance(body, dict):
-        raise DataError(f"{path} must map question ids to questions, as GQA's files do")
-    for number, (key, entry) in enumerate(body.items()):
-        types = field(entry, "types", path, number)
-        found.append(
-            TypedQuestion(
-                id=str(key),
-                image=folder / f"{field(entry, 'imageId', path, number)}.jpg",
-                text=str(field(entry, "question", path, number)),
-                answer=str(field(entry, "answer", path, number)),
-                kind=str(field(types, "semantic", path, number)),
-            )
+    path, folder, left = Path(questions), Path(images), Left() if left is None else left
+    found = []
+    for key, entry in value(read_json(path), PAIRS):
+        question = TypedQuestion(
+            id=key,
+            image=folder / f"{field(entry, 'imageId', NAME)}.jpg",
+            text=field(entry, "question", TEXT),
+            answer=field(entry, "answer", ANSWER),
+            kind=field(field(entry, "types", OBJECT), "semantic", SEMANTIC),
         )
-    if not found:
-        raise DataError(f"{path} holds no question")
-    return found
+        if _asked(question.text, (question.answer,), left):
+            found.append(question)
+    return some(found, path, "question", left)
 
 
 def read_vqav2(
-    questions: str | Path, annotations: str | Path, images: str | Path
+    questions: str | Path,
+    annotations: str | Path,
+    images: str | Path,
+    left: Left | None = None,
 ) -> list[Question]:
     """The questions of a VQAv2 pair of files, in the order of the question file.
 
     Images are looked for as ``COCO_{subtype}_{id:012d}.jpg``, the subtype from the question
-    file, in ``images`` or in its subfolder of that name.
+    file, in ``images`` or in its subfolder of that name. ``left`` counts what is left out: blank
+    questions, questions that nobody answered, answers to questions that the file does not ask.
+    Raises DataError.
     """
     q_path, a_path = Path(questions), Path(annotations)
+    left = Left() if left is None else left
     body = read_json(q_path)
-    answers = {}
-    for number, entry in enumerate(field(read_json(a_path), "annotations", a_path, 0)):
-        given = field(entry, "answers", a_path, number)
-        answers[field(entry, "question_id", a_path, number)] = tuple(
-            str(field(answer, "answer", a_path, number)) for answer in given
-        )
-    subtype = str(body.get("data_subtype", ""))
-    folder = Path(images) / subtype if (Path(images) / subtype).is_dir() else Path(images)
+    answers = {
+        key: tuple(field(one, "answer", ANSWER) for one in field(entry, "answers", LIST))
+        for key, entry in unique(
+            field(read_json(a_path), "annotations", LIST), "question_id"
+        ).items()
+    }
+    subtype = field(body, "data_subtype", NAME)
+    folder = inside(Path(images), subtype)
+    asked = unique(field(body, "questions", LIST), "question_id")
     found = []
-    for number, entry in enumerate(field(body, "questions", q_path, 0)):
-        key = field(entry, "question_id", q_path, number)
+    for key, entry in asked.items():
         if key not in answers:
-            raise DataError(f"{a_path} has no answers for question {key} of {q_path}")
-        image_id = field(entry, "image_id", q_path, number)
-        found.append(
-            Question(
-                id=key,
-                image=folder / f"COCO_{subtype}_{image_id:012d}.jpg",
-                text=field(entry, "question", q_path, number),
-                answers=answers[key],
-            )
-        )
-    if not found:
-        raise DataError(f"{q_path} holds no question")
-    return found
+            raise wrong(entry, f"{a_path} has no answers for question {shown(key)} of {q_path}")
+        image = folder / f"COCO_{subtype}_{field(entry, 'image_id', NUMBERED):012d}.jpg"
+        question = Question(key, image, field(entry, "question", TEXT), answers[key])
+        if _asked(question.text, question.answers, left):
+            found.append(question)
+    left[UNASKED] += len(answers.keys() - asked.keys())
+    return some(found, q_path, "question", left)
 
 
-def read_easy_vqa(folder: str | Path) -> list[Question]:
+def read_easy_vqa(folder: str | Path, left: Left | None = None) -> list[Question]:
     """The questions of an easy-VQA split folder.
 
     The folder holds ``questions.json`` ([question, answer, image id] triples) and
-    ``images/{id}.png``.
+    ``images/{id}.png``. ``left`` counts blank questions and answers, which are left out. Raises
+    DataError.
     """
-    folder = Path(folder)
+    folder, left = Path(folder), Left() if left is None else left
     path = folder / "questions.json"
     found = []
-    for number, entry in enumerate(read_json(path)):
-        if not isinstance(entry, list) or len(entry) != 3:
-            raise DataError(f"{path}: entry {number} is not [question, answer, image id]")
-        text, answer, image = entry
-        found.append(Question(number, folder / "images" / f"{image}.png", text, (str(answer),)))
-    if not found:
-        raise DataError(f"{path} holds no question")
-    return found
+    for number, entry in enumerate(value(read_json(path), LIST)):
+        text, answer, image = value(entry, TRIPLE)
+        place = folder / "images" / f"{value(image, NUMBERED)}.png"
+        question = Question(number, place, value(text, TEXT), (value(answer, ANSWER),))
+        if _asked(question.text, question.answers, left):
+            found.append(question)
+    return some(found, path, "question", left)
 
 
 def read_visual_genome(
-    questions: str | Path, image_data: str | Path, images: str | Path
+    questions: str | Path,
+    image_data: str | Path,
+    images: str | Path,
+    left: Left | None = None,
 ) -> list[Question]:
     """The questions of Visual Genome's ``question_answers.json``, one answer each.
 
     ``image_data.json`` says in which folder an image lies (the last two parts of its ``url``,
     as in ``VG_100K_2/1.jpg``); ``images`` is the folder above those. Answers lose their final
-    period and capitals, as is usual when they join VQAv2.
+    period and capitals, as is usual when they join VQAv2. ``left`` counts blank questions and
+    answers, which are left out. Raises DataError.
     """
     path, data_path, folder = Path(questions), Path(image_data), Path(images)
-    places = {}
-    for number, entry in enumerate(read_json(data_path)):
-        url = str(field(entry, "url", data_path, number))
-        places[field(entry, "image_id", data_path, number)] = "/".join(url.split("/")[-2:])
+    left = Left() if left is None else left
+    places = {
+        key: folder / field(entry, "url", URL)
+        for key, entry in unique(value(read_json(data_path), LIST), "image_id").items()
+    }
     found = []
-    for number, entry in enumerate(read_json(path)):
-        for pair in field(entry, "qas", path, number):
-            image_id = pair.get("image_id", entry.get("id"))
+    for entry in value(read_json(path), LIST):
+        for pair in field(entry, "qas", LIST):
+            image_id = optional(pair, "image_id", ID)
+            image_id = field(entry, "id", ID) if image_id is None else image_id
             if image_id not in places:
-                raise DataError(f"{data_path} does not list image {image_id} of {path}")
-            answer = str(field(pair, "answer", path, number)).strip().rstrip(".").lower()
-            found.append(
-                Question(
-                    id=field(pair, "qa_id", path, number),
-                    image=folder / places[image_id],
-                    text=str(field(pair, "question", path, number)),
-                    answers=(answer,),
-                )
+                raise wrong(pair, f"{data_path} does not list image {shown(image_id)} of {path}")
+            question = Question(
+                id=field(pair, "qa_id", ID),
+                image=places[image_id],
+                text=field(pair, "question", TEXT),
+                answers=(field(pair, "answer", ANSWER).strip().rstrip(".").lower(),),
             )
-    if not found:
-        raise DataError(f"{path} holds no question")
-    return found
+            if _asked(question.text, question.answers, left):
+                found.append(question)
+    return some(found, path, "question", left)
+
+
+def _asked(text: str, answers: tuple[str, ...], left: Left) -> bool:
+    """Whether there is a question and somebody answered it; what is left out is counted."""
+    if not text.strip():
+        left[BLANK] += 1
+    elif not any(answer.strip() for answer in answers):
+        left[UNANSWERED] += 1
+    else:
+        return True
+    return False

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import DataError
-from .files import field, read_json, read_jsonl
+from ..files import plain
+from .files import (
+    Left,
+    check_split,
+    field,
+    optional,
+    read_json,
+    read_jsonl,
+    some,
+    unique,
+    value,
+    wrong,
+)
+from .kinds import (
+    BOX,
+    COUNT,
+    FLAG,
+    ID,
+    LIST,
+    NAME,
+    NUMBER,
+    PATH,
+    SPANS,
+    TEXT,
+    WORDS,
+    Entry,
+    Id,
+    shown,
+)
 
 __all__ = [
     "Box",
@@ -25,12 +51,29 @@ __all__ = [
 Box = tuple[float, float, float, float]
 """Left, top, width and height in pixels, as in COCO."""
 
+Spans = tuple[tuple[int, int], ...]
+"""Parts of a text: (first character, end)."""
+
+LEAST = 1e-3
+"""Pixels below which a side of a box is none: the overlap of such boxes is 0 / 0."""
+
+NLVR1_SIZE = (400, 100)
+
+CROWDS = "boxes of crowds"
+FLAT = "boxes without an area"
+OUTSIDE = "boxes outside their picture"
+BEYOND = "parts of boxes beyond their picture"
+STRAY = "boxes of images that the file does not list"
+UNNAMED = "boxes that no words name"
+BARE = "texts without a box"
+BLANK = "expressions that are blank"
+
 
 @dataclass(frozen=True)
 class Phrase:
     """A part of a text, as (start, end) characters, and the boxes it names."""
 
-    spans: tuple[tuple[int, int], ...]
+    spans: Spans
     boxes: tuple[Box, ...]
 
 
@@ -38,7 +81,7 @@ class Phrase:
 class Grounding:
     """A text about an image of ``size`` (width, height), and what its phrases name."""
 
-    id: int | str
+    id: Id
     image: Path
     size: tuple[int, int]
     text: str
@@ -49,154 +92,199 @@ class Grounding:
 class Scenery:
     """An image of ``size`` (width, height) with every object of the known classes."""
 
-    id: int
+    id: Id
     image: Path
     size: tuple[int, int]
     boxes: tuple[Box, ...]
     labels: tuple[str, ...]
 
 
-def read_mdetr(annotations: str | Path, images: str | Path) -> list[Grounding]:
+def read_mdetr(
+    annotations: str | Path, images: str | Path, left: Left | None = None
+) -> list[Grounding]:
     """MDETR's annotation files: COCO's layout with a ``caption`` an image and, for each box, the
     characters that name it (``tokens_positive``), as in ``finetune_refcoco_train.json``.
+
+    ``left`` counts what is left out: boxes without an area, outside their picture, of unknown
+    images or named by no words, and texts without a box. Raises DataError.
     """
-    path, folder = Path(annotations), Path(images)
+    path, folder, left = Path(annotations), Path(images), Left() if left is None else left
     body = read_json(path)
-    boxes: dict[Any, dict[tuple[tuple[int, int], ...], list[Box]]] = defaultdict(dict)
-    for number, entry in enumerate(field(body, "annotations", path, 0)):
-        given = field(entry, "tokens_positive", path, number)
-        spans = tuple((int(start), int(end)) for start, end in given)
-        image_id = field(entry, "image_id", path, number)
-        boxes[image_id].setdefault(spans, []).append(_box(entry, path, number))
+    marked = [
+        (
+            entry,
+            field(entry, "image_id", ID),
+            field(entry, "tokens_positive", SPANS),
+            field(entry, "bbox", BOX),
+        )
+        for entry in field(body, "annotations", LIST)
+    ]
+    listed = unique(field(body, "images", LIST))
+    sizes = {key: _size(entry) for key, entry in listed.items()}
+    texts = {key: field(entry, "caption", TEXT) for key, entry in listed.items()}
+    boxes: dict[Id, dict[Spans, list[Box]]] = defaultdict(dict)
+    for entry, key, spans, box in marked:
+        if key not in listed:
+            left[STRAY] += 1
+        elif any(end > len(texts[key]) for _, end in spans):
+            raise wrong(entry, f"image {shown(key)} names characters that its caption lacks")
+        elif not any(texts[key][start:end].strip() for start, end in spans):
+            left[UNNAMED] += 1
+        elif clipped := _clipped(box, sizes[key], left):
+            boxes[key].setdefault(spans, []).append(clipped)
     found = []
-    for number, entry in enumerate(field(body, "images", path, 0)):
-        key = field(entry, "id", path, number)
-        text = str(field(entry, "caption", path, number))
-        phrases = tuple(Phrase(spans, tuple(b)) for spans, b in boxes.get(key, {}).items())
-        for phrase in phrases:
-            if any(end > len(text) or start >= end for start, end in phrase.spans):
-                raise DataError(f"{path}: image {key} names characters that its caption lacks")
+    for key, entry in listed.items():
+        image = folder / field(entry, "file_name", PATH)
+        phrases = tuple(Phrase(spans, tuple(own)) for spans, own in boxes.get(key, {}).items())
         if phrases:
-            image = folder / str(field(entry, "file_name", path, number))
-            found.append(Grounding(key, image, _size(entry, path, number), text, phrases))
-    return _some(found, path, "text with a box")
+            found.append(Grounding(key, image, sizes[key], texts[key], phrases))
+        else:
+            left[BARE] += 1
+    return some(found, path, "text with a box", left)
 
 
 def read_refer(
-    refs: str | Path, instances: str | Path, images: str | Path, split: str
+    refs: str | Path,
+    instances: str | Path,
+    images: str | Path,
+    split: str,
+    left: Left | None = None,
 ) -> list[Grounding]:
     """The original layout of RefCOCO, RefCOCO+ and RefCOCOg: ``refs`` and COCO's ``instances``.
 
-    One item a sentence; the whole sentence names one box. The published ``refs(unc).p`` is a
-    pickle, which is never read here: convert it once, in a place you trust, to JSON.
+    One item a sentence; the whole sentence names one box. ``left`` counts what is left out: blank
+    expressions, and those whose box has no area or lies outside its picture. The published
+    ``refs(unc).p`` is a pickle, which is never read here: convert it once, in a place you trust,
+    to JSON. Raises DataError.
     """
     path, boxes_path, folder = Path(refs), Path(instances), Path(images)
+    left = Left() if left is None else left
     if path.suffix in (".p", ".pkl", ".pickle"):
         raise DataError(
-            f"{path} is a pickle, which can run code when it is read: convert it to JSON once, "
-            "with python -c \"import json, pickle; json.dump(pickle.load(open('refs.p', 'rb')), "
-            "open('refs.json', 'w'))\""
+            f"{plain(path)} is a pickle, which can run code when it is read: convert it to JSON "
+            "once, with python -c \"import json, pickle; json.dump(pickle.load(open('refs.p', "
+            "'rb')), open('refs.json', 'w'))\""
         )
     body = read_json(boxes_path)
-    places = {
-        field(entry, "id", boxes_path, number): (
-            folder / str(field(entry, "file_name", boxes_path, number)),
-            _size(entry, boxes_path, number),
-        )
-        for number, entry in enumerate(field(body, "images", boxes_path, 0))
-    }
-    boxes = {
-        field(entry, "id", boxes_path, number): _box(entry, boxes_path, number)
-        for number, entry in enumerate(field(body, "annotations", boxes_path, 0))
-    }
+    listed = unique(field(body, "images", LIST))
+    boxes = unique(field(body, "annotations", LIST))
     found = []
-    for number, entry in enumerate(read_json(path)):
-        if field(entry, "split", path, number) != split:
+    for entry in value(read_json(path), LIST):
+        if field(entry, "split", WORDS) != split:
             continue
-        image_id = field(entry, "image_id", path, number)
-        box_id = field(entry, "ann_id", path, number)
-        if image_id not in places or box_id not in boxes:
-            raise DataError(f"{boxes_path} lacks image {image_id} or box {box_id} of {path}")
-        image, size = places[image_id]
-        for sentence in field(entry, "sentences", path, number):
-            text = str(sentence.get("sent", sentence.get("raw", "")))
-            phrase = Phrase(((0, len(text)),), (boxes[box_id],))
-            found.append(Grounding(sentence["sent_id"], image, size, text, (phrase,)))
-    return _some(found, path, f"expression of the split {split!r}")
+        image_id, box_id = field(entry, "image_id", ID), field(entry, "ann_id", ID)
+        if image_id not in listed or box_id not in boxes:
+            raise wrong(
+                entry, f"{boxes_path} lacks its image {shown(image_id)} or its box {shown(box_id)}"
+            )
+        if optional(boxes[box_id], "image_id", ID) not in (image_id, None):
+            raise wrong(entry, f"its box {shown(box_id)} in {boxes_path} is of another image")
+        size = _size(listed[image_id])
+        image = folder / field(listed[image_id], "file_name", PATH)
+        box = _clipped(field(boxes[box_id], "bbox", BOX), size, left)
+        for sentence in field(entry, "sentences", LIST):
+            key, text = field(sentence, "sent_id", ID), optional(sentence, "sent", TEXT)
+            text = field(sentence, "raw", TEXT) if text is None else text
+            if not text.strip():
+                left[BLANK] += 1
+            elif box:
+                phrase = Phrase(((0, len(text)),), (box,))
+                found.append(Grounding(key, image, size, text, (phrase,)))
+    return some(found, path, f"expression of the split {split!r}", left)
 
 
-def read_coco_instances(instances: str | Path, images: str | Path) -> list[Scenery]:
-    """COCO's ``instances_*.json``. Crowds are left out; images without a box stay."""
-    path, folder = Path(instances), Path(images)
+def read_coco_instances(
+    instances: str | Path, images: str | Path, left: Left | None = None
+) -> list[Scenery]:
+    """COCO's ``instances_*.json``; images without a box stay.
+
+    Boxes that reach beyond their picture are clipped to it. ``left`` counts what is left out:
+    boxes of crowds, without an area, outside their picture, of images that are not listed. Of
+    ``segmentation`` nothing is read, be it polygons or run lengths. Raises DataError.
+    """
+    path, folder, left = Path(instances), Path(images), Left() if left is None else left
     body = read_json(path)
     names = {
-        field(entry, "id", path, number): str(field(entry, "name", path, number))
-        for number, entry in enumerate(field(body, "categories", path, 0))
+        key: field(entry, "name", WORDS)
+        for key, entry in unique(field(body, "categories", LIST)).items()
     }
-    boxes: dict[Any, list[tuple[Box, str]]] = defaultdict(list)
-    for number, entry in enumerate(field(body, "annotations", path, 0)):
-        category = field(entry, "category_id", path, number)
+    listed = unique(field(body, "images", LIST))
+    sizes = {key: _size(entry) for key, entry in listed.items()}
+    boxes: dict[Id, list[tuple[Box, str]]] = defaultdict(list)
+    for entry in field(body, "annotations", LIST):
+        key, category = field(entry, "image_id", ID), field(entry, "category_id", ID)
+        box = field(entry, "bbox", BOX)
         if category not in names:
-            raise DataError(f"{path}: entry {number} has the unknown category {category}")
-        if not entry.get("iscrowd"):
-            image_id = field(entry, "image_id", path, number)
-            boxes[image_id].append((_box(entry, path, number), names[category]))
-    found = []
-    for number, entry in enumerate(field(body, "images", path, 0)):
-        key = int(field(entry, "id", path, number))
-        image = folder / str(field(entry, "file_name", path, number))
-        found.append(_scenery(key, image, _size(entry, path, number), boxes[key]))
-    return _some(found, path, "image")
+            raise wrong(entry, f"the category {shown(category)} is not in the list of categories")
+        if optional(entry, "iscrowd", FLAG):
+            left[CROWDS] += 1
+        elif key not in listed:
+            left[STRAY] += 1
+        elif clipped := _clipped(box, sizes[key], left):
+            boxes[key].append((clipped, names[category]))
+    found = [
+        _scenery(key, folder / field(entry, "file_name", PATH), sizes[key], boxes[key])
+        for key, entry in listed.items()
+    ]
+    return some(found, path, "image", left)
 
 
-def read_nlvr1_objects(folder: str | Path, split: str) -> list[Scenery]:
+def read_nlvr1_objects(folder: str | Path, split: str, left: Left | None = None) -> list[Scenery]:
     """The pictures of NLVR v1 with the objects that its ``structured_rep`` lists.
 
     Three grey boxes of 100 pixels lie side by side, 50 apart. Classes are ``yellow square`` and
-    the like. Every tenth picture tests.
+    the like. Every tenth picture tests. ``left`` counts what is left out: objects without an area
+    or outside the picture. Raises DataError.
     """
-    folder = Path(folder)
+    test = check_split(split) == "test"
+    folder, left = Path(folder), Left() if left is None else left
     found: list[Scenery] = []
     for part in ("dev", "hidden"):
-        path = folder / part / f"{part}.json"
-        for number, entry in read_jsonl(path):
-            key = str(field(entry, "identifier", path, number))
-            things = [
-                ((x + 150.0 * place, y, size, size), name)
-                for place, group in enumerate(field(entry, "structured_rep", path, number))
-                for x, y, size, name in _nlvr1_things(group)
-            ]
+        for entry in read_jsonl(folder / part / f"{part}.json"):
+            key = field(entry, "identifier", NAME)
+            groups = field(entry, "structured_rep", LIST)
+            things = []
+            for place, group in enumerate(groups):
+                for thing in value(group, LIST):
+                    (x, y, side), name = _nlvr1_thing(thing)
+                    box = _clipped((x + 150.0 * place, y, side, side), NLVR1_SIZE, left)
+                    things += [(box, name)] if box else []
             image = folder / part / "images" / f"{part}-{key}-0.png"
-            found.append(_scenery(len(found), image, (400, 100), things))
-    return _some([s for s in found if (s.id % 10 == 0) == (split == "test")], folder, "picture")
+            found.append(_scenery(len(found), image, NLVR1_SIZE, things))
+    wanted = [s for number, s in enumerate(found) if (number % 10 == 0) == test]
+    return some(wanted, folder, "picture", left)
 
 
-def _nlvr1_things(group: Iterable[Mapping[str, Any]]) -> Iterable[tuple[float, float, float, str]]:
-    for thing in group:
-        colour = {"#0099ff": "blue"}.get(thing["color"], str(thing["color"]).lower())
-        size = float(thing["size"])
-        yield float(thing["x_loc"]), float(thing["y_loc"]), size, f"{colour} {thing['type']}"
+def _nlvr1_thing(thing: Entry) -> tuple[tuple[float, float, float], str]:
+    """Left, top and side of an object in its grey box, and its class."""
+    colour, shape = field(thing, "color", WORDS).lower(), field(thing, "type", WORDS)
+    x, y, side = (field(thing, name, NUMBER) for name in ("x_loc", "y_loc", "size"))
+    return (x, y, side), f"{'blue' if colour == '#0099ff' else colour} {shape}"
 
 
-def _scenery(
-    key: int, image: Path, size: tuple[int, int], things: list[tuple[Box, str]]
-) -> Scenery:
+def _scenery(key: Id, image: Path, size: tuple[int, int], things: list[tuple[Box, str]]) -> Scenery:
     return Scenery(key, image, size, tuple(b for b, _ in things), tuple(n for _, n in things))
 
 
-def _box(entry: Mapping[str, Any], path: Path, number: int) -> Box:
-    box = field(entry, "bbox", path, number)
-    if len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-        raise DataError(f"{path}: the bbox of entry {number} is not [left, top, width, height]")
-    left, top, width, height = (float(value) for value in box)
-    return left, top, max(width, 1e-3), max(height, 1e-3)
+def _clipped(box: Box, size: tuple[int, int], left: Left) -> Box | None:
+    """The part of a box that lies in its picture; None, and counted, where there is none.
+
+    A box beyond the picture by rounding only is clipped without a word.
+    """
+    x, y, width, height = box
+    if width < LEAST or height < LEAST:
+        left[FLAT] += 1
+        return None
+    over = max(-x, -y, x + width - size[0], y + height - size[1])
+    if over <= 0:
+        return box
+    x, y, right, below = max(x, 0.0), max(y, 0.0), min(x + width, size[0]), min(y + height, size[1])
+    if right - x < LEAST or below - y < LEAST:
+        left[OUTSIDE] += 1
+        return None
+    left[BEYOND] += over > 1
+    return x, y, right - x, below - y
 
 
-def _size(entry: Mapping[str, Any], path: Path, number: int) -> tuple[int, int]:
-    return int(field(entry, "width", path, number)), int(field(entry, "height", path, number))
-
-
-def _some(found: list[Any], path: Path, what: str) -> list[Any]:
-    if not found:
-        raise DataError(f"{path} holds no {what}")
-    return found
+def _size(entry: Entry) -> tuple[int, int]:
+    return field(entry, "width", COUNT), field(entry, "height", COUNT)

@@ -23,6 +23,7 @@ Subtypes are ``train2014`` and ``val2014``, so that readers of the real files ne
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -35,6 +36,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..errors import DataError
+from ..files import plain, read_json, reason
+from .images import is_left_over
 
 __all__ = ["COLOURS", "SHAPES", "Scene", "Thing", "draw", "make_scene", "write_shapes"]
 
@@ -208,16 +211,64 @@ def write_shapes(
 ) -> Path:
     """The folder, holding ``train`` + ``test`` scenes in all formats listed above.
 
-    Same arguments, same bytes; a folder that is complete is left alone. ``progress`` is
-    called with 1 after each scene.
+    Same arguments, same bytes; a folder that is complete is left alone, and one that was left
+    half-way is completed. Where ``folder`` holds scenes of other arguments, a folder inside it is
+    returned. ``progress`` is called with 1 after each scene. Raises DataError for a folder that
+    holds anything else: nothing is written over but what was written here.
     """
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
-    root = Path(folder)
     made = {"version": 4, "train": train, "test": test, "seed": seed, "side": side, "most": most}
-    note = root / "shapes.json"
-    if note.exists() and note.read_text(encoding="utf-8") == json.dumps(made):
-        return root  # nothing to do: same arguments, same bytes
+    root = Path(folder)
+    found = _made_before(root)
+    if found is not None and found | {"complete": True} != made | {"complete": True}:
+        root = root / "-".join(["scenes", *map(str, made.values())])
+        found = _made_before(root)
+    if found == made:
+        return root
+    try:
+        _write(root, made, progress)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise DataError(f"cannot write scenes into {plain(root)}: {reason(error)}") from None
+    return root
+
+
+NOTE = "shapes.json"
+
+
+def _made_before(root: Path) -> dict[str, Any] | None:
+    """What was written into ``root``, or begun; None for a new or empty folder.
+
+    Raises DataError for a folder that holds anything else.
+    """
+    advice = "give data.folder a new or an empty folder"
+    try:
+        there = [path for path in root.iterdir() if not is_left_over(path)]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.folder={plain(root)}: {reason(error)}: {advice}") from None
+    if not there:
+        return None
+    try:
+        found = read_json(root / NOTE, DataError)
+    except DataError:
+        found = None
+    if isinstance(found, dict) and found.keys() >= {"version", "train", "test", "seed", "side"}:
+        return found
+    raise DataError(
+        f"data.folder={plain(root)} holds files that vlprune did not write, and data.format=shapes "
+        f"generates scenes there: to read those files, set data.format to theirs; else {advice}"
+    )
+
+
+def _write(root: Path, made: dict[str, Any], progress: Callable[[int], None] | None) -> None:
+    """All scenes in all formats."""
+    train, test, seed, side, most = (made[k] for k in ("train", "test", "seed", "side", "most"))
+    root.mkdir(parents=True, exist_ok=True)
+    _dump(root / NOTE, made | {"complete": False})
     karpathy: list[dict[str, Any]] = []
     for subtype, split, mask_split, pair_split, class_split, count, first in (
         ("train2014", "train", "training", "train", "train", train, 0),
@@ -238,8 +289,7 @@ def write_shapes(
             progress,
         )
     _dump(root / "annotations" / "dataset_shapes.json", {"dataset": "shapes", "images": karpathy})
-    _dump(note, made)
-    return root
+    _dump(root / NOTE, made)
 
 
 def _write_split(

@@ -1,8 +1,9 @@
 """What a method is: a frozen config that starts a search, and the search it starts.
 
 A method knows structures, prices, gates and progress; never a module path, never a model.
-To add one: a file with a frozen dataclass (its fields are its options, so an unknown option
-is refused) and a :class:`Search`; then a line in ``methods/__init__.py``.
+To add one: a class with its options in ``options.py`` (so that a recipe is checked without
+importing torch), a file with a subclass of it and a :class:`Search`, and a line in
+``methods/__init__.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Prices, least, select
-from ..errors import RecipeError
+from ..options import OneShotOptions
 from ..structure import Structure
 from ..vectors import Vectors
 
@@ -30,8 +31,6 @@ __all__ = [
     "family",
     "standardised",
 ]
-
-SCOPES = ("global", "uniform")
 
 
 @dataclass(frozen=True)
@@ -205,8 +204,7 @@ class Method(ABC):
         """A fresh search for this problem."""
 
 
-@dataclass(frozen=True)
-class OneShot(Method):
+class OneShot(OneShotOptions, Method):
     """A method that scores every unit once and keeps the best. The baselines share it.
 
     ``scope="global"`` ranks all units of the model together, after bringing the scores of
@@ -214,13 +212,6 @@ class OneShot(Method):
     ``scope="uniform"`` removes the same share of every structure. ``round_to=8`` keeps
     multiples of 8 units.
     """
-
-    scope: str = "global"
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise RecipeError(f"scope must be one of {', '.join(SCOPES)}, not {self.scope!r}")
 
     def best(self, problem: Problem, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """The units with the highest scores that fit the budget."""

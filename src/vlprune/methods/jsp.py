@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BudgetError, RecipeError, UnsupportedError, VlpruneError, did_you_mean
+from ..errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
+from ..options import JspOptions
 from ..schedule import removed_share
 from ..structure import Structure
 from ..vectors import Vectors
@@ -22,13 +23,11 @@ from .base import Alignment, Alternating, Method, Problem, Search
 
 __all__ = ["JSP", "HyperNetwork"]
 
-FAMILIES = ("prune", "cross", "block")
 MEDIAN = -math.log(math.log(2))
 """Of Gumbel(0, 1), 0.3665: a logit above its negative is kept in more than half of all draws."""
 
 
-@dataclass(frozen=True)
-class JSP(Method):
+class JSP(JspOptions, Method):
     """Joint share and prune (ICLR 2023, openreview UMERaIHMwB3), as far as it is public; see below.
 
     Every unit of the towers ``base`` and ``other`` has a number m, 1 where it stays. A unit of
@@ -57,46 +56,6 @@ class JSP(Method):
     """
 
     needs_held_out: ClassVar[bool] = True
-
-    families: Sequence[str] = FAMILIES
-    base: str = "text"
-    other: str = "vision"
-    block: int = 4
-    group_size: int = 1
-    match: bool = False
-    mismatch: str = "error"
-    every: int = 20
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    budget_weight: float = 12.0
-    alignment: float = 5e-4
-    temperature: float = 0.4
-    offset: float = 3.0
-    warmup: float = 0.1
-    align: float = 0.2
-    freeze: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for family in self.families:
-            if family not in FAMILIES:
-                raise RecipeError(
-                    f"families are some of {', '.join(FAMILIES)}, not {family!r}."
-                    f"{did_you_mean(str(family), FAMILIES)}"
-                )
-        if not self.families:
-            raise RecipeError(f"families must name at least one of {', '.join(FAMILIES)}")
-        for name in ("block", "group_size", "every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if self.mismatch not in ("error", "skip"):
-            raise RecipeError(f"mismatch must be error or skip, not {self.mismatch!r}")
-        if not 0 <= self.warmup < self.freeze <= 1 or not 0 <= self.align <= 1:
-            raise RecipeError(
-                f"warmup {self.warmup!r} must come before freeze {self.freeze!r}, and both and "
-                f"align {self.align!r} are progress, from 0 to 1"
-            )
 
     def start(self, problem: Problem) -> Search:
         """A search that keeps everything. Raises BudgetError if the budget cannot be reached."""

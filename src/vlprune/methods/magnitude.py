@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .base import OneShot, Problem, Search
 
 __all__ = ["Magnitude"]
 
 
-@dataclass(frozen=True)
 class Magnitude(OneShot):
     """One-shot baseline: the root of a unit's summed squared weights is its score.
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from ..options import RandomOptions
 from .base import OneShot, Problem, Search
 
 __all__ = ["Random"]
 
 
-@dataclass(frozen=True)
-class Random(OneShot):
+class Random(RandomOptions, OneShot):
     """One-shot baseline: every unit has the same chance. What any method must beat."""
-
-    seed: int = 0
 
     def start(self, problem: Problem) -> Search:
         """A search whose plan depends on the seed alone."""

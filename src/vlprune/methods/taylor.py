@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,7 +14,6 @@ from .base import OneShot, Problem, Search
 __all__ = ["Taylor"]
 
 
-@dataclass(frozen=True)
 class Taylor(OneShot):
     """One-shot baseline: |d loss / d gate| at gate 1, averaged over the steps it has seen.
 

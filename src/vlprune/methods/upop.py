@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..budget import Floor, Prices, least, select
 from ..errors import RecipeError, VlpruneError, did_you_mean
+from ..options import UPopOptions
 from ..schedule import removed_share
 from .base import Method, Problem, Search, family, standardised
 
@@ -26,11 +27,8 @@ IMPORTANCE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
 ``signed`` is the paper's: a gate whose increase raises the loss goes first. The other two are
 ours, for comparison: the empirical Fisher information, and Taylor's first-order change."""
 
-COSTS = ("exact", "paper")
 
-
-@dataclass(frozen=True)
-class UPop(Method):
+class UPop(UPopOptions, Method):
     """Unified and progressive pruning (Shi et al., ICML 2023, arXiv 2301.13741, section 3).
 
     While the model trains, the gradients G of all gates are added up, in float32, from the
@@ -53,31 +51,6 @@ class UPop(Method):
     (``{"vision": 0.3}``: that share of the tower's prunable cost stays) hold for every decision,
     so that what fades is what goes; both are ours.
     """
-
-    interval: int | str = "auto"
-    cost: str = "exact"
-    paper_ratio: float = 36.0
-    importance: str = "signed"
-    l1: Mapping[str, float] = field(default_factory=dict)
-    round_to: int = 1
-    floors: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.interval, int) and not isinstance(self.interval, bool)
-        if self.interval != "auto" and not (whole and int(self.interval) >= 1):
-            raise RecipeError(
-                f'interval must be "auto" or a number of steps of at least 1, not {self.interval!r}'
-            )
-        _one_of("cost", self.cost, COSTS)
-        _one_of("importance", self.importance, tuple(IMPORTANCE))
-        for kind in self.l1:
-            _one_of("a key of l1", kind, ("attention", "ffn"))
-        for tower, share in self.floors.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise RecipeError(
-                    f"the floor of {tower!r} is the share of it that stays, from 0 to 1, "
-                    f"not {share!r}"
-                )
 
     def start(self, problem: Problem) -> Search:
         """A search with all gates at 1. Raises BudgetError if the budget cannot be reached."""

@@ -129,8 +129,12 @@ class GlipForGrounding(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         width, text = config.d_model, config.text_config.hidden_size
-        self.vision_model = AutoBackbone.from_config(config.backbone_config)
-        self.text_encoder = AutoModel.from_config(config.text_config, add_pooling_layer=False)
+        self.vision_model = AutoBackbone.from_config(
+            config.backbone_config, trust_remote_code=False
+        )
+        self.text_encoder = AutoModel.from_config(
+            config.text_config, add_pooling_layer=False, trust_remote_code=False
+        )
         self.pyramid = GlipPyramid(self.vision_model.channels, width)
         self.fusion_layers = nn.ModuleList(GlipLayer(config) for _ in range(config.fusion_layers))
         self.box_head = nn.Conv2d(width, 4, 1)

@@ -113,9 +113,13 @@ class MdetrForGrounding(DetrPreTrainedModel):
             vision_width = self.vision_model.intermediate_channel_sizes[-1]
             self.input_proj: nn.Module = nn.Conv2d(vision_width, width, kernel_size=1)
         else:
-            self.vision_model = AutoModel.from_config(vision, add_pooling_layer=False)
+            self.vision_model = AutoModel.from_config(
+                vision, add_pooling_layer=False, trust_remote_code=False
+            )
             self.input_proj = nn.Linear(vision.hidden_size, width)
-        self.text_encoder = AutoModel.from_config(config.text_config, **_without_pooler(config))
+        self.text_encoder = AutoModel.from_config(
+            config.text_config, trust_remote_code=False, **_without_pooler(config)
+        )
         self.resizer = MdetrResizer(config.text_config.hidden_size, width, config.dropout)
         self.position = DetrSinePositionEmbedding(width // 2, normalize=True)
         self.fusion_encoder = DetrEncoder(config)

@@ -76,7 +76,7 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
         ``labels`` (batch, height, width) are classes, with ``config.semantic_loss_ignore_index``
         where nothing is known.
         """
-        patch = int(self.config.patch_size)  # type: ignore[arg-type]
+        patch = int(self.config.patch_size)
         rows, columns = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
         states = self.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         scores = self.decoder(states[:, 1:])  # without the class token
@@ -84,7 +84,8 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
         loss = None
         if labels is not None:
             full = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear")
-            loss = nn.functional.cross_entropy(
-                full, labels, ignore_index=self.config.semantic_loss_ignore_index
-            )
+            ignored = int(self.config.semantic_loss_ignore_index)
+            total = nn.functional.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
+            # the mean over no pixel would be NaN, and all weights with it after one step
+            loss = total / (labels != ignored).sum().clamp(min=1)
         return SemanticSegmenterOutput(loss=loss, logits=logits)

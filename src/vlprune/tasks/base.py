@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,13 +15,14 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
-from ..checkpoint import model_class, open_config
-from ..data.files import open_image
+from ..checkpoint import from_folder, model_class, open_config, open_processor
+from ..data.files import Left, listed, open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
-from ..errors import DataError, RecipeError, UnsupportedError, did_you_mean
+from ..errors import DataError, RecipeError, did_you_mean
+from ..files import plain
+from ..options import TaskOptions
 from ..recipe import DataSpec, ModelSpec
 
 __all__ = ["PixelCache", "Task"]
@@ -30,15 +34,14 @@ class Task(ABC):
     """One task on one data set.
 
     ``train`` and ``test`` are sequences of items that :meth:`collate` turns into the keywords
-    of one forward pass. ``metric`` names the entry of :meth:`evaluate` that counts. ``formats``
-    maps each format to what a recipe must name for a split; ``defaults`` are the task's own
-    options and their values; ``objects`` is the most that a generated scene may hold.
+    of one forward pass. ``metric`` names the entry of :meth:`evaluate` that counts; ``objects``
+    is the most that a generated scene may hold. ``takes`` says what a recipe may say of the task:
+    its ``options``, and ``formats``, which maps each format of data to what a split must name.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
-    formats: ClassVar[Mapping[str, tuple[str, ...]]]
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    takes: ClassVar[type[TaskOptions]] = TaskOptions
     objects: ClassVar[int] = 3
     train: Sequence[Any]
     test: Sequence[Any]
@@ -52,26 +55,12 @@ class Task(ABC):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model_spec = model
-        self.options = self._options(options or {})
+        self.formats = self.takes.formats
+        self.options = asdict(self.takes(**(options or {})))
         self._load_data(data, folder)
         self.prepare()
         self.processor = self._processor()
         self.pixels = PixelCache(getattr(self.processor, "image_processor", self.processor))
-
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        for name, value in given.items():
-            if name not in self.defaults:
-                raise RecipeError(
-                    f"the task {self.name} has no option {name!r}."
-                    f"{did_you_mean(name, self.defaults)}"
-                )
-            want = type(self.defaults[name])
-            good = isinstance(value, (int, float) if want is float else want)
-            if not good or isinstance(value, bool) != (want is bool):
-                raise RecipeError(
-                    f"options.{name} must be like {self.defaults[name]!r}, not {value!r}"
-                )
-        return {**self.defaults, **given}
 
     def _load_data(self, data: DataSpec, folder: Path) -> None:
         """Fill ``train`` and ``test``; ``folder`` is where generated data may be written."""
@@ -105,16 +94,34 @@ class Task(ABC):
                     f"give data.{split}.{missing[0]}"
                     + (", or data.folder" if form in STANDARD else "")
                 )
-        self.train, self.test = self.read(form, train), self.read(form, test)
+        self.left = {"train": Left(), "test": Left()}
+        self.train = self.read(form, train, self.left["train"])
+        self.test = self.read(form, test, self.left["test"])
         if data.format != "shapes":  # there, the numbers say how many scenes to generate
             self.train = self.train[: data.train_items or None]
             self.test = self.test[: data.test_items or None]
         if not self.train or not self.test:
             raise DataError("the data set has no training items or no test items")
+        for split, items in (("train", self.train), ("test", self.test)):
+            check_images(split, [path for item in items for path in images_of(item)])
+
+    @property
+    def left_out(self) -> str:
+        """A sentence about what of the data is not used, and why; empty where all of it is."""
+        parts = [f" of data.{split}: {listed(left)}" for split, left in self.left.items() if +left]
+        return f"left out{';'.join(parts)}" if parts else ""
+
+    def facts(self) -> dict[str, Any]:
+        """What the data is, for the report: items of each split, and what was left out of it."""
+        items = {"train": self.train, "test": self.test}
+        return {
+            split: {"items": len(items[split]), "left_out": dict(+left)}
+            for split, left in self.left.items()
+        }
 
     @abstractmethod
-    def read(self, form: str, part: Mapping[str, str]) -> list[Any]:
-        """The items of one split of the format ``form``."""
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Any]:
+        """The items of one split of the format ``form``; ``left`` counts what is left out."""
 
     def prepare(self) -> None:
         """Work out what must be known about the data before there is a model."""
@@ -165,11 +172,11 @@ class Task(ABC):
 
     def load(self, path: str | Path) -> Any:
         """The model in a folder or on the hub, for this task."""
-        return self.model_type().from_pretrained(path)
+        return from_folder(self.model_type(), path)
 
     def load_by_name(self, path: str | Path) -> Any:
         """The model in a folder or on the hub, by the class that its config names."""
-        return model_class(open_config(path).to_dict(), path).from_pretrained(path)
+        return from_folder(model_class(open_config(path).to_dict(), path), path)
 
     def start_token(self) -> int:
         """The token that begins what a decoder says."""
@@ -185,23 +192,13 @@ class Task(ABC):
     def _processor(self) -> Any:
         if not self.model_spec.path:
             return self.new_processor()
-        try:
-            return AutoProcessor.from_pretrained(self.model_spec.path)
-        except (OSError, ValueError) as error:
-            raise UnsupportedError(
-                f"cannot load a processor from {self.model_spec.path}: {_first_line(error)}"
-            ) from None
+        return open_processor(self.model_spec.path)
 
     def dense_model(self) -> Any:
         """The model to be compressed."""
         if not self.model_spec.path:
             return self.new_model()
-        try:
-            return self.load(self.model_spec.path)
-        except (OSError, ValueError) as error:
-            raise UnsupportedError(
-                f"cannot load {self.model_spec.path}: {_first_line(error)}"
-            ) from None
+        return self.load(self.model_spec.path)
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, Tensor]:
         """Inputs of one forward pass, from the test data."""
@@ -213,25 +210,58 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def images_of(item: Any) -> tuple[Path, ...]:
+    """The pictures of an item, and its mask."""
+    paths = getattr(item, "images", None) or (
+        getattr(item, "image", None),
+        getattr(item, "mask", None),
+    )
+    return tuple(path for path in paths if isinstance(path, Path))
+
+
+def check_images(split: str, paths: Sequence[Path]) -> None:
+    """Raise DataError now for pictures that are missing, not when training opens the first.
+
+    Folders are listed once each, which takes less time than asking for every file.
+    """
+    wanted: dict[Path, list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        wanted[path.parent].append(path)
+    missing: list[Path] = []
+    for folder, own in wanted.items():
+        try:
+            there = set(os.listdir(folder))
+        except (OSError, ValueError):
+            there = set()
+        # names that differ in case or form may still be found, as the file system decides
+        missing += [path for path in own if path.name not in there and not os.path.isfile(path)]
+    if missing:
+        count = sum(map(len, wanted.values()))
+        raise DataError(
+            f"{len(missing):,} of the {count:,} images of data.{split} are missing, as "
+            f"{plain(missing[0])}: give the right folder, restore them, or remove their entries"
+        )
+
+
 class PixelCache:
     """Pixel values of images by path; keeps as many as fit in ``limit`` bytes."""
 
     def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:
         self.image_processor = image_processor
         self.room = limit
-        self.kept: dict[Path, Tensor] = {}
+        self.kept: dict[tuple[Path, tuple[int, int] | None], Tensor] = {}
 
-    def __call__(self, paths: Sequence[Path]) -> Tensor:
-        """(images, channels, height, width), float32."""
-        return torch.stack([self._one(path) for path in paths])
+    def __call__(self, paths: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
+        """(images, channels, height, width), float32; ``size`` as in :func:`open_image`."""
+        return torch.stack([self._one(path, size) for path in paths])
 
-    def _one(self, path: Path) -> Tensor:
-        found = self.kept.get(path)
+    def _one(self, path: Path, asked: tuple[int, int] | None) -> Tensor:
+        found = self.kept.get((path, asked))
         if found is None:
-            image: Image.Image = open_image(path)
+            image: Image.Image = open_image(path, asked)
             found = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
             size = found.numel() * found.element_size()
             if size <= self.room:
                 self.room -= size
-                self.kept[path] = found
+                self.kept[path, asked] = found
         return found

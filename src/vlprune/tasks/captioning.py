@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.files import Left
 from ..device import moved_to
+from ..errors import RecipeError
+from ..options import CaptioningOptions, TaskOptions
 from .base import Advance, Task
 from .caption_metric import caption_scores
 from .new_models import blip_config, blip_processor
 
 __all__ = ["CaptioningTask"]
+
+LONGEST_PROMPT = 15
+"""Captions have at least 5 tokens and end at 20, the prompt counted."""
 
 
 class CaptioningTask(Task):
@@ -28,20 +34,25 @@ class CaptioningTask(Task):
 
     name: ClassVar[str] = "captioning"
     metric: ClassVar[str] = "cider"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "karpathy": ("split_file", "images", "split"),
-        "coco-captions": ("captions", "images"),
-    }
-    defaults: ClassVar[Mapping[str, Any]] = {"prompt": "a picture of", "beams": 3}
+    takes: ClassVar[type[TaskOptions]] = CaptioningOptions
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
-        return read_captioned(form, part)
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
+        return read_captioned(form, part, left)
 
     def new_processor(self) -> Any:
         said = [caption for item in self.train for caption in item.captions]
         return blip_processor(self.model_spec, [*said, self.options["prompt"]])
+
+    def _processor(self) -> Any:
+        self.processor = super()._processor()
+        if self._prompt_length() > LONGEST_PROMPT:
+            raise RecipeError(
+                f"options.prompt has {self._prompt_length()} tokens: at most {LONGEST_PROMPT} "
+                "leave room for a caption of 20"
+            )
+        return self.processor
 
     def model_type(self) -> Any:
         from transformers import BlipForConditionalGeneration

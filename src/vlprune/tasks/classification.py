@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from ..data.files import Left
 from ..data.pictures import LabelledImage, read_image_folder
 from ..device import device_of, moved_to, place
 from ..errors import DataError, UnsupportedError
+from ..options import ClassificationOptions, TaskOptions
 from ..trainee import Trainee
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
@@ -33,19 +35,13 @@ class ClassificationTask(Task):
 
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "top1"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"image-folder": ("folder",)}
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "mixup": 0.8,
-        "smoothing": 0.1,
-        "flip": True,
-        "distill_from": "",
-    }
+    takes: ClassVar[type[TaskOptions]] = ClassificationOptions
     train: Sequence[LabelledImage]
     test: Sequence[LabelledImage]
     classes: list[str]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[LabelledImage]:
-        return read_image_folder(part["folder"])
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[LabelledImage]:
+        return read_image_folder(part["folder"], left)
 
     def prepare(self) -> None:
         self.classes = sorted({item.label for item in self.train})

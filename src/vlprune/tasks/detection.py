@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.files import Left
 from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_objects
 from ..device import moved_to
 from ..errors import DataError, UnsupportedError
 from ..models.atss import suppress
+from ..options import DetectionOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask, as_fractions, in_pixels
 
@@ -34,20 +36,15 @@ class DetectionTask(RegionTask):
 
     name: ClassVar[str] = "detection"
     metric: ClassVar[str] = "ap"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "coco-instances": ("instances", "images"),
-        "coco2017": ("instances", "images"),
-        "nlvr1-objects": ("folder", "split"),
-    }
-    defaults: ClassVar[Mapping[str, Any]] = {**RegionTask.defaults, "model": "grounding-dino"}
+    takes: ClassVar[type[TaskOptions]] = DetectionOptions
     train: Sequence[Scenery]
     test: Sequence[Scenery]
     classes: list[str]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[Scenery]:
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Scenery]:
         if form == "nlvr1-objects":
-            return read_nlvr1_objects(part["folder"], part["split"])
-        return read_coco_instances(part["instances"], part["images"])
+            return read_nlvr1_objects(part["folder"], part["split"], left)
+        return read_coco_instances(part["instances"], part["images"], left)
 
     def prepare(self) -> None:
         items = [*self.train, *self.test]  # a class of the test images alone is asked for as well
@@ -104,7 +101,7 @@ class DetectionTask(RegionTask):
                     "tokens": torch.stack(tokens) if tokens else torch.zeros(0, self.positions),
                 }
             )
-        return {**words, **self.looks([item.image for item in items]), "labels": labels}
+        return {**words, **self.looks(items), "labels": labels}
 
     # -- evaluation --------------------------------------------------------------------
 
@@ -114,14 +111,14 @@ class DetectionTask(RegionTask):
         found: list[dict[str, Any]] = []
         for start in range(0, len(self.test), batch_size):
             items = self.test[start : start + batch_size]
-            for item, said in zip(items, self._detect(model, items), strict=True):
-                found += [{"image_id": item.id, **one} for one in said]
+            for number, said in enumerate(self._detect(model, items), start):
+                found += [{"image_id": number, **one} for one in said]
             advance(len(items))
         return self._average_precision(found)
 
     def _detect(self, model: Any, items: Sequence[Scenery]) -> list[list[dict[str, Any]]]:
         """For each image its best detections, as COCO's result files have them."""
-        looks = moved_to(model, self.looks([item.image for item in items]))
+        looks = moved_to(model, self.looks(items))
         said: list[list[tuple[float, int, Tensor]]] = [[] for _ in items]
         for text, phrases in self.prompts:
             words, _ = self.words([text] * len(items))
@@ -161,6 +158,7 @@ class DetectionTask(RegionTask):
         return [*found]
 
     def _average_precision(self, found: list[dict[str, Any]]) -> dict[str, float]:
+        """COCO's figures; images by their number here, as pycocotools sorts ids as one array."""
         try:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval
@@ -173,15 +171,15 @@ class DetectionTask(RegionTask):
         boxes = [
             {
                 "id": number + 1,
-                "image_id": item.id,
+                "image_id": image,
                 "category_id": self.classes.index(label) + 1,
                 "bbox": list(box),
                 "area": box[2] * box[3],
                 "iscrowd": 0,
             }
-            for number, (item, box, label) in enumerate(
-                (item, box, label)
-                for item in self.test
+            for number, (image, box, label) in enumerate(
+                (image, box, label)
+                for image, item in enumerate(self.test)
                 for box, label in zip(item.boxes, item.labels, strict=True)
             )
         ]
@@ -189,7 +187,7 @@ class DetectionTask(RegionTask):
             truth = COCO()
             truth.dataset = {
                 "info": {},
-                "images": [{"id": item.id} for item in self.test],
+                "images": [{"id": image} for image in range(len(self.test))],
                 "annotations": boxes,
                 "categories": [{"id": i + 1, "name": n} for i, n in enumerate(self.classes)],
             }

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.files import Left
 from ..data.questions import TypedQuestion, read_gqa
 from ..device import moved_to
 from ..errors import UnsupportedError
+from ..options import GqaOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask
 
@@ -32,14 +34,14 @@ class GqaTask(RegionTask):
 
     name: ClassVar[str] = "gqa"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"gqa": ("questions", "images")}
+    takes: ClassVar[type[TaskOptions]] = GqaOptions
     objects: ClassVar[int] = 2
     train: Sequence[TypedQuestion]
     test: Sequence[TypedQuestion]
     answers: dict[str, list[str]]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[TypedQuestion]:
-        return read_gqa(part["questions"], part["images"])
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[TypedQuestion]:
+        return read_gqa(part["questions"], part["images"], left)
 
     def prepare(self) -> None:
         self.answers = {
@@ -82,7 +84,7 @@ class GqaTask(RegionTask):
             known = {answer: number for number, answer in enumerate(self.answers[kind])}
             numbers = [known.get(q.answer, -1) if q.kind == kind else -1 for q in items]
             answers[f"answer_{kind}"] = torch.tensor(numbers)
-        return {**words, **self.looks([q.image for q in items]), "answers": answers}
+        return {**words, **self.looks(items), "answers": answers}
 
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import RecipeError, did_you_mean
 from ..models.set_loss import SetWeights, focal_set_losses
+from ..options import fusion_width
 from ..recipe import ModelSpec
 from .new_models import bert_settings, clip_image_processor, vit_settings, word_tokenizer
 
@@ -120,8 +121,7 @@ class GroundingDinoGrounder(Grounder):
     def new_config(self, spec: ModelSpec, tokenizer: Any, options: Mapping[str, Any]) -> Any:
         from transformers import GroundingDinoConfig
 
-        # its norms have 32 groups, each of which needs two numbers even in a map of one place
-        width = max(2, (options["fusion_width"] or spec.width) // 32) * 32
+        width = fusion_width("grounding-dino", options["fusion_width"] or spec.width)
         return GroundingDinoConfig(
             backbone_config=small_swin(spec),
             text_config={"model_type": "bert", **bert_settings(spec, tokenizer)},
@@ -173,7 +173,7 @@ class GlipGrounder(Grounder):
 
         from ..models import GlipConfig
 
-        width = max(2, (options["fusion_width"] or spec.width) // 16) * 16  # as there, 16 groups
+        width = fusion_width("glip", options["fusion_width"] or spec.width)
         return GlipConfig(
             backbone_config=small_swin(spec),
             text_config=BertConfig(**bert_settings(spec, tokenizer)),

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import box_iou
 
+from ..data.files import Left
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..device import moved_to
 from ..errors import DataError
 from ..models.set_loss import corners
+from ..options import GroundingOptions, RegionOptions, TaskOptions
 from .base import Advance, Task
 from .grounders import Grounder, grounder_of
 
@@ -27,13 +29,7 @@ HITS = (1, 5, 10)
 class RegionTask(Task):
     """What tasks with boxes share: the grounder, texts as tokens, pictures of any shape."""
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "model": "mdetr",
-        "queries": 16,
-        "fusion_width": 0,
-        "fusion_layers": 2,
-        "decoder_layers": 3,
-    }
+    takes: ClassVar[type[TaskOptions]] = RegionOptions
 
     @cached_property
     def grounder(self) -> Grounder:
@@ -105,9 +101,10 @@ class RegionTask(Task):
             )
         return row / row.sum()
 
-    def looks(self, paths: Sequence[Path]) -> dict[str, Tensor]:
+    def looks(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """``pixel_values``, padded to the largest picture, with ``pixel_mask`` where padded."""
-        return pad_pictures([self.pixels([path])[0] for path in paths])
+        pictures = [self.pixels([i.image], getattr(i, "size", None))[0] for i in items]
+        return pad_pictures(pictures)
 
 
 class GroundingTask(RegionTask):
@@ -120,18 +117,14 @@ class GroundingTask(RegionTask):
 
     name: ClassVar[str] = "grounding"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "mdetr": ("annotations", "images"),
-        "mdetr-captions": ("annotations", "images"),
-        "refer": ("refs", "instances", "images", "split"),
-    }
+    takes: ClassVar[type[TaskOptions]] = GroundingOptions
     train: Sequence[Grounding]
     test: Sequence[Grounding]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[Grounding]:
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Grounding]:
         if form == "refer":
-            return read_refer(part["refs"], part["instances"], part["images"], part["split"])
-        return read_mdetr(part["annotations"], part["images"])
+            return read_refer(part["refs"], part["instances"], part["images"], part["split"], left)
+        return read_mdetr(part["annotations"], part["images"], left)
 
     def texts(self) -> list[str]:
         return [item.text for item in self.train] + ["."]
@@ -146,7 +139,7 @@ class GroundingTask(RegionTask):
             maps = [self.token_map(places, phrase) for phrase, _ in pairs]
             boxes = as_fractions([box for _, box in pairs], item.size)
             labels.append({"boxes": boxes, "tokens": torch.stack(maps)})
-        return {**words, **self.looks([item.image for item in items]), "labels": labels}
+        return {**words, **self.looks(items), "labels": labels}
 
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
@@ -167,7 +160,7 @@ class GroundingTask(RegionTask):
     def _ranked(self, model: Any, items: Sequence[Grounding]) -> list[list[Tensor]]:
         """For each phrase of each item, all boxes (left, top, right, bottom), best first."""
         words, offsets = self.words([item.text for item in items])
-        inputs = {**words, **self.looks([item.image for item in items])}
+        inputs = {**words, **self.looks(items)}
         outputs = model(**moved_to(model, inputs))
         fit, found = (x.cpu() for x in self.grounder.read(outputs))
         result = []

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checkpoint import open_config
+from ..checkpoint import from_folder, open_config
+from ..data.files import Left
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
+from ..options import ReasoningOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 
@@ -28,17 +30,14 @@ class ReasoningTask(Task):
 
     name: ClassVar[str] = "reasoning"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "nlvr2": ("statements", "images"),
-        "nlvr1": ("folder", "split"),
-    }
+    takes: ClassVar[type[TaskOptions]] = ReasoningOptions
     train: Sequence[Statement]
     test: Sequence[Statement]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[Statement]:
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Statement]:
         if form == "nlvr1":
-            return read_nlvr1(part["folder"], part["split"])
-        return read_nlvr2(part["statements"], part["images"])
+            return read_nlvr1(part["folder"], part["split"], left)
+        return read_nlvr2(part["statements"], part["images"], left)
 
     def new_processor(self) -> Any:
         return blip_processor(self.model_spec, [s.text for s in self.train])
@@ -59,7 +58,7 @@ class ReasoningTask(Task):
         from transformers import BlipForImageTextRetrieval
 
         if open_config(path).model_type == "blip":
-            return self.model_type().from_blip(BlipForImageTextRetrieval.from_pretrained(path))
+            return self.model_type().from_blip(from_folder(BlipForImageTextRetrieval, path))
         return super().load(path)
 
     def collate(

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.files import Left
 from ..device import device_of, moved_to, place
+from ..options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
 from .base import Advance, Task
 from .contrast import BlipFeatures, ClipFeatures, MomentumContrast
 from .new_models import blip_config, blip_processor, clip_config, clip_processor
@@ -31,16 +33,12 @@ class RetrievalTask(Task):
 
     name: ClassVar[str] = "retrieval"
     metric: ClassVar[str] = "recall_mean"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "karpathy": ("split_file", "images", "split"),
-        "coco-captions": ("captions", "images"),
-    }
-    defaults: ClassVar[Mapping[str, Any]] = {"queue": 0, "momentum": 0.995, "alpha": 0.4}
+    takes: ClassVar[type[TaskOptions]] = RetrievalOptions
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[CaptionedImage]:
-        return read_captioned(form, part)
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
+        return read_captioned(form, part, left)
 
     def new_processor(self) -> Any:
         return clip_processor(self.model_spec, [c for item in self.train for c in item.captions])
@@ -140,12 +138,7 @@ class BlipRetrievalTask(RetrievalTask):
     """
 
     name: ClassVar[str] = "blip-retrieval"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "queue": 57600,
-        "momentum": 0.995,
-        "alpha": 0.4,
-        "rerank": 128,
-    }
+    takes: ClassVar[type[TaskOptions]] = BlipRetrievalOptions
 
     def new_processor(self) -> Any:
         return blip_processor(self.model_spec, [c for item in self.train for c in item.captions])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ..checkpoint import open_config
-from ..data.files import open_image
+from ..checkpoint import from_folder, open_config
+from ..data.files import Left, open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
+from ..errors import DataError
+from ..files import plain
+from ..options import SegmentationOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
 
@@ -38,13 +42,12 @@ class SegmentationTask(Task):
 
     name: ClassVar[str] = "segmentation"
     metric: ClassVar[str] = "miou"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {"ade20k": ("images", "masks")}
-    defaults: ClassVar[Mapping[str, Any]] = {"multi_scale": False, "classes": 0, "augment": True}
+    takes: ClassVar[type[TaskOptions]] = SegmentationOptions
     train: Sequence[MaskedImage]
     test: Sequence[MaskedImage]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[MaskedImage]:
-        return read_ade20k(part["images"], part["masks"])
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[MaskedImage]:
+        return read_ade20k(part["images"], part["masks"], left)
 
     def new_processor(self) -> Any:
         return vit_processor(self.model_spec)
@@ -57,7 +60,7 @@ class SegmentationTask(Task):
     def new_model(self) -> Any:
         from ..models import SegmenterConfig
 
-        classes = self.options["classes"] or self._found_classes()
+        classes = self.options["classes"] or self.found_classes
         config = SegmenterConfig(**vit_settings(self.model_spec), num_labels=classes)
         return self.model_type()(config)
 
@@ -70,16 +73,37 @@ class SegmentationTask(Task):
             return super().load(path)
         from ..models import SegmenterConfig
 
-        classes = self.options["classes"] or self._found_classes()
+        classes = self.options["classes"] or self.found_classes
         sizes = {k: v for k, v in config.to_dict().items() if k in vit_settings(self.model_spec)}
         model = self.model_type()(SegmenterConfig(**sizes, num_labels=classes))
-        encoder = ViTModel.from_pretrained(path, add_pooling_layer=False)
+        encoder = from_folder(ViTModel, path, add_pooling_layer=False)
         model.vit.load_state_dict(encoder.state_dict())
         return model
 
-    def _found_classes(self) -> int:
+    @cached_property
+    def found_classes(self) -> int:
+        """Classes in the training masks."""
         masks = (open_mask(item.mask) for item in self.train)
         return 1 + max(int(mask[mask != IGNORE].max(initial=0)) for mask in masks)
+
+    @cached_property
+    def known_classes(self) -> int:
+        """Classes of the model that is trained."""
+        if self.model_spec.path and self.model_config.model_type != "vit":
+            return int(self.model_config.num_labels)
+        return int(self.options["classes"] or self.found_classes)
+
+    def _opened(self, item: MaskedImage, classes: int) -> tuple[Image.Image, np.ndarray]:
+        """Image and mask, (height, width). Raises DataError if there are more than ``classes``."""
+        image = open_image(item.image)
+        mask = open_mask(item.mask, image.size)
+        most = int(mask[mask != IGNORE].max(initial=0))
+        if most >= classes:
+            raise DataError(
+                f"the mask {plain(item.mask)} holds the value {most + 1}, and the model has "
+                f"{classes} classes: train with such a mask, or give options.classes"
+            )
+        return image, mask
 
     @property
     def side(self) -> int:
@@ -107,7 +131,7 @@ class SegmentationTask(Task):
 
     def _crop(self, item: MaskedImage, rng: random.Random | None) -> tuple[Tensor, Tensor]:
         """A square of the window's size: pixels (3, side, side), labels (side, side)."""
-        image, mask, side = open_image(item.image), open_mask(item.mask), self.side
+        (image, mask), side = self._opened(item, self.known_classes), self.side
         augment = rng is not None and self.options["augment"]
         zoom = rng.uniform(0.5, 2.0) if rng is not None and augment else 1.0
         scale = zoom * side / min(image.size)
@@ -139,9 +163,10 @@ class SegmentationTask(Task):
             for name in metrics
         }
         for item in self.test:
-            truth = torch.from_numpy(open_mask(item.mask))
+            image, mask = self._opened(item, model.config.num_labels)
+            truth = torch.from_numpy(mask)
             for name, scales in metrics.items():
-                said = self._classes(model, open_image(item.image), scales, truth.shape)
+                said = self._classes(model, image, scales, truth.shape)
                 scores[name].update(said[None], truth[None])
             advance(1)
         return {name: float(score.compute()) for name, score in scores.items()}
@@ -181,8 +206,8 @@ class SegmentationTask(Task):
         model.eval()
         said = []
         for item in items:
-            shape = open_mask(item.mask).shape
-            classes = self._classes(model, open_image(item.image), (1.0,), shape)
+            image = open_image(item.image)
+            classes = self._classes(model, image, (1.0,), (image.height, image.width))
             found, counts = classes.unique(return_counts=True)
             shares = counts.double() / classes.numel()
             named = zip(found.tolist(), shares.tolist(), strict=True)

@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.files import Left, check_split
 from ..data.questions import Question, read_easy_vqa, read_visual_genome, read_vqav2
 from ..device import moved_to
+from ..errors import DataError
+from ..options import TaskOptions, VqaOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy
@@ -29,27 +32,27 @@ class VqaTask(Task):
 
     name: ClassVar[str] = "vqa"
     metric: ClassVar[str] = "accuracy"
-    formats: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "vqav2": ("questions", "annotations", "images"),
-        "visual-genome": ("questions", "image_data", "images"),
-        "easy-vqa": ("folder", "split"),
-    }
+    takes: ClassVar[type[TaskOptions]] = VqaOptions
     objects: ClassVar[int] = 2
     train: Sequence[Question]
     test: Sequence[Question]
     answers: list[str]
 
-    def read(self, form: str, part: Mapping[str, str]) -> list[Question]:
+    def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Question]:
         if form == "easy-vqa":
-            found = read_easy_vqa(part["folder"])
-            return [q for q in found if (int(q.image.stem) % 10 == 0) == (part["split"] == "test")]
+            test = check_split(part["split"]) == "test"
+            found = read_easy_vqa(part["folder"], left)
+            return [q for q in found if (int(q.image.stem) % 10 == 0) == test]
         if form == "visual-genome":
-            return read_visual_genome(part["questions"], part["image_data"], part["images"])
-        found = read_vqav2(part["questions"], part["annotations"], part["images"])
+            return read_visual_genome(part["questions"], part["image_data"], part["images"], left)
+        found = read_vqav2(part["questions"], part["annotations"], part["images"], left)
         if "visual_genome" in part:
-            found += read_visual_genome(
-                part["visual_genome"], part["visual_genome_data"], part["visual_genome_images"]
-            )
+            names = ("visual_genome", "visual_genome_data", "visual_genome_images")
+            missing = [name for name in names if name not in part]
+            if missing:
+                raise DataError(f"to join Visual Genome, {', '.join(missing)} must be given too")
+            told, data, folder = (part[name] for name in names)
+            found += read_visual_genome(told, data, folder, left)
         return found
 
     def prepare(self) -> None:

@@ -447,10 +447,12 @@ def folders_round_trip(make: Make, attention: AttentionUnit) -> None:
         save(small, first)
         again = load(first)
         again.save_pretrained(second)
-        for model in (again, type(small).from_pretrained(second)):  # type: ignore[attr-defined]
+        for model in (again, type(small).from_pretrained(second, trust_remote_code=False)):  # type: ignore[attr-defined]
             assert type(model) is type(small)
             _assert_survived(model, own, before, sample.inputs)
-        base, info = transformers.AutoModel.from_pretrained(first, output_loading_info=True)
+        base, info = transformers.AutoModel.from_pretrained(
+            first, output_loading_info=True, trust_remote_code=False
+        )
     assert not info["mismatched_keys"], "AutoModel found other shapes"
     prefix = f"{small.base_model_prefix}."
     compared = 0

@@ -491,7 +491,7 @@ def grounding_dino() -> Sample:
     return _grounding_dino(T.GroundingDinoConfig, T.GroundingDinoForObjectDetection)
 
 
-@_family
+@_variant
 def mm_grounding_dino() -> Sample:
     return _grounding_dino(T.MMGroundingDinoConfig, T.MMGroundingDinoForObjectDetection)
 
