@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from vlprune.data.layouts import GENERATED
+from vlprune.options import TASK_OPTIONS
 
 DENSE = {"train": {"steps": 2, "batch_size": 4}, "retrain": {"steps": 2, "batch_size": 4}}
 SMALL: dict[str, Any] = {
@@ -82,22 +83,7 @@ OTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 """Formats that are not generated: written by :func:`scenes`."""
 
-FORMATS = [
-    (task, form)
-    for task, forms in {
-        "reasoning": "nlvr2 nlvr1",
-        "captioning": "karpathy coco-captions",
-        "vqa": "vqav2 visual-genome easy-vqa",
-        "retrieval": "karpathy coco-captions",
-        "blip-retrieval": "karpathy coco-captions",
-        "classification": "image-folder",
-        "segmentation": "ade20k",
-        "grounding": "mdetr mdetr-captions refer",
-        "detection": "coco-instances coco2017 nlvr1-objects",
-        "gqa": "gqa",
-    }.items()
-    for form in forms.split()
-]
+FORMATS = [(task, form) for task, takes in TASK_OPTIONS.items() for form in takes.formats]
 """Every task with every format that it reads."""
 
 
