@@ -137,7 +137,7 @@ def _no_json(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def make_seeds(folder: Path, chosen: Sequence[str], cases: int) -> None:
+def make_seeds(folder: Path, chosen: Sequence[str], count: int) -> None:
     """Make what surfaces damage, in a process of its own; import here what that process needed."""
     wanted = {name for surface in chosen for name in surfaces.SURFACES[surface].needs}
     todo = [name for name in seeds.MAKERS if name in wanted and not (folder / name).exists()]
@@ -154,7 +154,7 @@ def make_seeds(folder: Path, chosen: Sequence[str], cases: int) -> None:
                     body = json.dumps(seeds.digest_of(folder / name))
                     (folder / f"{name}.digest.json").write_text(body)
             load_models(folder)
-            use_once(folder, chosen, cases)
+            use_once(folder, chosen, count)
             listed.write_text(json.dumps(sorted(sys.modules)))
             code = 0
         finally:
@@ -170,13 +170,13 @@ def make_seeds(folder: Path, chosen: Sequence[str], cases: int) -> None:
             continue
 
 
-def use_once(folder: Path, chosen: Sequence[str], cases: int) -> None:
+def use_once(folder: Path, chosen: Sequence[str], count: int) -> None:
     """Call what cases call, on sound files, so that all it imports is imported.
 
-    Not more often than some tenth of the ``cases`` that gain by it.
+    Not more often than a tenth of the ``count`` of cases that gain by it.
     """
     for surface in chosen:
-        for number in range(min(surfaces.SURFACES[surface].used, cases // 10)):
+        for number in range(min(surfaces.SURFACES[surface].used, count // 10)):
             room = empty_room(folder.parent)
             make = cases.Sound(random.Random(f"{surface}/{number}"), room, folder)
             case = surfaces.SURFACES[surface].make(make)
@@ -198,7 +198,7 @@ def load_models(folder: Path) -> None:
             folders.DENSE[name] = open_model(str(folder / name / "dense"))
 
 
-def prepare(folder: Path, chosen: Sequence[str], cases: int = 10) -> None:
+def prepare(folder: Path, chosen: Sequence[str], count: int = 10) -> None:
     """Seeds, modules and models: all that children are forked with."""
     import torch
     import transformers
@@ -212,7 +212,7 @@ def prepare(folder: Path, chosen: Sequence[str], cases: int = 10) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     re._MAXCACHE = 100_000  # type: ignore[attr-defined]
-    make_seeds(folder, chosen, cases)
+    make_seeds(folder, chosen, count)
     load_models(folder)
     gc.collect()
     gc.freeze()
@@ -242,13 +242,13 @@ def run(
     return case, seen, found
 
 
-def shares(cases: int, chosen: Sequence[str]) -> list[tuple[str, int]]:
+def shares(count: int, chosen: Sequence[str]) -> list[tuple[str, int]]:
     """(surface, number) of every case, mixed, so that a run that is stopped has seen all kinds."""
     total = sum(surfaces.SURFACES[name].share for name in chosen)
     plan = [
         (name, number)
         for name in chosen
-        for number in range(round(cases * surfaces.SURFACES[name].share / total))
+        for number in range(round(count * surfaces.SURFACES[name].share / total))
     ]
     random.Random(0).shuffle(plan)
     return plan

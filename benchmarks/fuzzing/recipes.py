@@ -43,17 +43,19 @@ def recipes(make: Maker) -> Case:
     return Case(until_training(call), what, names, ("out/result",), kept)
 
 
-def _known_keys() -> dict[str, Any]:
-    """{dotted key: default} of all that a recipe may hold."""
-    from vlprune.methods import METHODS
+def _known_keys(task: str, method: str) -> dict[str, Any]:
+    """{dotted key: default} of all that a recipe of this task and method may hold."""
+    from vlprune.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
     from vlprune.recipe import Recipe, Training
-    from vlprune.tasks import TASKS
 
-    body = dataclasses.asdict(Recipe(task="vqa", budget={"params": 0.5}))
-    body["method"] = {f.name: f.default for m in METHODS.values() for f in dataclasses.fields(m)}
-    body["options"] = {k: v for task in TASKS.values() for k, v in _options(task).items()}
-    body["retrain"] = dataclasses.asdict(Training())
-    body["teacher"] = dict.fromkeys(("logits", "features", "similarities"), 1)
+    body = dataclasses.asdict(Recipe(task=task, budget={"params": 0.5}))
+    body |= {phase: dataclasses.asdict(Training()) for phase in ("search", "retrain")}
+    for key, takes in (
+        ("method", METHOD_OPTIONS[method]),
+        ("options", TASK_OPTIONS[task]),
+        ("teacher", TeacherOptions),
+    ):
+        body[key] = {f.name: f.default for f in dataclasses.fields(takes)}
     found = {}
     for key, value in body.items():
         found[key] = value
@@ -62,21 +64,14 @@ def _known_keys() -> dict[str, Any]:
     return found
 
 
-def _options(task: Any) -> dict[str, Any]:
-    takes = getattr(task, "takes", None)
-    if takes is None:
-        return task.defaults
-    return {f.name: f.default for f in dataclasses.fields(takes)}
-
-
 def overrides(make: Maker) -> Case:
     """A sound recipe and a ``key=value`` that is not."""
     task = make.rng.choice(list(seeds.SETTINGS))
     path = make.room.user / "recipe.yaml"
     path.write_text(yaml.safe_dump(seeds.recipe_of(task)))
-    given, names = [], [path.name]
+    known, given, names = _known_keys(task, seeds.SETTINGS[task][0]), [], [path.name]
     for _ in range(make.rng.choice([1, 1, 2])):
-        key, old = make.rng.choice(list(_known_keys().items()))
+        key, old = make.rng.choice(list(known.items()))
         old = None if old is dataclasses.MISSING else old
         more = tuple(f"@@{name}@@" for name in damage.RAW_YAML)
         value = damage.dump(damage.odd(make.rng, old, more), "yaml").removesuffix("...\n").strip()

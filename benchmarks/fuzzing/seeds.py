@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from vlprune.data.layouts import GENERATED
+from vlprune.options import TASK_OPTIONS
 
 DENSE = {"train": {"steps": 2, "batch_size": 4}, "retrain": {"steps": 2, "batch_size": 4}}
 SMALL: dict[str, Any] = {
@@ -81,22 +83,7 @@ OTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 """Formats that are not generated: written by :func:`scenes`."""
 
-FORMATS = [
-    (task, form)
-    for task, forms in {
-        "reasoning": "nlvr2 nlvr1",
-        "captioning": "karpathy coco-captions",
-        "vqa": "vqav2 visual-genome easy-vqa",
-        "retrieval": "karpathy coco-captions",
-        "blip-retrieval": "karpathy coco-captions",
-        "classification": "image-folder",
-        "segmentation": "ade20k",
-        "grounding": "mdetr mdetr-captions refer",
-        "detection": "coco-instances coco2017 nlvr1-objects",
-        "gqa": "gqa",
-    }.items()
-    for form in forms.split()
-]
+FORMATS = [(task, form) for task, takes in TASK_OPTIONS.items() for form in takes.formats]
 """Every task with every format that it reads."""
 
 
@@ -127,7 +114,8 @@ def scenes(folder: Path) -> None:
         lines = []
         for n in range(start, start + 12):
             name = folder / "nlvr1" / part / "images" / f"{part}-{n}-0.png"
-            shutil.copy(pictures[n % len(pictures)], name)
+            with Image.open(pictures[n % len(pictures)]) as picture:
+                picture.resize((400, 100)).save(name)
             things = [{"x_loc": 5, "y_loc": 7, "size": 20, "type": "square", "color": "Yellow"}]
             line = {"identifier": str(n), "sentence": f"there are {n} boxes", "label": "true"}
             lines.append(json.dumps(line | {"structured_rep": [things, things, []]}))
