@@ -160,8 +160,8 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
     own = tmp_path / "own" / "dense"
     build("clip").model.save_pretrained(own)
     for place in (own, own.parent):
-        refused("would replace", "compress", DEMO, *TINY, f"model.path={own}", "-o", str(place))
-    refused("no run of vlprune", "compress", DEMO, *TINY, "-o", str(own.parent))
+        refused("would overwrite", "compress", DEMO, *TINY, f"model.path={own}", "-o", str(place))
+    refused("vlprune did not write", "compress", DEMO, *TINY, "-o", str(own.parent))
     assert {path.name for path in own.iterdir()} == {"config.json", "model.safetensors"}
 
 

@@ -88,7 +88,8 @@ def test_int8_is_the_runtimes_own_and_its_difference_is_told(tmp_path: Path) -> 
     small = export(model, samples(model), "onnx", tmp_path / "int8", int8=True)
     worst = max(row["difference"] for row in small["checked"])
     assert 1e-5 < worst < 0.5
-    assert sum(small["files"].values()) < 0.8 * 4 * sum(p.numel() for p in model.parameters())
+    whole = 4 * sum(p.numel() for p in model.parameters())  # in float32
+    assert small["files"]["model.onnx.data"] < 0.6 * whole
     with pytest.raises(UnsupportedError, match="--to onnx or --to openvino"):
         export(model, samples(model), "torch-export", tmp_path / "no", int8=True)
 

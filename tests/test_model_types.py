@@ -107,7 +107,7 @@ def test_a_class_of_transformers_with_our_name_is_not_taken_for_ours(
         pass
 
     # transformers replaces its own module while it is imported: patch the one that is asked
-    asked = "vlprune.checkpoint.transformers.GlipForGrounding"
+    asked = "vlprune.opening.transformers.GlipForGrounding"
     monkeypatch.setattr(asked, GlipForGrounding, raising=False)
     config = {"architectures": ["GlipForGrounding"], "model_type": "glip"}
     assert model_class(config, "a folder") is GlipForGrounding

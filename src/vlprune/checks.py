@@ -74,7 +74,7 @@ def mistakes_of(error: ValidationError) -> list[Mistake]:
         else:
             name = ".".join(map(str, place))
         text = context.get("text", f"{KEY}: {one['msg']}")
-        line = text.replace(KEY, plain(name))
+        line = text.replace(KEY, plain(name if len(name) <= 80 else f"{name[:77]}..."))
         found.append(Mistake(".".join(map(str, place)), line, context.get("kind", "")))
     return found
 

@@ -15,8 +15,9 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import CheckpointError, VlpruneError
 
@@ -96,7 +97,7 @@ def is_full(error: BaseException, place: Path | None = None) -> bool:
 @contextmanager
 def opened(
     path: str | Path, kind: type[VlpruneError] = CheckpointError, most: int | None = None
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedReader]:
     """A regular file of at most ``most`` bytes, open for reading. Raises ``kind``."""
     name = plain(path)
     try:
