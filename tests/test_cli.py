@@ -156,6 +156,13 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
     refused("is a file", "compress", DEMO, *TINY, "-o", str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "precious"
     refused("cannot load", "compress", DEMO, *TINY, f"model.path={tmp_path}", "-o", out)
+    # a model of the user's, where the result or the dense model would be put
+    own = tmp_path / "own" / "dense"
+    build("clip").model.save_pretrained(own)
+    for place in (own, own.parent):
+        refused("would replace", "compress", DEMO, *TINY, f"model.path={own}", "-o", str(place))
+    refused("no run of vlprune", "compress", DEMO, *TINY, "-o", str(own.parent))
+    assert {path.name for path in own.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_a_corrupt_image_stops_before_training_is_lost(run: Any, tmp_path: Path) -> None:

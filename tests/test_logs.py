@@ -102,14 +102,18 @@ def test_timings_and_exports_of_another_model_do_not_survive_a_save(tmp_path: Pa
     model = build("deit").model
     folder = tmp_path / "m"
     vlprune.save(model, folder)
-    (folder / "bench.json").write_text("{}")
+    (folder / "bench.json").write_text('{"runs": [], "faster": []}')
     (folder / "onnx").mkdir()
-    (folder / "onnx" / "vlprune-export.json").write_text("{}")
+    (folder / "onnx" / "vlprune-export.json").write_text('{"files": {"model.onnx": 1}}')
+    (folder / "onnx" / "model.onnx").write_text("x")
+    (folder / "own").mkdir()
+    (folder / "own" / "model.onnx").write_text("somebody's")
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("kept")
     vlprune.save(model, folder)
     assert not (folder / "bench.json").exists()
-    assert not (folder / "onnx").exists()
+    assert not (folder / "onnx" / "model.onnx").exists()
+    assert (folder / "own" / "model.onnx").exists()
     assert (folder / "mine" / "notes.txt").read_text() == "kept"
 
 

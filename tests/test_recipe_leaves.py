@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -20,17 +20,18 @@ from hypothesis import strategies as st
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vlprune import cli
-from vlprune.checks import Checked
+from vlprune.checks import Checked, Text
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError
 from vlprune.machine import LOGGERS, need_logger
 from vlprune.methods import METHODS
 from vlprune.methods.upop import IMPORTANCE
-from vlprune.options import METHOD_OPTIONS, TASK_OPTIONS
+from vlprune.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
 from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training, load_recipe
 from vlprune.tasks import TASKS
 from vlprune.tasks.grounders import GROUNDERS
 
 DEMO = Path(cli.__file__).parent / "demo.yaml"
+DOCS = Path(__file__).parent.parent / "docs"
 STRANGE: list[Any] = [
     math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**30, -(10**30), 1e308, 5e-324, 0.5, True, False,
     None, "", "1e400", "nan", "x" * 10**5, "\x1b[2J", "\0", "\ud800", [], {}, [[]], {"": 1},
@@ -235,6 +236,27 @@ def test_the_tables_agree() -> None:
         need_logger("wandb")
 
 
+def ranges() -> Iterator[str]:
+    """The table of docs/recipes.md: what every leaf and option may be."""
+    parts: dict[str, Any] = {"": Recipe, "model.": ModelSpec, "data.": DataSpec, "*.": Training}
+    parts |= {"teacher.": TeacherOptions}
+    parts |= {f"{name}: ": cls for name, cls in [*METHOD_OPTIONS.items(), *TASK_OPTIONS.items()]}
+    rows: dict[str, list[str]] = {}
+    for part, cls in parts.items():
+        for leaf, hint in get_type_hints(cls, include_extras=True).items():
+            (allowed,) = getattr(hint, "__metadata__", [None])
+            if allowed and not isinstance(allowed, Text) and leaf != "threads":
+                rows.setdefault(allowed.says, []).append(f"`{part}{leaf}`")
+    for says, leaves in rows.items():
+        yield f"| {says} | {', '.join(leaves)} |"
+
+
+def test_the_documents_say_what_is_allowed() -> None:
+    text = (DOCS / "recipes.md").read_text()
+    for row in ranges():
+        assert row in text, "print the rows again"
+
+
 # -- values that cannot go together --------------------------------------------------------
 
 
@@ -278,6 +300,22 @@ def test_a_class_checks_itself_from_python() -> None:
         with pytest.raises(RecipeError):
             make()
     assert issubclass(METHODS["jsp"], Checked)
+
+
+def test_bench_refuses_what_would_end_the_process(run: Any, tmp_path: Path) -> None:
+    code, _, stderr = run(
+        "bench",
+        str(tmp_path),
+        "--threads",
+        "1000000",
+        "--seconds",
+        "nan",
+        "--batch-sizes",
+        "1,99999",
+    )
+    assert code == 2
+    for says in ("threads must be", "seconds must be a number", "batch_sizes.1 must be"):
+        assert says in stderr
 
 
 # -- the file ------------------------------------------------------------------------------

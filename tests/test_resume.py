@@ -203,6 +203,49 @@ def kill_and_go_on(
     assert not (out / "vlprune-run").exists()
 
 
+def test_the_log_of_a_resumed_training_is_that_of_one_that_was_not_stopped(tmp_path: Path) -> None:
+    """Where checkpoints fall between two logs, whose losses are means."""
+    import torch
+
+    from vlprune.recipe import Training
+    from vlprune.train import fit
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Any) -> Any:
+            return {"loss": ((x @ self.weight - x.sum(1)) ** 2).mean()}
+
+    class Stop(Exception):
+        pass
+
+    generator = torch.Generator().manual_seed(0)
+    items = list(torch.randn(12, 3, generator=generator))
+    spec = Training(steps=60, batch_size=4, save_steps=10, learning_rate=0.1)
+
+    def history(folder: Path, stop_at: int = 0) -> Any:
+        done = []
+
+        def advance(steps: int, note: str = "") -> None:
+            done.append(steps)
+            if stop_at and sum(done) == stop_at:
+                raise Stop
+
+        return fit(
+            Regression(), items, lambda rows, _: {"x": torch.stack(rows)}, spec, seed=0,
+            checkpoints=folder, advance=advance,
+        )  # fmt: skip
+
+    whole = history(tmp_path / "whole")
+    assert whole[-1]["step"] == 60
+    with pytest.raises(Stop):
+        history(tmp_path / "stopped", stop_at=15)
+    assert history(tmp_path / "stopped") == whole
+    assert history(tmp_path / "stopped") == whole  # from the checkpoint of its last step
+
+
 def test_a_trainer_of_ones_own_resumes_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,10 +472,11 @@ def test_a_damaged_note_is_set_aside(text: str, tmp_path: Path) -> None:
     assert earlier.known(path, "key", said, "the width") == 8
     assert earlier.known(path, "other", said, "the width") is None
     assert said.lines == []
-    path.write_text(text)
+    changed = path.read_text().replace('"body": 8', '"body": 9')
+    path.write_text(text or changed)
     assert earlier.known(path, "key", said, "the width") is None
     assert "the width is damaged" in said.lines[0]
-    assert (tmp_path / "damaged-round-to.json").read_text() == text
+    assert (tmp_path / "damaged-round-to.json").read_text() == (text or changed)
     with pytest.raises(CheckpointError):
         read_note(tmp_path / "damaged-round-to.json")
 

@@ -147,7 +147,9 @@ def test_the_config_in_a_folder_is_read_once(
     asked = []
     read = transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(
-        transformers.AutoConfig, "from_pretrained", lambda path: asked.append(path) or read(path)
+        transformers.AutoConfig,
+        "from_pretrained",
+        lambda path, **told: asked.append(path) or read(path, **told),
     )
     for number in range(3):
         task.collate(list(task.train[:2]), random.Random(number))

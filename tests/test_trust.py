@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,8 +41,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged."""
-    import shutil
-
     shutil.copytree(original, tmp_path / "m")
     return tmp_path / "m"
 
@@ -433,6 +432,11 @@ def test_files_that_a_result_would_overwrite_are_refused_early(
         (tmp_path / "mine" / name).unlink()
     (tmp_path / "mine" / "notes").write_text("x")
     check_result(tmp_path / "mine")
+    for name in ("checkpoints/checkpoint-500", "dense"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "config.json").write_text("{}")
+        refused(lambda: check_result(tmp_path / "mine"), name.partition("/")[0], CheckpointError)
+        shutil.rmtree(tmp_path / "mine" / name)
     check_result(folder)  # of vlprune
 
 

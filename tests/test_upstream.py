@@ -50,26 +50,16 @@ def test_what_is_imported_from_inside_is_there(name: str) -> None:
 
 def test_every_private_attribute_is_stated_here() -> None:
     """src, everywhere: no underscore of theirs may be used without a test below."""
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
+    private = [n for n in nodes if isinstance(n, ast.Attribute) and re.match(r"_[a-z]", n.attr)]
+    of_self = [
+        n for n in private if isinstance(n.value, ast.Name) and n.value.id in ("self", "cls")
+    ]
+    ours = {"_follow", "_exit"} | {n.attr for n in of_self if isinstance(n.ctx, ast.Store)}
+    ours |= {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
+    used = {n.attr for n in private if n not in of_self and not n.attr.startswith("_vlprune")}
     stated = Path(__file__).read_text()
-    unstated = set()
-    for tree in TREES.values():
-        private = [
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr)
-        ]
-        by_self = {n for n in private if isinstance(n.value, ast.Name) and n.value.id == "self"}
-        ours = {"_follow", "_exit"} | {n.attr for n in by_self if isinstance(n.ctx, ast.Store)}
-        unstated |= {
-            node.attr
-            for node in private
-            if node not in by_self
-            and not (isinstance(node.value, ast.Name) and node.value.id == "cls")
-            and not node.attr.startswith("_vlprune")
-            and node.attr not in ours
-            and not re.search(rf"\b{node.attr}\b", stated)
-        }
-    assert not unstated
+    assert not {name for name in used - ours if not re.search(rf"\b{name}\b", stated)}
 
 
 # -- transformers: folders -------------------------------------------------------------

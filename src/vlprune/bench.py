@@ -24,6 +24,7 @@ from .device import choose, device_of, moved_to, place
 from .errors import CheckpointError, UnsupportedError, VlpruneError
 from .export import Exported, export_folders, is_export
 from .latency import conditions, seconds_of, take_turns
+from .machine import Timing
 from .probe import TEXT_TOKENS, made_up_inputs
 from .progress import Progress
 
@@ -89,6 +90,7 @@ def bench(
     Raises VlpruneError if the machine is too busy to tell, RecipeError if it has no such device.
     """
     progress = progress or Progress()
+    Timing(threads, seconds, tuple(batch_sizes))
     if threads:
         torch.set_num_threads(threads)
     chosen = choose(device)

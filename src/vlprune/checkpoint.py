@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -237,10 +238,17 @@ def check_result(folder: str | Path, need: int = 0) -> None:
     names = [CONFIG, *_MARKS, RECIPE_FILE, "README.md"]
     names += [p.name for p in folder.iterdir() if is_weights(p.name)]
     taken = [name for name in names if (folder / name).exists()]
+    if (folder / "dense" / CONFIG).exists():  # one of ours has a note beside it
+        taken.append("dense")
+    if (folder / "checkpoints").is_dir():  # deleted when a run has ended
+        known = re.compile(r"\.|(train|search|retrain|cut)-|round-to|.*\.(json|lock)$")
+        if any(not known.match(path.name) for path in (folder / "checkpoints").iterdir()):
+            taken.append("checkpoints")
     if taken:
         raise CheckpointError(
             f"{plain(folder)} holds files that vlprune did not write and the result would "
-            f"overwrite: {plain(', '.join(sorted(set(taken))))}. Choose another folder with -o"
+            f"overwrite or delete: {plain(', '.join(sorted(set(taken))))}. Choose another folder "
+            "with -o"
         )
 
 

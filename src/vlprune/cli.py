@@ -614,12 +614,10 @@ def main() -> None:
 def _leave(number: int) -> None:
     """End as asked to by a signal, at once: nothing that libraries do at exit is waited for."""
     if os.environ.get("RANK", "0") == "0":
+        goes_on = "; the same command goes on from the last finished phase or checkpoint"
         with suppress(OSError):  # the terminal may be gone
-            err.print(
-                "vlprune: stopped; the same command goes on from the last finished phase or "
-                "checkpoint",
-                soft_wrap=True,
-            )
+            resumable = sys.argv[1:2] in (["compress"], ["demo"])
+            err.print(f"vlprune: stopped{goes_on if resumable else ''}", soft_wrap=True)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(128 + number)

@@ -47,7 +47,7 @@ def of_model(path: str) -> str:
     folder = Path(path)
     if folder.is_dir():
         return _hash([name, *digest(folder / name)] for name in model_files(folder))
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(path, "config.json")

@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
-from .checks import OneOf, Text
+from .checks import Checked, Number, OneOf, Text, Whole, checked
 from .errors import UnsupportedError
 
-__all__ = ["LOGGERS", "THREADS", "Device", "Logger", "need_logger"]
+__all__ = ["LOGGERS", "THREADS", "Device", "Logger", "Timing", "need_logger"]
 
 LOGGERS: Mapping[str, str] = {
     "azure_ml": "azureml",
@@ -78,3 +78,12 @@ class Device(Text):
 
 THREADS = max(64, os.cpu_count() or 1)
 """The most threads asked of torch, which starts them all: a million of them end the process."""
+
+
+@checked
+class Timing(Checked):
+    """How ``vlprune bench`` measures."""
+
+    threads: Annotated[int, Whole(0, THREADS)] = 0
+    seconds: Annotated[float, Number(0, 86_400)] = 10.0
+    batch_sizes: tuple[Annotated[int, Whole(1, 4096)], ...] = (1, 8)

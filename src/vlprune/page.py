@@ -103,6 +103,11 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _label(text: str) -> str:
+    """A name for a plot, where tags would be markup."""
+    return html.escape(text, quote=False)
+
+
 class _Draw:
     """Figures in one look, as pieces of HTML."""
 
@@ -136,7 +141,7 @@ class _Draw:
         own = [(r["kept"] - r.get("shared", 0)) / r["units"] for r in layers]
         shared = [r.get("shared", 0) / r["units"] for r in layers]
         gone = [1 - a - b for a, b in zip(own, shared, strict=True)]
-        names = [f"{r['name']}: {r['kept']} of {r['units']} units stay" for r in layers]
+        names = [f"{_label(r['name'])}: {r['kept']} of {r['units']} units stay" for r in layers]
         rows = list(range(1, len(layers) + 1))
         looks = (
             ("kept", own, {"color": KEPT}),
@@ -161,7 +166,11 @@ class _Draw:
             traces,
             80 + 22 * max(3, len(layers)),
             f"{title}: {total:.0%} of the units stay",
-            title={"text": f"<b>{title}</b>  {total:.0%} stays", "x": 0, "font": {"size": 14}},
+            title={
+                "text": f"<b>{_label(title)}</b>  {total:.0%} stays",
+                "x": 0,
+                "font": {"size": 14},
+            },
             barmode="stack",
             bargap=0.25,
             showlegend=False,
@@ -180,7 +189,7 @@ class _Draw:
         """Parameters of every tower and kind that stay and that are gone, one bar each."""
         go = self.graphs
         groups = [g for g in report["groups"] if g.get("params")]
-        names = [f"{g['tower'] or 'model'}, {g['kind']}" for g in groups]
+        names = [_label(f"{g['tower'] or 'model'}, {g['kind']}") for g in groups]
         after = [g["params"]["after"] for g in groups]
         gone = [g["params"]["before"] - g["params"]["after"] for g in groups]
         shares = [a / max(1, a + b) for a, b in zip(after, gone, strict=True)]
@@ -227,7 +236,7 @@ class _Draw:
             self.graphs.Scatter(
                 x=list(x),
                 y=list(y),
-                name=name,
+                name=_label(name),
                 mode="lines+markers" if len(x) <= 14 else "lines",
                 marker={"size": 8, "symbol": MARKERS[i % 6]},
                 line={"color": LINES[i % 6], "dash": DASHES[i % 6], "width": 2.5},
@@ -238,7 +247,7 @@ class _Draw:
             traces,
             300,
             title,
-            title={"text": f"<b>{title}</b>", "x": 0, "font": {"size": 14}, "y": 0.98},
+            title={"text": f"<b>{_label(title)}</b>", "x": 0, "font": {"size": 14}, "y": 0.98},
             margin={"l": 52, "r": 12, "t": 64, "b": 44},
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
             showlegend=len(series) > 1,
@@ -252,7 +261,7 @@ class _Draw:
             self.graphs.Scatter(
                 x=[x],
                 y=[100 * y],
-                name=name,
+                name=_label(name),
                 mode="markers",
                 marker={"size": 13, "symbol": MARKERS[i % 6], "color": LINES[i % 6]},
                 hovertemplate=f"%{{x:.4g}} {unit}, %{{y:.1f}} %<extra>{html.escape(name)}</extra>",
@@ -263,7 +272,7 @@ class _Draw:
             traces,
             320,
             title,
-            title={"text": f"<b>{title}</b>", "x": 0, "font": {"size": 14}, "y": 0.98},
+            title={"text": f"<b>{_label(title)}</b>", "x": 0, "font": {"size": 14}, "y": 0.98},
             margin={"l": 52, "r": 16, "t": 84, "b": 44},
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
             xaxis={"title": unit, "rangemode": "tozero"},
@@ -301,7 +310,7 @@ class _Draw:
                         "shape": "spline" if inside else "linear",
                     },
                     opacity=0.75,
-                    hovertext=told,
+                    hovertext=_label(told),
                     hoverinfo="text",
                     showlegend=False,
                 )
@@ -318,7 +327,7 @@ class _Draw:
                         "color": PRUNED,
                         "symbol": ["square" if o["kind"] == "ffn" else "circle" for o in members],
                     },
-                    hovertext=[one["name"] for one in members],
+                    hovertext=[_label(one["name"]) for one in members],
                     hoverinfo="text",
                     showlegend=False,
                 )
@@ -330,7 +339,7 @@ class _Draw:
             "which layers take weights from which",
             xaxis={
                 "tickvals": list(range(len(towers))),
-                "ticktext": towers,
+                "ticktext": [_label(tower) for tower in towers],
                 "range": [-0.4, max(0.6, len(towers) - 0.6)],
                 "side": "top",
                 "showgrid": False,

@@ -53,7 +53,8 @@ def _handle(number: int, _frame: Any) -> None:
     if not _First.number:
         _First.number, _First.at = number, time.monotonic()
         # Raised where nobody can catch it (in __del__, say), it would be printed with a traceback.
-        sys.unraisablehook = threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
         raise Stopped(number)
     if time.monotonic() - _First.at > PATIENCE:  # whoever insists does not want to wait
         os._exit(128 + number)

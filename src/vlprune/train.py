@@ -84,7 +84,7 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint, sealed when every process has written its part; the one before stays."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         state = PartialState()
         try:
             super()._save_checkpoint(*args, **kwargs)

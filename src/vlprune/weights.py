@@ -97,6 +97,11 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _mend(folder: Path) -> str:
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            "its weights are pickled, which could run code and are never read; save the model "
+            "again with save_pretrained"
+        )
     if is_being_saved(folder) is not None:
         return "a save into it was not finished, save again"
     return "copy the folder again (pickled weights are never read)"
