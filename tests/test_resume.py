@@ -514,6 +514,9 @@ def test_what_decides_is_what_a_model_is_made_from(recipe: Path, tmp_path: Path)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     before = keys(f"model.path={dense}")
+    shutil.copytree(dense, tmp_path / "model-moved")
+    (tmp_path / "model-moved" / "bench.json").write_text("{}")
+    assert keys(f"model.path={tmp_path / 'model-moved'}") == before
     changed_in_place(dense / "model.safetensors")
     assert keys(f"model.path={dense}") != before
     picture = next((moved / "images" / "train2014").iterdir())
