@@ -284,13 +284,18 @@ def fuzz(options: argparse.Namespace, folder: Path) -> int:
             print(
                 f"{done}/{len(plan)}, {bad} findings, {passed:.0f} s", file=sys.stderr, flush=True
             )
+            _keep(options.output, counts, groups)  # whoever stops it has these
         if options.seconds and time.monotonic() - began > options.seconds:
             break
     _tell(counts, groups)
-    if options.output:
-        body = [{"kind": k[0], "where": k[1], "cases": v} for k, v in groups.items()]
-        options.output.write_text(json.dumps({"counts": counts, "findings": body}, indent=1))
+    _keep(options.output, counts, groups)
     return 1 if groups else 0
+
+
+def _keep(path: Path | None, counts: dict[str, Any], groups: dict[Finding, list[Any]]) -> None:
+    if path is not None:
+        body = [{"kind": k[0], "where": k[1], "cases": v} for k, v in groups.items()]
+        path.write_text(json.dumps({"counts": counts, "findings": body}, indent=1))
 
 
 def _tell(counts: dict[str, Any], groups: dict[Finding, list[dict[str, Any]]]) -> None:

@@ -40,6 +40,7 @@ from alike import same_results
 from vlprune import cli
 from vlprune import run as _run  # noqa: F401
 from vlprune.testing import build
+from vlprune.workplace import WORK
 
 UPOP = """
 task: blip-retrieval
@@ -179,7 +180,7 @@ def attempt(number: int, seed: int, recipe: Path, whole: Path, ran: Ran, out: Pa
             stop = Stop(signal_number, seconds=dice.uniform(0.01, 0.95) * ran.seconds)
         else:
             stop = Stop(signal_number, event=dice.randint(1, ran.events))
-        judged = _judged(run(recipe, out, stop), stop)
+        judged = _judged(run(recipe, out, stop), stop, out)
         outcomes.append(f"{signal.Signals(signal_number).name}: {judged}")
     end = run(recipe, out)
     if end.code:
@@ -188,13 +189,13 @@ def attempt(number: int, seed: int, recipe: Path, whole: Path, ran: Ran, out: Pa
         same_results(whole, out)
         left = sorted(entry.name for entry in out.parent.iterdir())
         assert left == [out.name], f"beside the folder lie {left}"
-        assert not (out / "vlprune-run").exists(), "its working folder is still there"
+        assert not (out / WORK).exists(), "its working folder is still there"
     except AssertionError as error:
         return [*outcomes, f"result: FAILED: {error}"]
     return [*outcomes, "result: the same bits"]
 
 
-def _judged(ran: Ran, stop: Stop) -> str:
+def _judged(ran: Ran, stop: Stop, out: Path) -> str:
     """What became of a run that was to be stopped."""
     if "Traceback" in ran.stderr:
         return f"FAILED with a traceback\n{ran.stderr[-3000:]}"
@@ -204,6 +205,9 @@ def _judged(ran: Ran, stop: Stop) -> str:
         return "FAILED: did not end"
     if stop.number == signal.SIGKILL and ran.code == -signal.SIGKILL:
         return "stopped"
+    # A signal after the command's end, while the process goes, ends it as the system does.
+    if ran.code == -stop.number and (out / "report.json").exists() and not (out / WORK).exists():
+        return "had ended"
     said = ran.stderr.strip().splitlines()[-1:]
     if ran.code == 128 + stop.number and said and said[0].startswith("vlprune: stopped;"):
         return "stopped"

@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 import vlprune
 from mutations import check_message, mutated
 from test_checkpoint import small
-from vlprune.checkpoint import check_result, open_model, open_processor
+from vlprune.checkpoint import check_result, open_config, open_model, open_processor
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
 from vlprune.place import check_file, check_place, staging, swap
+from vlprune.recipe import load_recipe
 from vlprune.report import read_report, story
+from vlprune.run import compress
 from vlprune.testing import build
 
 SOURCE = Path(vlprune.__file__).parent
@@ -475,3 +477,81 @@ for _ in range(8):
 def test_what_a_report_reads_is_checked(folder: Path) -> None:
     (folder / "report.json").write_text('{"budget": {"what": "params", "asked": "x"}}')
     refused(lambda: story([read_report(folder)]), r"report\.json.*budget\.asked", CheckpointError)
+
+
+@pytest.mark.parametrize("name", ["../outside/m", "x/../y", "a/b/c", "x1/", "~nobody", "a b", "/"])
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = "no folder" if name != "/" else "config.json|no model"
+    for call in (open_model, open_config):
+        refused(lambda: call(name), wanted, CheckpointError)  # noqa: B023
+    if name != "/":
+        refused(lambda: open_processor(name), wanted, UnsupportedError)
+
+
+def test_a_name_that_is_nowhere_is_no_broken_connection(tmp_path: Path) -> None:
+    for call in (open_model, open_config, open_processor):
+        refused(lambda: call("no-one/nothing"), "no such folder here, and nothing of that name")  # noqa: B023
+
+
+def test_a_section_of_another_model_names_its_file(folder: Path) -> None:
+    def renamed(body: Any) -> None:
+        keep = body["quantization_config"]["keep"]
+        keep["no.such.layer"] = keep.pop(next(iter(keep)))
+
+    edit(folder / "config.json", renamed)
+    refused(lambda: vlprune.load(folder), r"m/config.json: .*'no.such.layer'", CheckpointError)
+    edit(folder / "config.json", lambda body: body["quantization_config"].update(keep={"a": 1}))
+    refused(lambda: vlprune.load(folder), r"m/config.json: ", CheckpointError)
+
+
+RECIPE = """
+task: retrieval
+budget: {params: 0.8}
+method: {name: magnitude}
+options: {queue: 8}
+model: {width: 16, heads: 2, vision_layers: 1, text_layers: 1, image_size: 32}
+data: {train_items: 8, test_items: 4}
+train: {steps: 0}
+search: {steps: 0}
+retrain: {steps: 0}
+threads: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of a recipe, with its processor."""
+    out = tmp_path_factory.mktemp("trained") / "m"
+    (out.parent / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(out.parent / "recipe.yaml")
+    compress(recipe, out)
+    return out
+
+
+PROCESSOR_DAMAGE: list[tuple[str, Callable[[Any], Any]]] = [
+    ("size", lambda ip: ip.update(size={"shortest_edge": "x"})),
+    ("mean", lambda ip: ip.update(image_mean=["a", "b", "c"])),
+    ("small", lambda ip: ip.update(size={"height": 16, "width": 16}, crop_size=16)),
+    ("one", lambda ip: ip.update(image_std=[1.0])),
+]
+
+
+@pytest.mark.parametrize("change", [c for _, c in PROCESSOR_DAMAGE], ids=dict(PROCESSOR_DAMAGE))
+def test_a_processor_that_does_not_fit_is_one_message(
+    change: Callable[[Any], Any], trained: Path, tmp_path: Path, run: Any
+) -> None:
+    shutil.copytree(trained, tmp_path / "m")
+    path = tmp_path / "m" / "processor_config.json"
+    edit(path, lambda body: change(body["image_processor"]))
+    recipe = (trained / "recipe.yaml").read_text()
+    (tmp_path / "m" / "recipe.yaml").write_text(recipe.replace("path: ''", f"path: {tmp_path}/m"))
+    assert str(tmp_path) in (tmp_path / "m" / "recipe.yaml").read_text()
+    for command in ("evaluate", "scan"):
+        code, stdout, stderr = run(command, str(tmp_path / "m"))
+        assert (code, stdout) == (2, "")
+        assert "Traceback" not in stderr
+        assert stderr.strip().splitlines()[-1].startswith("vlprune: cannot ")
+        assert str(tmp_path / "m") in stderr

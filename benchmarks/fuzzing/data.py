@@ -40,7 +40,8 @@ def images(make: Maker) -> Case:
     ]
     path = make.rng.choice(pictures)
     if make.rng.random() < 0.06:
-        path.rename(path.with_name(make.rng.choice(ODD_NAMES)[:100] + path.suffix))
+        odd = make.rng.choice(ODD_NAMES).replace("/", "")[:100]
+        path.rename(path.with_name(odd + path.suffix))
         what, names = "odd name", [path.name, str(path.parent)]
     else:
         what, names = make.hurt(path, "image")

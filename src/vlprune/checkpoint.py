@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,24 @@ def rebuild_shapes(
     weights will be read from; they must have the digest that the section states, if any. Raises
     CheckpointError if section, model and weights do not belong together.
     """
-    cut, record = _matched(model, Record.from_section(section))
-    apply_plan(model, cut, record.plan)
     paths = [Path(file) for file in files or ()]
+    with _naming(paths[0].parent / CONFIG if paths else Path(CONFIG)):
+        cut, record = _matched(model, Record.from_section(section))
+        apply_plan(model, cut, record.plan)
     if paths and all(is_weights(path.name) for path in paths):  # others are variants, with a dtype
         check_memory(model, sum(path.stat().st_size for path in paths), paths[0].parent)
         if section.get("weights"):
             check_digest(paths, section["weights"])
     return record
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file that they are about."""
+    try:
+        yield
+    except VlpruneError as error:
+        raise type(error)(f"{plain(path)}: {error}") from error
 
 
 def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
@@ -91,15 +102,16 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
             continue
         if found.size != record.sizes[name]:
             raise CheckpointError(
-                f"config.json describes {name} with {found.size} units, its vlprune section with "
+                f"describes {name} with {found.size} units, its vlprune section with "
                 f"{record.sizes[name]}: the folder mixes files of two models, copy it again"
             )
         cut.append(replace(found, layout=record.layouts[name]))  # type: ignore[arg-type]
         keep[found.name] = units
     if unknown and type(model).__name__ in (getattr(model.config, "architectures", None) or []):
         raise CheckpointError(
-            f"this {type(model).__name__} has no {unknown[0]!r}, which its vlprune section cuts: "
-            "it was written by another version of transformers or vlprune; use that one"
+            f"its vlprune section cuts {plain(repr(unknown[0]))}, which a {type(model).__name__} "
+            "does not have: the file is damaged, or was written by another version of "
+            "transformers or vlprune; use that one"
         )
     share: dict[str, tuple[Any, ...]] = {}
     for name, (source, *paired) in record.plan.share.items():
@@ -311,7 +323,8 @@ def _loaded(folder: Path, kwargs: Mapping[str, Any]) -> Any:
             "known: restore config.json from where the folder was saved, or load an uncut model "
             "with from_pretrained"
         )
-    Record.from_section(section)
+    with _naming(folder / CONFIG):
+        Record.from_section(section)
     with guarded(folder, "load"):
         cls = model_class(config, folder)
         model, info = from_folder(cls, folder, output_loading_info=True, **kwargs)

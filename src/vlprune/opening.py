@@ -51,6 +51,8 @@ _NO_SIZE = re.compile(
     r"seed|_ids?$|^id|token|length|window|flos|theta|base|bytes|version|params|index$"
 )
 _WORDS = re.compile(r"vocab|positions|max_seq")
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+"""OWNER/NAME or NAME."""
 _FACTOR = re.compile(r"ratio|factor|multipl|expan")
 
 
@@ -67,18 +69,21 @@ def guarded(
     except VlpruneError:
         raise
     except Exception as error:
-        raise kind(f"cannot {doing} {plain(where)}: {_why(error)}") from error
+        raise kind(f"cannot {doing} {plain(where)}: {_why(error, where)}") from error
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = asks
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, where: object) -> str:
     """The first sentence of what another library says, without its advice to trust."""
     text = " ".join(str(error).split())
-    if "trust_remote_code" in text or "custom code" in text or "timed out" in text.lower():
+    refused = isinstance(error, OSError | ValueError | ImportError)
+    if refused and re.search("trust_remote_code|custom code|timed out", text.lower()):
         return "it needs code of its own, which is never run; load it yourself and use the library"
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
+    if isinstance(error, OSError) and not Path(str(where)).exists():
+        return "there is no such folder here, and nothing of that name came from the hub"
     first = text.partition(". ")[0][:300] or "no reason given"
     known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
     return plain(first if known else f"{type(error).__name__}: {first}")
@@ -185,10 +190,17 @@ def _config_dict(name: str | Path) -> dict[str, Any]:
     """What ``config.json`` says, in a folder or on the hub; checked."""
     if Path(name).is_dir():
         return read_config(Path(name))
+    _check_hub_name(name)
     with guarded(name):
         found, _ = transformers.PreTrainedConfig.get_config_dict(name, trust_remote_code=False)
     check_config(found, f"config.json of {plain(name)}")
     return dict(found)
+
+
+def _check_hub_name(name: str | Path, kind: type[VlpruneError] = CheckpointError) -> None:
+    """Raise ``kind`` for a path that is no folder, and cannot be a name on the hub either."""
+    if not HUB_NAME.fullmatch(str(name)):
+        raise kind(f"there is no folder {plain(name)}")
 
 
 def open_config(name: str | Path) -> Any:
@@ -307,6 +319,8 @@ def open_processor(name: str | Path) -> Any:
     """The processor in a folder or on the hub. Raises UnsupportedError."""
     if Path(name).is_dir():
         _check_files(Path(name), UnsupportedError)
+    else:
+        _check_hub_name(name, UnsupportedError)
     with guarded(name, "load a processor from", UnsupportedError):
         return transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
@@ -321,8 +335,8 @@ def open_model(name: str, config_only: bool = False) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     transformers.utils.logging.disable_progress_bar()
-    if name.startswith(("/", ".", "~")) and not Path(name).exists():
-        raise CheckpointError(f"there is no folder {plain(name)}")
+    if not Path(name).exists():
+        _check_hub_name(name)
     with guarded(name):
         if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
             config = transformers.AutoConfig.for_model(name)

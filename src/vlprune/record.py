@@ -116,7 +116,7 @@ class Record:
                 f"{VERSIONS[-1]}): update vlprune"
             )
         again = "copy the folder again, or write it again with vlprune.save"
-        check_facts(Section, dict(section), "the vlprune section of config.json", advice=again)
+        check_facts(Section, dict(section), "the vlprune section", advice=again)
         try:
             entries = dict(section["keep"])
             keep = {n: _unpack(e["mask"], e["of"]) for n, e in entries.items()}
@@ -135,7 +135,7 @@ class Record:
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise CheckpointError(
-                f"the vlprune section of config.json is damaged ({plain(error)}): {again}"
+                f"the vlprune section is damaged ({plain(error)}): {again}"
             ) from None
         return cls(
             plan,

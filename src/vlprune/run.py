@@ -55,6 +55,7 @@ from .latency import best_round_to
 from .machine import need_logger
 from .methods import METHODS, Alternating, Method
 from .notes import NO_NOTE, hashed, note_text
+from .opening import guarded
 from .place import check_file
 from .plan import Plan
 from .probe import made_up_inputs
@@ -74,8 +75,16 @@ __all__ = ["compress", "evaluate_folder", "export_folder", "make_task", "scan_fo
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
-    """The task of a recipe, with its data loaded."""
-    return TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
+    """The task of a recipe, with its data loaded.
+
+    Raises what its readers raise, and UnsupportedError if the processor of ``model.path`` makes
+    no batch of it.
+    """
+    task = TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
+    if recipe.model.path:
+        with guarded(recipe.model.path, f"make batches for {recipe.task} with", UnsupportedError):
+            task.example_inputs(1)
+    return task
 
 
 def make_method(options: Mapping[str, Any]) -> Method:
@@ -165,17 +174,18 @@ def _work_through(
     if not cut_known:
         if timed:
             progress.phase(f"measuring the time of every width, batch {batch_size}")
-        compressor = Compressor(
-            model,
-            method,
-            recipe.budget,
-            attention=recipe.attention,  # type: ignore[arg-type]
-            example_inputs=example,
-            skip=recipe.skip,
-            uniform=recipe.uniform,
-            held_out=held_out,
-            loss=own_loss,
-        )
+        with guarded(recipe.model.path or "the model", "compress", UnsupportedError):
+            compressor = Compressor(
+                model,
+                method,
+                recipe.budget,
+                attention=recipe.attention,  # type: ignore[arg-type]
+                example_inputs=example,
+                skip=recipe.skip,
+                uniform=recipe.uniform,
+                held_out=held_out,
+                loss=own_loss,
+            )
         _refuse_early(recipe, compressor, len(searched))
     if not dense_known:
         dense_known = _train_dense(recipe, task, out, work, model, basis, progress)
@@ -494,17 +504,19 @@ def evaluate_folder(
     task, model = _open_folder(folder, recipe, trust_remote_code)
     if task.left_out:
         progress.phase(task.left_out)
-    try:
-        metrics = _evaluate(task, model, "evaluating", progress)
-    except AttributeError as error:
-        if isinstance(model, Exported) and error.obj is model:
-            raise UnsupportedError(
-                f"the task {recipe.task} calls {error.name} of the model, but an export is its "
-                "forward pass alone: evaluate the model's folder"
-            ) from None
-        raise
+    with guarded(folder, f"evaluate on {recipe.task}", UnsupportedError):
+        try:
+            metrics = _evaluate(task, model, "evaluating", progress)
+            said = None if results is None else task.results(model)
+        except AttributeError as error:
+            if isinstance(model, Exported) and error.obj is model:
+                raise UnsupportedError(
+                    f"the task {recipe.task} calls {error.name} of the model, but an export is its "
+                    "forward pass alone: evaluate the model's folder"
+                ) from None
+            raise
     if results is not None:
-        write_text(results, json.dumps(task.results(model)) + "\n")
+        write_text(results, json.dumps(said) + "\n")
     return metrics
 
 
@@ -513,7 +525,8 @@ def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) 
     progress = progress or Progress()
     task, model = _open_folder(folder, recipe)
     towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
-    with progress.count("measuring", (len(towers) + 1) * len(SHARES)) as advance:
+    counted = progress.count("measuring", (len(towers) + 1) * len(SHARES))
+    with guarded(folder, "scan", UnsupportedError), counted as advance:
         return scan(task, model, recipe.attention, advance=advance)
 
 
@@ -540,11 +553,8 @@ def export_folder(
     calibration: list[dict[str, Any]] = []
     if recipe is not None:
         task, model = _open_folder(folder, replace(recipe, device="cpu"))
-        samples = [_forward_inputs(model, task.example_inputs(size)) for size in EXPORT_SIZES]
-        if int8:
-            items = [task.train[i] for i in range(min(CALIBRATION, len(task.train)))]
-            batches = [task.collate(items[i : i + 8]) for i in range(0, len(items), 8)]
-            calibration = [_forward_inputs(model, batch) for batch in batches]
+        with guarded(folder, "make batches for", UnsupportedError):
+            samples, calibration = _export_batches(task, model, int8)
     else:
         model = open_model(str(folder))
         shapes = zip(EXPORT_SIZES, EXPORT_TOKENS, strict=True)
@@ -556,6 +566,14 @@ def export_folder(
         model, samples, to, out, int8=int8, generation=generation, calibration=calibration
     )
     return facts | {"out": str(out)}
+
+
+def _export_batches(task: Task, model: Any, int8: bool) -> tuple[list[Any], list[Any]]:
+    """Inputs to trace and check an export on, and those to calibrate int8 on."""
+    samples = [_forward_inputs(model, task.example_inputs(size)) for size in EXPORT_SIZES]
+    items = [task.train[i] for i in range(min(CALIBRATION, len(task.train)))] if int8 else []
+    batches = [task.collate(items[i : i + 8]) for i in range(0, len(items), 8)]
+    return samples, [_forward_inputs(model, batch) for batch in batches]
 
 
 EXPORT_SIZES, EXPORT_TOKENS = (2, 3, 1), (16, 12, 8)
