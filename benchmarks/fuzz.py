@@ -191,7 +191,7 @@ def use_once(folder: Path, chosen: Sequence[str], count: int) -> None:
 
 def load_models(folder: Path) -> None:
     """The models that plans cut."""
-    from vlprune.checkpoint import open_model
+    from vlprune.folders.checkpoint import open_model
 
     for name in ("small", "shared"):
         if (folder / name / "dense").exists():
@@ -203,10 +203,10 @@ def prepare(folder: Path, chosen: Sequence[str], count: int = 10) -> None:
     import torch
     import transformers
 
-    import vlprune.bench
-    import vlprune.cli
-    import vlprune.page
-    import vlprune.run
+    import vlprune.commands.main
+    import vlprune.commands.pipeline
+    import vlprune.measuring.bench
+    import vlprune.reports.page
 
     print(f"vlprune of {Path(vlprune.__file__).parent}", file=sys.stderr)
     torch.set_num_threads(1)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from vlprune.bench import seconds_exported
-from vlprune.export import Exported
-from vlprune.latency import seconds_of, take_turns
-from vlprune.recipe import load_recipe
-from vlprune.run import compress, evaluate_folder, export_folder, make_task
+from vlprune.commands.pipeline import compress, evaluate_folder, export_folder, make_task
+from vlprune.folders.exported import Exported
+from vlprune.measuring.bench import seconds_exported
+from vlprune.prices.latency import seconds_of, take_turns
+from vlprune.recipe.spec import load_recipe
 
 RECIPE = """
 task: classification

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 import vlprune
 from vlprune import JSP, Compressor, Magnitude, Plan, cost, discover, materialize, rewrite
-from vlprune.bench import latencies
+from vlprune.cutting.sharing import shareable
+from vlprune.measuring.bench import latencies
 from vlprune.models.set_loss import focal_loss, paired_giou
-from vlprune.recipe import DataSpec, ModelSpec, Training
-from vlprune.share import shareable
+from vlprune.recipe.spec import DataSpec, ModelSpec, Training
 from vlprune.tasks import TASKS
-from vlprune.train import fit, prepare
-from vlprune.trainee import Trainee
+from vlprune.training.fit import fit, prepare
+from vlprune.training.objective import Trainee
 
 TOWERS = ModelSpec(width=128, heads=4, vision_layers=4, text_layers=4, image_size=64, patch_size=16)
 
@@ -279,7 +279,7 @@ def costs(name: str, share: float, out: Path) -> str:
         folder = out / "small" / f"{name}-{method}-{share}"
         if folder.exists():
             models[method] = vlprune.load(folder)
-            if vlprune.share.is_shared(models[method]):
+            if vlprune.cutting.sharing.is_shared(models[method]):
                 models[f"{method}, materialised"] = materialize(copy.deepcopy(models[method]))
     example = {k: v for k, v in task.example_inputs().items() if k not in ("labels", "answers")}
     seconds = latencies(

@@ -37,10 +37,10 @@ import transformers.models.clip.modeling_clip
 import transformers.trainer  # noqa: F401
 
 from alike import same_results
-from vlprune import cli
-from vlprune import run as _run  # noqa: F401
+from vlprune.commands import main as cli
+from vlprune.commands import pipeline as _run  # noqa: F401
+from vlprune.commands.workplace import WORK
 from vlprune.testing import build
-from vlprune.workplace import WORK
 
 UPOP = """
 task: blip-retrieval

@@ -26,11 +26,11 @@ import transformers as T
 from torch.profiler import ProfilerActivity, profile
 
 from vlprune import Plan, cost, discover, rewrite, select
-from vlprune.bench import seconds_exported
-from vlprune.export import Exported, export
-from vlprune.latency import seconds_of, take_turns
-from vlprune.probe import made_up_inputs
-from vlprune.registry import native_forward
+from vlprune.cutting.native import native_forward
+from vlprune.folders.exported import Exported, export
+from vlprune.measuring.bench import seconds_exported
+from vlprune.measuring.inputs import made_up_inputs
+from vlprune.prices.latency import seconds_of, take_turns
 
 BATCH, SHARE = 8, 0.5
 

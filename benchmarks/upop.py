@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from vlprune.progress import Progress
-from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
-from vlprune.run import _dense_key, compress, evaluate_folder
+from vlprune.commands.pipeline import _dense_key, compress, evaluate_folder
+from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training
+from vlprune.status import Progress
 from vlprune.tasks import TASKS
 
 DATA = os.environ.get("VLPRUNE_DATA", "")

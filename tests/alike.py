@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlprune.difference import difference, tensors_of
+from vlprune.cutting.difference import difference, tensors_of
 from vlprune.testing.conformance import NEARLY
 
 

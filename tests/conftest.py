@@ -99,7 +99,7 @@ def real_data() -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command: run("inspect", ...) gives its exit code, stdout and stderr."""
-    from vlprune import cli
+    from vlprune.commands import main as cli
 
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vlprune", *args])
@@ -127,8 +127,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `vlprune compress` made of a tiny BLIP, with its dense model inside."""
     from small_runs import DEMO, TINY
-    from vlprune.recipe import load_recipe
-    from vlprune.run import compress
+    from vlprune.commands.pipeline import compress
+    from vlprune.recipe.spec import load_recipe
 
     out = tmp_path_factory.mktemp("tiny") / "small"
     compress(load_recipe(DEMO, TINY), out)
@@ -138,7 +138,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     """A clock that counts work in linear layers and activations, in place of time."""
-    from vlprune import latency
+    from vlprune.prices import latency
 
     work = {"done": 0.0}
     linear = nn.Linear.forward

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import transformers
 
-from vlprune import export
+from vlprune.folders import exported as export
 
 
 def _leave(what: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlprune import cli
+from vlprune.commands import main as cli
 
 TINY = [
     "data.train_items=12", "data.test_items=6", "train.steps=2", "search.steps=2",

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vlprune import Plan, cost, discover, rewrite, select
-from vlprune.budget import Floor, Prices, least
+from vlprune.cutting.sharing import shareable, tie, ties_in, ties_of, untie
 from vlprune.errors import BudgetError, PlanError
-from vlprune.record import Record, read_record, record_of
-from vlprune.share import shareable, tie, ties_in, ties_of, untie
-from vlprune.structure import Description, Structure
-from vlprune.units import named_weights
+from vlprune.prices.budget import Floor, Prices, least
+from vlprune.structures.record import Record, read_record, record_of
+from vlprune.structures.structure import Description, Structure
+from vlprune.structures.units import named_weights
 
 
 def cases(count: int) -> settings:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import vlprune
-from vlprune import bench as benching
-from vlprune import latency
 from vlprune.errors import VlpruneError
-from vlprune.export import export
-from vlprune.probe import made_up_inputs
+from vlprune.folders.exported import export
+from vlprune.measuring import bench as benching
+from vlprune.measuring.inputs import made_up_inputs
+from vlprune.prices import latency
 from vlprune.testing import build
 
 

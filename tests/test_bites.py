@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
-import vlprune.cutting as cutting
-from vlprune.architectures import attention, matching
+import vlprune.cutting.rewrite as cutting
+from vlprune.architectures import attention
 from vlprune.testing import CHECKS, Sample, build, conformance
 
+discovery = import_module("vlprune.architectures.discover")  # beside the function of that name
 masked_equals_cut = CHECKS["masked_equals_cut"]
 
 
@@ -35,8 +37,8 @@ def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_bias_left_out_of_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = matching._Discovery._row_slots
-    monkeypatch.setattr(matching._Discovery, "_row_slots", lambda *args: rows(*args)[:1])
+    rows = discovery._Discovery._row_slots
+    monkeypatch.setattr(discovery._Discovery, "_row_slots", lambda *args: rows(*args)[:1])
     with pytest.raises(RuntimeError):
         masked_equals_cut(partial(build, "vit"), "head_dim")
 
@@ -48,9 +50,9 @@ def test_a_forgotten_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_forgotten_softmax_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = matching.measure_projected
+    measure = discovery.measure_projected
     monkeypatch.setattr(
-        matching, "measure_projected", lambda *args: replace(measure(*args), folds=())
+        discovery, "measure_projected", lambda *args: replace(measure(*args), folds=())
     )
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "blip"), "head_dim")
@@ -111,7 +113,7 @@ def test_outputs_that_are_nan_everywhere_prove_nothing() -> None:
 
 
 def test_a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlprune.gate as gate
+    import vlprune.cutting.gates as gate
 
     monkeypatch.setattr(gate, "_take_off", lambda module: None)
     with pytest.raises(AssertionError, match="hook"):
@@ -119,7 +121,7 @@ def test_a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_price_that_forgets_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlprune.cost as cost
+    import vlprune.prices.cost as cost
 
     prices = cost.param_prices
 

@@ -345,7 +345,7 @@ def test_a_model_without_a_config_remembers_its_cut() -> None:
     for keep in (6, 3):
         description = vlprune.discover(model)
         vlprune.rewrite(model, description, vlprune.Plan(keep={"fc1": tuple(range(keep))}))
-    from vlprune.record import read_record
+    from vlprune.structures.record import read_record
 
     record = read_record(model)
     assert record is not None

@@ -13,7 +13,7 @@ import transformers
 
 import vlprune
 from small_runs import DEMO, TINY
-from vlprune import cli
+from vlprune.commands import main as cli
 from vlprune.testing import build
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
@@ -42,19 +42,19 @@ def test_the_whole_thing_from_recipe_to_answers(run: Any, tmp_path: Path, python
     assert json.loads(stdout) == pytest.approx(report["metrics"]["retrained"])
 
     # the same answers in a new process
-    question = "from vlprune.recipe import load_recipe\n" + (
+    question = "from vlprune.recipe.spec import load_recipe\n" + (
         f"recipe = load_recipe({str(out / 'recipe.yaml')!r})\n"
         "import vlprune, transformers\n"
         "from pathlib import Path\n"
-        "from vlprune.run import make_task\n"
+        "from vlprune.commands.pipeline import make_task\n"
         f"out = Path({str(out)!r})\n"
         "task = make_task(recipe, out / 'data')\n"
         "model = transformers.BlipForQuestionAnswering.from_pretrained(out)\n"
         "print(task.predict(model, list(task.test[:8])))"
     )
     done = python.run(question)
-    from vlprune.recipe import load_recipe
-    from vlprune.run import make_task
+    from vlprune.commands.pipeline import make_task
+    from vlprune.recipe.spec import load_recipe
 
     task = make_task(load_recipe(out / "recipe.yaml"), out / "data")
     assert done.stdout.strip() == str(task.predict(model, list(task.test[:8]))), done.stderr
@@ -202,8 +202,8 @@ def test_two_processes_make_one_folder_and_one_plan(tmp_path: Path) -> None:
     out = tmp_path / "o"
     steps = ["train.steps=3", "search.steps=3", "retrain.steps=2"]
     code = f"""
-import os, vlprune.run as run
-from vlprune.cli import main
+import os, vlprune.commands.pipeline as run
+from vlprune.commands.main import main
 
 real = run.Compressor.finish
 

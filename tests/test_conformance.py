@@ -14,7 +14,7 @@ import torch
 
 from vlprune.architectures import discover
 from vlprune.architectures.layouts import NATIVE
-from vlprune.layers import stock_name
+from vlprune.cutting.padded import stock_name
 from vlprune.testing import CHECKS, FAMILIES, VARIANTS, build
 from vlprune.testing.families import Sample
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import vlprune
+from vlprune.cutting.gates import GATES, has_gates
 from vlprune.errors import UnsupportedError
-from vlprune.gate import GATES, has_gates
-from vlprune.gating import _Hook
 from vlprune.testing import build
+from vlprune.training.gating import _Hook
 
 
 def searching(family: str = "clip", shared: bool = False) -> tuple[Any, Any, vlprune.Compressor]:
@@ -46,7 +46,7 @@ def searching(family: str = "clip", shared: bool = False) -> tuple[Any, Any, vlp
 
 def numbers(model: Any, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
-        return vlprune.difference.tensors_of(model(**inputs))
+        return vlprune.cutting.difference.tensors_of(model(**inputs))
 
 
 def untouched(module: nn.Module) -> bool:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import vlprune
-import vlprune.cutting as cutting
+import vlprune.cutting.rewrite as cutting
 from vlprune import Plan, discover, rewrite
+from vlprune.cutting.padded import PaddedLinear
 from vlprune.errors import UnsupportedError, VerificationError
-from vlprune.layers import PaddedLinear
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
 

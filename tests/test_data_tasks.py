@@ -14,7 +14,7 @@ from PIL import Image
 from small_runs import DEMO, TINY
 from vlprune.data.shapes import write_shapes
 from vlprune.errors import DataError
-from vlprune.recipe import DataSpec, ModelSpec
+from vlprune.recipe.spec import DataSpec, ModelSpec
 from vlprune.tasks import (
     ClassificationTask,
     DetectionTask,

@@ -20,17 +20,18 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import vlprune
 from small_runs import DEMO, TINY
-from vlprune import bench, device
-from vlprune import run as pipeline
+from vlprune import device
+from vlprune.commands import pipeline as pipeline
 from vlprune.device import available, choose, device_of, moved_to, placed
 from vlprune.errors import RecipeError, UnsupportedError, VlpruneError
-from vlprune.export import export
-from vlprune.probe import made_up_inputs
-from vlprune.recipe import Training, load_recipe
+from vlprune.folders.exported import export
+from vlprune.measuring import bench
+from vlprune.measuring.inputs import made_up_inputs
+from vlprune.recipe.spec import Training, load_recipe
 from vlprune.tasks.base import PixelCache
 from vlprune.tasks.vqa import VqaTask
 from vlprune.testing import build
-from vlprune.train import fit
+from vlprune.training.fit import fit
 
 SOURCE = Path(vlprune.__file__).parent
 
@@ -235,7 +236,7 @@ def test_the_host_stands_for_a_device_of_its_own() -> None:
 def test_every_input_of_a_run_is_moved_to_the_model(
     method: str, nothing_moved: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlprune.latency.MULTIPLES", (1,))
+    monkeypatch.setattr("vlprune.prices.latency.MULTIPLES", (1,))
     out = tmp_path / "out"
     more = ["teacher={logits: 1}", f"method={method}", "budget={macs: 0.6}", "device=cpu"]
     recipe = load_recipe(DEMO, [*TINY, *more])
@@ -302,7 +303,7 @@ def test_nothing_touches_a_gpu_that_the_recipe_does_not_use(
 
 
 def test_the_trainer_trains_where_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlprune import train
+    from vlprune.training import fit as train
 
     seen = []
     real = train._Trainer.__init__

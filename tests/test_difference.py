@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlprune.difference import difference
+from vlprune.cutting.difference import difference
 from vlprune.errors import IncomparableError, VerificationError
 
 NAN, INF = float("nan"), float("inf")

@@ -57,7 +57,7 @@ def test_the_families_are_counted_alike_everywhere() -> None:
 
 
 def test_every_recipe_key_is_documented() -> None:
-    from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
+    from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     for cls in (Recipe, ModelSpec, DataSpec, Training):
@@ -76,7 +76,7 @@ def _commands() -> dict[str, set[str]]:
     """{command: its options}, as the command line knows them."""
     import typer
 
-    from vlprune.cli import app
+    from vlprune.commands.main import app
 
     group: Any = typer.main.get_command(app)
     return {
@@ -124,7 +124,7 @@ def test_the_tutorial_runs(
 ) -> None:
     """All its commands, in order, with fewer steps; then its Python."""
     from small_runs import TINY
-    from vlprune import bench
+    from vlprune.measuring import bench
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "NOISE", 1e9)  # other tests run beside this one

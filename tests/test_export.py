@@ -12,8 +12,7 @@ import transformers
 
 import vlprune
 from alike import close
-from vlprune import export as exporting
-from vlprune.difference import tensors_of
+from vlprune.cutting.difference import tensors_of
 from vlprune.errors import (
     CheckpointError,
     IncomparableError,
@@ -21,8 +20,9 @@ from vlprune.errors import (
     VerificationError,
     VlpruneError,
 )
-from vlprune.export import Exported, export
-from vlprune.probe import made_up_inputs
+from vlprune.folders import exported as exporting
+from vlprune.folders.exported import Exported, export
+from vlprune.measuring.inputs import made_up_inputs
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
 

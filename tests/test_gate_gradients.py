@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlprune.gate import _GatedLinear, gated
-from vlprune.structure import Gate, Structure
+from vlprune.cutting.gates import _GatedLinear, gated
+from vlprune.structures.structure import Gate, Structure
 
 OUT, IN = 3, 4
 NAMES = ("inputs", "weight", "bias", "rows", "columns")

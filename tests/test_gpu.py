@@ -38,7 +38,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 def vlprune(*args: str) -> dict[str, Any]:
     """The JSON that a command prints."""
-    done = python("-m", "vlprune.cli", *args, "--json")
+    done = python("-m", "vlprune.commands.main", *args, "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -116,7 +116,15 @@ def test_evaluate_and_scan(small: Path) -> None:
 def test_bench(small: Path, gpu: str) -> None:
     """A GPU's times may spread; then the command says so in one sentence."""
     done = python(
-        "-m", "vlprune.cli", "bench", str(small), "--batch-sizes", "1,8", "--seconds", "2", "--json"
+        "-m",
+        "vlprune.commands.main",
+        "bench",
+        str(small),
+        "--batch-sizes",
+        "1,8",
+        "--seconds",
+        "2",
+        "--json",
     )
     if done.returncode == 2:
         assert "the machine is too busy to tell" in done.stderr
@@ -137,9 +145,9 @@ def test_export(to: str, small: Path) -> None:
 
 PLACES = """
 import json, torch, vlprune
-from vlprune import latency
-from vlprune.export import export
-from vlprune.probe import made_up_inputs
+from vlprune.prices import latency
+from vlprune.folders.exported import export
+from vlprune.measuring.inputs import made_up_inputs
 from vlprune.testing import build
 
 sample = build("clip")

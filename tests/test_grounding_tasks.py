@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vlprune
+from vlprune.commands.pipeline import compress
 from vlprune.data.regions import (
     Phrase,
     read_coco_instances,
@@ -22,8 +23,7 @@ from vlprune.data.regions import (
 from vlprune.data.shapes import write_shapes
 from vlprune.errors import DataError, RecipeError
 from vlprune.models.atss import suppress
-from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training
-from vlprune.run import compress
+from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training
 from vlprune.tasks import DetectionTask, GqaTask, GroundingTask
 from vlprune.tasks.grounding import as_fractions, in_pixels, overlaps, pad_pictures
 from vlprune.testing import build
@@ -355,7 +355,7 @@ def test_a_model_from_a_folder_is_asked_in_its_own_way(
 def test_parts_of_a_model_learn_at_rates_of_their_own(scenes: Path) -> None:
     from transformers import TrainerCallback
 
-    from vlprune.train import fit
+    from vlprune.training.fit import fit
 
     seen: dict[str, float] = {}
 

@@ -13,18 +13,11 @@ import pytest
 import vlprune
 
 SOURCE = Path(vlprune.__file__).parent
-LEVELS = {
-    0: "errors files facts place structure plan budget schedule registry recipe report page "
-    "progress checks options machine recipe_file signals notes fingerprint workplace checkpoints",
-    1: "device trainee units gate layers cost record share vectors cutting difference wrappers "
-    "first_batch optimizers saved_names gating ranks weights",
-    2: "architectures models latency stock opening",
-    3: "methods data tasks checkpoint",
-    4: "compressor callback earlier summary turns teacher train bench export probe scan run "
-    "testing",
-    5: "cli transformers_hook __init__",
-}
-LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
+ORDER = (
+    "errors files facts device status structures cutting models architectures prices recipe "
+    "methods folders training data tasks measuring reports testing commands __init__"
+).split()
+"""Every package, below those that may import it."""
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -54,22 +47,12 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_go_downwards_only(path: Path) -> None:
     own = room(path)
-    for other in imports(path) - {own}:
-        assert LEVEL[other] <= LEVEL[own], (
-            f"{own} (level {LEVEL[own]}) imports {other} (level {LEVEL[other]})"
-        )
+    above = {other for other in imports(path) if ORDER.index(other) > ORDER.index(own)}
+    assert not above, f"{own} imports {above}, which stand above it in ORDER"
 
 
-def test_there_is_no_import_cycle() -> None:
-    graph = {room(p): set() for p in MODULES}
-    for path in MODULES:
-        graph[room(path)] |= imports(path) - {room(path)}
-    graph.pop("__init__")
-    while graph:
-        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
-        assert leaves, f"a cycle among {sorted(graph)}"
-        for leaf in leaves:
-            del graph[leaf]
+def test_the_order_names_every_package() -> None:
+    assert set(ORDER) == {room(path) for path in MODULES}
 
 
 def test_methods_know_no_architecture_and_no_transformers() -> None:
@@ -83,7 +66,7 @@ def test_methods_know_no_architecture_and_no_transformers() -> None:
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, vlprune, vlprune.cli, vlprune.report\n"
+        "import sys, vlprune, vlprune.commands.main, vlprune.reports.report\n"
         "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "assert heavy <= {'numpy'}, heavy"
     )
@@ -114,7 +97,7 @@ def test_no_file_is_called_utils() -> None:
 
 
 def test_the_readme_names_every_command() -> None:
-    from vlprune.cli import app
+    from vlprune.commands.main import app
 
     readme = (SOURCE.parent.parent / "README.md").read_text()
     for command in app.registered_commands:

@@ -14,13 +14,13 @@ import vlprune
 from alike import close
 from test_share import clip, inputs
 from vlprune import cost
-from vlprune.budget import Prices
+from vlprune.cutting.gates import gated
+from vlprune.cutting.sharing import mixed
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
-from vlprune.gate import gated
 from vlprune.methods import Problem
-from vlprune.share import mixed
-from vlprune.structure import Structure
-from vlprune.vectors import Vectors, alignment, draw_near
+from vlprune.methods.vectors import Vectors, alignment, draw_near
+from vlprune.prices.budget import Prices
+from vlprune.structures.structure import Structure
 
 
 def structure(name: str, tower: str, size: int = 4, kind: str = "ffn") -> Structure:

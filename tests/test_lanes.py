@@ -13,9 +13,9 @@ import transformers
 from lanes import quick_lane
 from small_runs import DEMO, TINY
 from test_conformance import QUICK
-from vlprune.export import export
-from vlprune.recipe import load_recipe
-from vlprune.run import compress
+from vlprune.commands.pipeline import compress
+from vlprune.folders.exported import export
+from vlprune.recipe.spec import load_recipe
 from vlprune.testing import FAMILIES, build
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlprune
-from vlprune import latency
-from vlprune.budget import Prices, least, select
 from vlprune.errors import BudgetError, VlpruneError
+from vlprune.prices import latency
+from vlprune.prices.budget import Prices, least, select
 from vlprune.testing import build
 
 FAMILIES = ["clip", "blip_vqa", "bert", "detr", "llava"]

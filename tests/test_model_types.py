@@ -13,8 +13,9 @@ import transformers
 from transformers import configuration_utils
 from transformers.models.auto import configuration_auto
 
-from vlprune import Plan, discover, load, rewrite, save, transformers_hook
-from vlprune.checkpoint import model_class, open_config, open_model
+from vlprune import Plan, discover, load, rewrite, save
+from vlprune.folders import hook as transformers_hook
+from vlprune.folders.checkpoint import model_class, open_config, open_model
 from vlprune.models import MODEL_TYPES, MODELS, PREFIX
 from vlprune.testing import build
 
@@ -107,7 +108,7 @@ def test_a_class_of_transformers_with_our_name_is_not_taken_for_ours(
         pass
 
     # transformers replaces its own module while it is imported: patch the one that is asked
-    asked = "vlprune.opening.transformers.GlipForGrounding"
+    asked = "vlprune.folders.opening.transformers.GlipForGrounding"
     monkeypatch.setattr(asked, GlipForGrounding, raising=False)
     config = {"architectures": ["GlipForGrounding"], "model_type": "glip"}
     assert model_class(config, "a folder") is GlipForGrounding

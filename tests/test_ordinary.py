@@ -12,7 +12,7 @@ import vlprune
 from alike import same_model
 from small_runs import DEMO, TINY
 from vlprune.errors import UnsupportedError
-from vlprune.record import read_record
+from vlprune.structures.record import read_record
 from vlprune.testing import build
 
 FFN_ONLY = [

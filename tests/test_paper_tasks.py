@@ -18,7 +18,7 @@ from vlprune.data.pictures import IGNORE, open_mask, read_ade20k, read_image_fol
 from vlprune.data.questions import read_visual_genome
 from vlprune.errors import DataError, RecipeError, UnsupportedError
 from vlprune.models import BlipForVisualReasoning, BlipNlvrConfig
-from vlprune.recipe import DataSpec, ModelSpec
+from vlprune.recipe.spec import DataSpec, ModelSpec
 from vlprune.tasks import (
     BlipRetrievalTask,
     CaptioningTask,

@@ -45,10 +45,10 @@ def test_impossible_units_are_refused(units: object, says: str) -> None:
         ("{", "not valid JSON"),
         ("[]", "not a plan"),
         ("{}", "not a plan"),
-        ('{"format": "vlprune.plan", "version": 99}', "version 99"),
-        ('{"format": "vlprune.plan", "version": 1, "kep": {}}', "Did you mean 'keep'"),
-        ('{"format": "vlprune.plan", "version": 1, "keep": []}', "must be JSON objects"),
-        ('{"format": "vlprune.plan", "version": 1, "share": {"a": 1}}', "source, units"),
+        ('{"format": "vlprune.structures.plan", "version": 99}', "version 99"),
+        ('{"format": "vlprune.structures.plan", "version": 1, "kep": {}}', "Did you mean 'keep'"),
+        ('{"format": "vlprune.structures.plan", "version": 1, "keep": []}', "must be JSON objects"),
+        ('{"format": "vlprune.structures.plan", "version": 1, "share": {"a": 1}}', "source, units"),
     ],
 )
 def test_malformed_json_is_refused(text: str, says: str) -> None:

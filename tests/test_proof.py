@@ -13,10 +13,12 @@ import transformers as T
 from torch import nn
 
 import vlprune
-from vlprune import cutting, record, share
-from vlprune.difference import difference, tensors_of
+from vlprune.cutting import rewrite as cutting
+from vlprune.cutting import sharing as share
+from vlprune.cutting.difference import difference, tensors_of
 from vlprune.errors import IncomparableError, PlanError, VerificationError
-from vlprune.plan import Plan
+from vlprune.structures import record
+from vlprune.structures.plan import Plan
 from vlprune.testing import build
 
 NAN, INF = float("nan"), float("inf")

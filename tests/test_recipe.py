@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlprune.errors import BudgetError, RecipeError
-from vlprune.recipe import load_recipe
+from vlprune.recipe.spec import load_recipe
 
 ROOT = Path(__file__).parent.parent
 GOOD = "task: vqa\nbudget: {params: 0.5}\ntrain: {steps: 10, learning_rate: 1e-3}\n"

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from vlprune import cli
-from vlprune.checks import Checked, Text
+from vlprune.commands import main as cli
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError
-from vlprune.machine import LOGGERS, need_logger
 from vlprune.methods import METHODS
 from vlprune.methods.upop import IMPORTANCE
-from vlprune.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
-from vlprune.recipe import DataSpec, ModelSpec, Recipe, Training, load_recipe
+from vlprune.recipe.checks import Checked, Text
+from vlprune.recipe.machine import LOGGERS, need_logger
+from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
+from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training, load_recipe
 from vlprune.tasks import TASKS
 from vlprune.tasks.grounders import GROUNDERS
 
@@ -206,7 +206,7 @@ def test_the_command_line_prints_them_as_json_too(run: Any) -> None:
 
 def test_nothing_heavy_is_loaded_to_refuse_a_recipe() -> None:
     code = (
-        "import sys\nfrom vlprune.recipe import load_recipe\n"
+        "import sys\nfrom vlprune.recipe.spec import load_recipe\n"
         f"try: load_recipe({str(DEMO)!r}, ['method.interval=0', 'task=vqq'])\n"
         "except ValueError as error: assert 'interval' in str(error), error\n"
         "assert not {'torch', 'transformers'} & {*sys.modules}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import vlprune
-from vlprune.recipe import load_recipe
-from vlprune.run import compress
+from vlprune.commands.pipeline import compress
+from vlprune.recipe.spec import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted((FOLDER / "upop").glob("*.yaml")) + sorted((FOLDER / "jsp").glob("*.yaml"))

@@ -12,7 +12,7 @@ import transformers as T
 
 import vlprune
 from vlprune.errors import UnsupportedError
-from vlprune.record import read_record
+from vlprune.structures.record import read_record
 from vlprune.testing import build
 
 
@@ -27,7 +27,7 @@ def cut(model: Any, inputs: Any, fraction: float = 0.8, **more: Any) -> Any:
 
 def outputs(model: Any, inputs: Any) -> list[torch.Tensor]:
     with torch.no_grad():
-        return vlprune.difference.tensors_of(model.eval()(**inputs))
+        return vlprune.cutting.difference.tensors_of(model.eval()(**inputs))
 
 
 def same(one: Any, other: Any, inputs: Any) -> bool:

@@ -16,8 +16,8 @@ import pytest
 import vlprune
 from mutations import check_message, mutated
 from vlprune.errors import CheckpointError
-from vlprune.page import page
-from vlprune.report import common_units, markdown, read_report, story
+from vlprune.reports.page import page
+from vlprune.reports.report import common_units, markdown, read_report, story
 from vlprune.testing import build
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -166,7 +166,7 @@ def test_a_browser_draws_the_page(
 
 
 def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
-    from vlprune.report import summary
+    from vlprune.reports.report import summary
 
     report = json.loads((tiny_folder / "report.json").read_text())
     assert "(float64)." in summary(report)

@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 
 from alike import same_results
-from vlprune import checkpoints, earlier, fingerprint
+from vlprune.commands import earlier, fingerprint
+from vlprune.commands.pipeline import compress, make_task
+from vlprune.commands.workplace import claimed, cleared
 from vlprune.errors import CheckpointError
 from vlprune.files import is_full
-from vlprune.notes import read_note, write_note
-from vlprune.progress import Progress
-from vlprune.recipe import load_recipe
-from vlprune.run import compress, make_task
-from vlprune.workplace import claimed, cleared
+from vlprune.folders.notes import read_note, write_note
+from vlprune.recipe.spec import load_recipe
+from vlprune.status import Progress
+from vlprune.training import checkpoints
 
 # Everything with a state of its own: momentum encoder, queue, random negatives, a teacher, UPop.
 RECIPE = """
@@ -59,18 +60,18 @@ PLACES = {
     "training, step 3": "at_step(1, 3)",
     "search, step 5": "at_step(2, 5)",
     "while a checkpoint of the search is written": "half_checkpoint(2, 4)",
-    "after the search, before the cut": "after('vlprune.compressor', 'perform')",
-    "while the cut model is evaluated": "after('vlprune.run', '_evaluate', nth=2)",
+    "after the search, before the cut": "after('vlprune.training.compressor', 'perform')",
+    "while the cut model is evaluated": "after('vlprune.commands.pipeline', '_evaluate', nth=2)",
     "retraining, step 5": "at_step(3, 5)",
-    "after the last step": "after('vlprune.run', '_evaluate', nth=3)",
-    "while the result is saved": "after('vlprune.run', 'save', nth=3)",
+    "after the last step": "after('vlprune.commands.pipeline', '_evaluate', nth=3)",
+    "while the result is saved": "after('vlprune.commands.pipeline', 'save', nth=3)",
 }
 # the others are killed
 ASKED = {"after the search, before the cut": signal.SIGINT, "retraining, step 5": signal.SIGTERM}
 
 KILLER = """
 import importlib, os, signal, sys
-import vlprune.train as train
+import vlprune.training.fit as train
 
 def die():
     os.kill(os.getpid(), SIGNAL)
@@ -106,7 +107,7 @@ def after(module, name, nth=1):
     setattr(home, name, patched)
 
 keep = []
-from vlprune.cli import main
+from vlprune.commands.main import main
 """
 
 
@@ -207,8 +208,8 @@ def test_the_log_of_a_resumed_training_is_that_of_one_that_was_not_stopped(tmp_p
     """Where checkpoints fall between two logs, whose losses are means."""
     import torch
 
-    from vlprune.recipe import Training
-    from vlprune.train import fit
+    from vlprune.recipe.spec import Training
+    from vlprune.training.fit import fit
 
     class Regression(torch.nn.Module):
         def __init__(self) -> None:
@@ -254,7 +255,7 @@ def test_a_trainer_of_ones_own_resumes_the_search(
 
     import vlprune
     from vlprune.testing import build
-    from vlprune.trainee import Trainee
+    from vlprune.training.objective import Trainee
 
     class Stop(Exception):
         pass
@@ -303,7 +304,7 @@ def test_a_trainer_of_ones_own_resumes_the_search(
 def test_a_full_disk_is_said_in_one_sentence(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vlprune.run
+    import vlprune.commands.pipeline
 
     mine = tmp_path / "out" / "checkpoints" / "mine.txt"
     mine.parent.mkdir(parents=True)
@@ -312,7 +313,7 @@ def test_a_full_disk_is_said_in_one_sentence(
     def full(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(vlprune.run, "save", full)
+    monkeypatch.setattr(vlprune.commands.pipeline, "save", full)
     with pytest.raises(CheckpointError, match=r"is full: free some space and run the same"):
         compress(load_recipe(recipe), tmp_path / "out")
     monkeypatch.undo()
@@ -540,7 +541,8 @@ def test_a_second_run_in_the_same_folder_is_told(
     assert not (tmp_path / "deep").exists()  # nothing was written, so nothing stays
     # the lock of a process that was killed holds nobody up
     done = python.run(
-        "import os, signal, sys\nfrom pathlib import Path\nfrom vlprune.workplace import claimed\n"
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from vlprune.commands.workplace import claimed\n"
         "with claimed(Path(sys.argv[1]), print):\n    os.kill(os.getpid(), signal.SIGKILL)",
         out,
     )
@@ -554,7 +556,7 @@ def test_a_second_run_in_the_same_folder_is_told(
     def no_locks(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("vlprune.workplace.FileLock.acquire", no_locks)
+    monkeypatch.setattr("vlprune.commands.workplace.FileLock.acquire", no_locks)
     with claimed(out, lines.append):
         (work / "train-1").mkdir()
         (work / "mine.txt").write_text("precious")
@@ -572,7 +574,7 @@ def test_a_second_run_in_the_same_folder_is_told(
 def test_signals_that_ask_to_stop(python: Any) -> None:
     code = """
 import os, signal, sys
-from vlprune.signals import Stopped, received, stoppable
+from vlprune.commands.signals import Stopped, received, stoppable
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 before = signal.getsignal(signal.SIGTERM)
 class Swallows:

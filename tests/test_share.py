@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import vlprune
 from alike import nearly, same_model
 from vlprune import Plan, cost, discover, materialize, rewrite
+from vlprune.cutting.gates import gated
+from vlprune.cutting.sharing import is_shared, mixed, shareable, similarity, ties_in
 from vlprune.errors import CheckpointError, PlanError, UnsupportedError
-from vlprune.gate import gated
-from vlprune.share import is_shared, mixed, shareable, similarity, ties_in
+from vlprune.structures.units import named_weights
 from vlprune.testing import build
-from vlprune.units import named_weights
 
 V, TX = "vision_model.encoder.layers.{}.mlp.fc1", "text_model.encoder.layers.{}.mlp.fc1"
 VA, TA = (
@@ -97,7 +97,7 @@ def test_a_unit_shared_from_one_that_goes_goes_too() -> None:
     ],
 )
 def test_impossible_sharing_is_one_sentence(share: Any, says: str) -> None:
-    from vlprune.structure import Structure
+    from vlprune.structures.structure import Structure
 
     structures = [Structure(n, "ffn", 3, "text", (), ()) for n in ("a", "b")]
     with pytest.raises(PlanError, match=says):
@@ -276,7 +276,7 @@ def test_a_cut_by_one_method_then_sharing_then_another_cut(tmp_path: Path) -> No
 
 
 def test_a_failed_proof_puts_the_tied_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlprune.cutting as cutting
+    import vlprune.cutting.rewrite as cutting
 
     model = clip()
     small = rewrite(model, discover(model), Plan(share=chain()))

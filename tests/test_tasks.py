@@ -12,7 +12,7 @@ import transformers
 
 import vlprune
 from vlprune.errors import DataError, RecipeError
-from vlprune.recipe import DataSpec, ModelSpec
+from vlprune.recipe.spec import DataSpec, ModelSpec
 from vlprune.tasks import TASKS, RetrievalTask, VqaTask
 from vlprune.tasks.retrieval import recalls
 from vlprune.tasks.vqa import rank_answers

@@ -10,9 +10,9 @@ import torch
 
 from vlprune.architectures import discover
 from vlprune.errors import RecipeError, UnsupportedError
-from vlprune.teacher import Taught, _divergence, last_blocks
 from vlprune.testing import build
-from vlprune.trainee import Trainee
+from vlprune.training.objective import Trainee
+from vlprune.training.teacher import Taught, _divergence, last_blocks
 
 
 def pair(family: str, weights: dict[str, float], seed: int = 0) -> tuple[Any, Any, Any]:

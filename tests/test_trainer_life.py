@@ -10,10 +10,10 @@ import torch
 import transformers
 
 import vlprune
-from vlprune.compressor import CompressorCallback
 from vlprune.errors import UnsupportedError, VlpruneError
 from vlprune.testing import build
-from vlprune.trainee import Trainee
+from vlprune.training.compressor import CompressorCallback
+from vlprune.training.objective import Trainee
 
 STEPS = 6
 

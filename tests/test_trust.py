@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 import vlprune
 from mutations import check_message, mutated
 from test_checkpoint import small
-from vlprune.checkpoint import check_result, open_config, open_model, open_processor
+from vlprune.commands.pipeline import compress
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
-from vlprune.place import check_file, check_place, staging, swap
-from vlprune.recipe import load_recipe
-from vlprune.report import read_report, story
-from vlprune.run import compress
+from vlprune.folders.checkpoint import check_result, open_config, open_model, open_processor
+from vlprune.folders.place import check_file, check_place, staging, swap
+from vlprune.recipe.spec import load_recipe
+from vlprune.reports.report import read_report, story
 from vlprune.testing import build
 
 SOURCE = Path(vlprune.__file__).parent
@@ -170,7 +170,7 @@ def test_modules_of_the_working_folder_are_not_imported(folder: Path, tmp_path: 
     for name in names:
         (folder / f"{name}.py").write_text(BOMB.format(str(tmp_path / name)))
     script = tmp_path / "command.py"  # as pip writes one: its own folder comes first, not this
-    script.write_text("from vlprune.cli import main\nmain()\n")
+    script.write_text("from vlprune.commands.main import main\nmain()\n")
     for path in (str(SOURCE.parent), f"{os.pathsep}{SOURCE.parent}{os.pathsep}"):
         done = subprocess.run(
             [sys.executable, "-P", script, "bench", ".", "--batch-sizes", "1", "--seconds", "0.1"],
@@ -441,7 +441,7 @@ def test_files_that_a_result_would_overwrite_are_refused_early(
 
 
 def test_a_load_during_a_save_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlprune.checkpoint as checkpoint
+    import vlprune.folders.checkpoint as checkpoint
 
     folder = tmp_path / "m"
     vlprune.save(small(), tmp_path / "done")

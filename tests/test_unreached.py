@@ -88,7 +88,7 @@ def test_a_budget_out_of_reach_without_them_ends_the_search_by_half(
     with pytest.raises(VlpruneError, match="budget cannot be reached"):
         search(model, Counted([batch] * 20), method, 0.45, uniform=uniform)
     assert len(done) <= 10
-    assert not vlprune.gate.has_gates(model)
+    assert not vlprune.cutting.gates.has_gates(model)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import vlprune
-from vlprune.budget import Floor, Prices, least, select
 from vlprune.errors import BudgetError, RecipeError, VlpruneError
 from vlprune.methods import Problem
 from vlprune.methods.base import standardised
-from vlprune.schedule import removed_share
-from vlprune.structure import Structure
+from vlprune.methods.schedule import removed_share
+from vlprune.prices.budget import Floor, Prices, least, select
+from vlprune.structures.structure import Structure
 from vlprune.testing import build
 
 

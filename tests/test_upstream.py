@@ -286,7 +286,7 @@ def test_conv1d_stores_its_weight_transposed() -> None:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> transformers.Trainer:
-    from vlprune.trainee import Trainee
+    from vlprune.training.objective import Trainee
 
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True
@@ -384,7 +384,7 @@ def test_accelerates_state_is_empty_before_a_trainer_is_made() -> None:
 
 def test_the_exporters_are_called_what_we_call_them() -> None:
     """export: they are asked for by name, and loading them all here would take long."""
-    from vlprune import export
+    from vlprune.folders import exported as export
 
     exporters = pytest.importorskip("transformers.exporters")
     names = {name for *pair, _ in export._EXPORTERS.values() for name in pair}

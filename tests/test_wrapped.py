@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 import vlprune
+from vlprune.cutting.padded import PaddedLinear
 from vlprune.errors import UnsupportedError
-from vlprune.layers import PaddedLinear
 from vlprune.testing import build
 
 TARGETS = ["q_proj", "v_proj"]
@@ -27,7 +27,7 @@ def compressor_of(model: Any, inputs: Any = None, fraction: float = 0.8) -> vlpr
 
 def output(model: Any, inputs: Any) -> torch.Tensor:
     with torch.no_grad():
-        return vlprune.difference.tensors_of(model(**inputs))[0]
+        return vlprune.cutting.difference.tensors_of(model(**inputs))[0]
 
 
 def padded() -> tuple[Any, Any]:
@@ -54,8 +54,8 @@ def test_a_compiled_model_is_looked_through(tmp_path: Path) -> None:
     assert description == vlprune.discover(sample.model)
     ones = {s.name: torch.ones(s.size) for s in description}
     with vlprune.gated(fast, description.structures, ones):
-        assert vlprune.gate.has_gates(sample.model)
-    assert not vlprune.gate.has_gates(sample.model)
+        assert vlprune.cutting.gates.has_gates(sample.model)
+    assert not vlprune.cutting.gates.has_gates(sample.model)
     plan = compressor_of(fast).plan()
     assert vlprune.rewrite(build("vit").model, description, plan) is not None
     assert compressor_of(fast, sample.inputs).finish() is fast

@@ -132,7 +132,7 @@ def cli(*argv: object) -> Callable[[], None]:
     """The command, in this process."""
 
     def call() -> None:
-        from vlprune import cli as command
+        from vlprune.commands import main as command
 
         sys.argv = ["vlprune", *map(str, argv)]
         command.main()

@@ -56,7 +56,7 @@ def _annotations(part: Mapping[str, str]) -> list[Path]:
 
 def _read(make: Maker, task: str, form: str, root: Path, what: str, names: list[str]) -> Case:
     def call() -> list[str]:
-        from vlprune.recipe import DataSpec, ModelSpec
+        from vlprune.recipe.spec import DataSpec, ModelSpec
         from vlprune.tasks import TASKS
 
         train, test = seeds.parts_of(form, str(root))

@@ -140,7 +140,7 @@ def _quickly(call: Callable[[], Any], real: bool) -> Callable[[], Any]:
     """A bench without a process of its own, unless ``real``, and without waiting for quiet."""
 
     def called() -> Any:
-        from vlprune import bench
+        from vlprune.measuring import bench
 
         bench.NOISE, bench.LEAST_ROUNDS, bench.MOST_ROUNDS = 1e9, 1, 2
         if not real:
@@ -254,7 +254,7 @@ def reports(make: Maker) -> Case:
 
 
 def _card(folder: Path) -> int:
-    from vlprune.report import model_card, read_report
+    from vlprune.reports.report import model_card, read_report
 
     return len(model_card(read_report(folder), "Model"))
 

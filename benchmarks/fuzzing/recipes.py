@@ -45,8 +45,8 @@ def recipes(make: Maker) -> Case:
 
 def _known_keys(task: str, method: str) -> dict[str, Any]:
     """{dotted key: default} of all that a recipe of this task and method may hold."""
-    from vlprune.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
-    from vlprune.recipe import Recipe, Training
+    from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
+    from vlprune.recipe.spec import Recipe, Training
 
     body = dataclasses.asdict(Recipe(task=task, budget={"params": 0.5}))
     body |= {phase: dataclasses.asdict(Training()) for phase in ("search", "retrain")}

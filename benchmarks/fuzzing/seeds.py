@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from vlprune.data.layouts import GENERATED
-from vlprune.options import TASK_OPTIONS
+from vlprune.recipe.options import TASK_OPTIONS
 
 DENSE = {"train": {"steps": 2, "batch_size": 4}, "retrain": {"steps": 2, "batch_size": 4}}
 SMALL: dict[str, Any] = {
@@ -166,7 +166,7 @@ def sharded(folder: Path) -> None:
 
 def exported(folder: Path) -> None:
     """A model's folder with its ONNX export inside."""
-    from vlprune.run import export_folder
+    from vlprune.commands.pipeline import export_folder
 
     _compressed("classification", "image-folder", folder, {"params": 0.6})
     export_folder(folder, "onnx")
@@ -207,16 +207,16 @@ def _start(folder: Path) -> None:
 
 
 def _went(folder: Path) -> None:
-    from vlprune.recipe import load_recipe
-    from vlprune.run import compress
+    from vlprune.commands.pipeline import compress
+    from vlprune.recipe.spec import load_recipe
 
     with contextlib.chdir(folder):
         compress(load_recipe("recipe.yaml"), Path("out"))
 
 
 def _compressed(task: str, form: str, folder: Path, budget: dict[str, float]) -> None:
-    from vlprune.recipe import load_recipe
-    from vlprune.run import compress
+    from vlprune.commands.pipeline import compress
+    from vlprune.recipe.spec import load_recipe
 
     path = folder.with_suffix(".yaml")
     body = recipe_of(task, form, str(folder.parent / "scenes")) | {"budget": budget}

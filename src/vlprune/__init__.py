@@ -10,23 +10,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import transformers_hook
+from .folders import hook
 
 if TYPE_CHECKING:
-    from . import cost, errors, testing
+    from . import errors, testing
     from .architectures import discover
-    from .budget import select
-    from .checkpoint import load, save
-    from .compressor import Compressor
-    from .cutting import rewrite
+    from .cutting.gates import gated
+    from .cutting.rewrite import rewrite
+    from .cutting.sharing import materialize
     from .errors import VlpruneError
-    from .gate import gated
-    from .latency import best_round_to, latency_prices
+    from .folders.checkpoint import load, save
+    from .folders.ordinary import ordinary
     from .methods import JSP, Magnitude, Random, Taylor, UPop
-    from .plan import Plan
-    from .share import materialize
-    from .stock import ordinary
-    from .structure import Attr, Description, Gate, Slot, Structure
+    from .prices import cost
+    from .prices.budget import select
+    from .prices.latency import best_round_to, latency_prices
+    from .structures.plan import Plan
+    from .structures.structure import Attr, Description, Gate, Slot, Structure
+    from .training.compressor import Compressor
 
 __version__ = "0.1.0"
 
@@ -61,27 +62,28 @@ __all__ = [
 
 _HOME = {
     "architectures": ("discover",),
-    "budget": ("select",),
-    "checkpoint": ("load", "save"),
-    "compressor": ("Compressor",),
+    "cutting.gates": ("gated",),
+    "cutting.rewrite": ("rewrite",),
+    "cutting.sharing": ("materialize",),
     "errors": ("VlpruneError",),
-    "gate": ("gated",),
-    "latency": ("best_round_to", "latency_prices"),
+    "folders.checkpoint": ("load", "save"),
+    "folders.ordinary": ("ordinary",),
     "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
-    "stock": ("ordinary",),
-    "plan": ("Plan",),
-    "share": ("materialize",),
-    "cutting": ("rewrite",),
-    "structure": ("Attr", "Description", "Gate", "Slot", "Structure"),
+    "prices.budget": ("select",),
+    "prices.latency": ("best_round_to", "latency_prices"),
+    "structures.plan": ("Plan",),
+    "structures.structure": ("Attr", "Description", "Gate", "Slot", "Structure"),
+    "training.compressor": ("Compressor",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = {"cost": "prices.cost", "errors": "errors", "testing": "testing"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
-    elif name in __all__:
-        value = import_module(f".{name}", __name__)
+    elif name in _MODULES:
+        value = import_module(f".{_MODULES[name]}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -92,4 +94,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-transformers_hook.install()
+hook.install()

@@ -1,6 +1,6 @@
 """What models look like: the layout table and the forwards that need more than a row."""
 
 from . import forwards as forwards
-from .matching import discover
+from .discover import discover
 
 __all__ = ["discover"]

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import is_linear, linear_axes, stock_name
-from ..structure import Attr, Gate, Slot, Structure
-from ..units import owner_of
+from ..cutting.padded import is_linear, linear_axes, stock_name
+from ..structures.structure import Attr, Gate, Slot, Structure
+from ..structures.units import owner_of
 from . import layouts
 from .layouts import NATIVE, PADDED, Native
 

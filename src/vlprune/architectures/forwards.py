@@ -22,7 +22,7 @@ from transformers.models.instructblip.modeling_instructblip import InstructBlipA
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 from transformers.utils import output_capturing
 
-from ..registry import register_native_forward
+from ..cutting.native import register_native_forward
 
 __all__ = ["CutMultiheadAttention"]
 

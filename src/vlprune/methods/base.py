@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Prices, least, select
-from ..options import OneShotOptions
-from ..structure import Structure
-from ..vectors import Vectors
+from ..prices.budget import Prices, least, select
+from ..recipe.options import OneShotOptions
+from ..structures.structure import Structure
+from .vectors import Vectors
 
 __all__ = [
     "Alignment",
@@ -143,8 +143,8 @@ class Search(ABC):
 class Alignment:
     """The structure that weights are drawn to, and how.
 
-    ``strength`` times the distance (:func:`vlprune.vectors.alignment`) is added to the loss;
-    then the distance is multiplied by ``factor`` (:func:`vlprune.vectors.draw_near`).
+    ``strength`` times the distance (:func:`vlprune.methods.vectors.alignment`) joins the loss;
+    then the distance is multiplied by ``factor`` (:func:`vlprune.methods.vectors.draw_near`).
     """
 
     vectors: Vectors

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
-from ..options import JspOptions
-from ..schedule import removed_share
-from ..structure import Structure
-from ..vectors import Vectors
+from ..recipe.options import JspOptions
+from ..structures.structure import Structure
 from .base import Alignment, Alternating, Method, Problem, Search
+from .schedule import removed_share
+from .vectors import Vectors
 
 __all__ = ["JSP", "HyperNetwork"]
 
@@ -37,7 +37,7 @@ class JSP(JspOptions, Method):
     the weights, one step every ``every`` weight steps, on held-out batches: task loss plus
     ``budget_weight`` times log(max(P, target) / target), P the parameters that the vectors leave.
     The weights are trained whole, and drawn to the wanted structure: ``alignment`` times their
-    distance from it (:func:`vlprune.vectors.alignment`) joins the loss, and once the structure is
+    distance from it (:func:`vlprune.methods.vectors.alignment`) joins the loss, and once it is
     frozen that distance also fades on UPop's schedule, to exactly 0 at the end. Then units go and
     are shared for real, which changes nothing.
 

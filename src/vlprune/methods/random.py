@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..options import RandomOptions
+from ..recipe.options import RandomOptions
 from .base import OneShot, Problem, Search
 
 __all__ = ["Random"]

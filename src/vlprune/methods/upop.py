@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Floor, Prices, least, select
 from ..errors import RecipeError, VlpruneError, did_you_mean
-from ..options import UPopOptions
-from ..schedule import removed_share
+from ..prices.budget import Floor, Prices, least, select
+from ..recipe.options import UPopOptions
 from .base import Method, Problem, Search, family, standardised
+from .schedule import removed_share
 
 __all__ = ["IMPORTANCE", "UPop"]
 
@@ -35,7 +35,7 @@ class UPop(UPopOptions, Method):
     first step on; steps that are not finite are left out and counted. At every ``interval``
     steps G is standardised over all attention gates and over all FFN gates of all towers (so
     that one ranking holds for everything), the lowest-ranked units are walked down until the
-    scheduled share of the cost is reached (:func:`vlprune.schedule.removed_share`), and all
+    scheduled share of the cost is reached (:func:`vlprune.methods.schedule.removed_share`), and all
     of these get the same gate, which fades to exactly 0 at the end. A unit may come back while
     the search runs; every structure keeps at least one unit.
 

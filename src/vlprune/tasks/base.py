@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoint import from_folder, model_class, open_config, open_processor
 from ..data.files import Left, listed, open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes import write_shapes
 from ..errors import DataError, RecipeError, did_you_mean
 from ..files import plain
-from ..options import TaskOptions
-from ..recipe import DataSpec, ModelSpec
+from ..folders.checkpoint import from_folder, model_class, open_config, open_processor
+from ..recipe.options import TaskOptions
+from ..recipe.spec import DataSpec, ModelSpec
 
 __all__ = ["PixelCache", "Task"]
 

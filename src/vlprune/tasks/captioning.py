@@ -14,7 +14,7 @@ from ..data.captions import CaptionedImage, read_captioned
 from ..data.files import Left
 from ..device import moved_to
 from ..errors import RecipeError
-from ..options import CaptioningOptions, TaskOptions
+from ..recipe.options import CaptioningOptions, TaskOptions
 from .base import Advance, Task
 from .caption_metric import caption_scores
 from .new_models import blip_config, blip_processor

@@ -16,8 +16,8 @@ from ..data.files import Left
 from ..data.pictures import LabelledImage, read_image_folder
 from ..device import device_of, moved_to, place
 from ..errors import DataError, UnsupportedError
-from ..options import ClassificationOptions, TaskOptions
-from ..trainee import Trainee
+from ..recipe.options import ClassificationOptions, TaskOptions
+from ..training.objective import Trainee
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
 

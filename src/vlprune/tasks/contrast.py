@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..device import place
-from ..trainee import Trainee
+from ..training.objective import Trainee
 
 __all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast"]
 

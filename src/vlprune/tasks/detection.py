@@ -17,7 +17,7 @@ from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_obje
 from ..device import moved_to
 from ..errors import DataError, UnsupportedError
 from ..models.atss import suppress
-from ..options import DetectionOptions, TaskOptions
+from ..recipe.options import DetectionOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask, as_fractions, in_pixels
 

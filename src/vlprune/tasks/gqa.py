@@ -13,7 +13,7 @@ from ..data.files import Left
 from ..data.questions import TypedQuestion, read_gqa
 from ..device import moved_to
 from ..errors import UnsupportedError
-from ..options import GqaOptions, TaskOptions
+from ..recipe.options import GqaOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask
 

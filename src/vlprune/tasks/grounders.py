@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import RecipeError, did_you_mean
 from ..models.set_loss import SetWeights, focal_set_losses
-from ..options import fusion_width
-from ..recipe import ModelSpec
+from ..recipe.options import fusion_width
+from ..recipe.spec import ModelSpec
 from .new_models import bert_settings, clip_image_processor, vit_settings, word_tokenizer
 
 __all__ = ["GROUNDERS", "Grounder", "grounder_of"]

@@ -17,7 +17,7 @@ from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..device import moved_to
 from ..errors import DataError
 from ..models.set_loss import corners
-from ..options import GroundingOptions, RegionOptions, TaskOptions
+from ..recipe.options import GroundingOptions, RegionOptions, TaskOptions
 from .base import Advance, Task
 from .grounders import Grounder, grounder_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ..recipe import ModelSpec
+from ..recipe.spec import ModelSpec
 
 __all__ = [
     "bert_settings",

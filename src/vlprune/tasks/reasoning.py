@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checkpoint import from_folder, open_config
 from ..data.files import Left
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
-from ..options import ReasoningOptions, TaskOptions
+from ..folders.checkpoint import from_folder, open_config
+from ..recipe.options import ReasoningOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.captions import CaptionedImage, read_captioned
 from ..data.files import Left
 from ..device import device_of, moved_to, place
-from ..options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
+from ..recipe.options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
 from .base import Advance, Task
 from .contrast import BlipFeatures, ClipFeatures, MomentumContrast
 from .new_models import blip_config, blip_processor, clip_config, clip_processor

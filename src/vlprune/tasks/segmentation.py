@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ..checkpoint import from_folder, open_config
 from ..data.files import Left, open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
 from ..errors import DataError
 from ..files import plain
-from ..options import SegmentationOptions, TaskOptions
+from ..folders.checkpoint import from_folder, open_config
+from ..recipe.options import SegmentationOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings
 

@@ -13,7 +13,7 @@ from ..data.files import Left, check_split
 from ..data.questions import Question, read_easy_vqa, read_visual_genome, read_vqav2
 from ..device import moved_to
 from ..errors import DataError
-from ..options import TaskOptions, VqaOptions
+from ..recipe.options import TaskOptions, VqaOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from ..architectures import discover
-from ..structure import AttentionUnit
+from ..structures.structure import AttentionUnit
 from .families import FAMILIES, VARIANTS, build
 
 __all__ = ["table"]

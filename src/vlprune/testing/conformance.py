@@ -25,17 +25,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .. import cost
 from ..architectures import discover
-from ..checkpoint import load, save
-from ..cutting import rewrite
-from ..difference import difference, tensors_of
+from ..cutting.difference import difference, tensors_of
+from ..cutting.gates import gated, has_gates, ones, plan_gates
+from ..cutting.rewrite import rewrite
+from ..cutting.sharing import materialize, mixed, shareable, ties_in
 from ..errors import PlanError, VerificationError
-from ..gate import gated, has_gates, ones, plan_gates
-from ..plan import Plan
-from ..share import materialize, mixed, shareable, ties_in
-from ..structure import AttentionUnit, Description, Structure
-from ..units import positions
+from ..folders.checkpoint import load, save
+from ..prices import cost
+from ..structures.plan import Plan
+from ..structures.structure import AttentionUnit, Description, Structure
+from ..structures.units import positions
 from .families import Sample
 
 __all__ = ["CHECKS"]

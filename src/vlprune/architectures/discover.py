@@ -1,0 +1,339 @@
+"""From a model to its description: match the table, measure the shapes, say what is left."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+import torch
+from torch import nn
+
+from ..cutting.padded import PaddedLinear, is_linear, linear_axes
+from ..cutting.wrappers import uncompiled
+from ..errors import UnsupportedError, did_you_mean
+from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
+from ..structures.units import owner_of
+from . import layouts
+from .attention import UNITS, Leave, join, measure_multihead, measure_projected
+from .layouts import ATTENTION, FFN
+
+__all__ = ["discover"]
+
+
+def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Description:
+    """All structures of any model, and what stays dense and why.
+
+    ``attention`` chooses the unit: ``"head_dim"`` (the same dimension of every head in q,
+    k, v and o: UPop's), ``"qk_vo"`` (query-key and value-output dimensions apart) or
+    ``"head"`` (whole heads; whole KV groups where queries share keys).
+
+    Needs no data and does not run the model; works on meta tensors. The result depends on
+    module names and shapes only, so calling it twice gives equal descriptions.
+    """
+    if attention not in get_args(AttentionUnit):
+        raise UnsupportedError(
+            f"attention must be one of {', '.join(get_args(AttentionUnit))}, not {attention!r}."
+            f"{did_you_mean(str(attention), get_args(AttentionUnit))}"
+        )
+    return _Discovery(uncompiled(model), attention).run()
+
+
+class _Discovery:
+    """One walk over the modules."""
+
+    def __init__(self, model: nn.Module, attention: AttentionUnit) -> None:
+        self.model, self.attention = model, attention
+        self.modules = dict(model.named_modules())
+        self.dense: dict[str, str] = {}
+        self.taken: set[str] = set()
+        self.shared = _shared_parameters(model)
+        self.default_tower = _default_tower(model)
+
+    def run(self) -> Description:
+        structures: list[Structure] = []
+        order: dict[str, int] = {}
+        for path, module in _in_order(self.model):
+            order[path] = len(order)
+            for match in (self._attention, self._ffn):
+                structures += match(path, module)
+        structures.sort(key=lambda s: order[s.core or s.gates[0].module])
+        self._explain_rest()
+        return Description(tuple(structures), self.dense, self.attention)
+
+    # -- attention ---------------------------------------------------------------------
+
+    def _attention(self, path: str, module: nn.Module) -> list[Structure]:
+        """The structures of the attention block at ``path``, if it is one."""
+        structures = UNITS[self.attention]
+        if isinstance(module, nn.MultiheadAttention):
+            return self._guarded(
+                path,
+                ["", "out_proj"],
+                lambda: structures(measure_multihead(path, module, self._tower(path))),
+            )
+        for row in ATTENTION:
+            names = [n for n in (row.q, row.k, row.qkv, *row.v, *row.o) if n]
+            if self._free(path, module, names):
+                return self._guarded(
+                    path,
+                    names,
+                    lambda row=row: structures(  # type: ignore[misc]
+                        measure_projected(path, row, self.modules, self._tower(path))
+                    ),
+                )
+        return []
+
+    def _free(self, path: str, module: nn.Module, names: list[str]) -> bool:
+        """Whether the module has these children and none of them is part of a block already."""
+        return all(
+            _child(module, name) is not None and join(path, name) not in self.taken
+            for name in names
+        )
+
+    def _guarded(
+        self, path: str, names: list[str], build: Callable[[], list[Structure]]
+    ) -> list[Structure]:
+        """The structures of one block, or none and the reason."""
+        blocks = [join(path, name) for name in names]
+        try:
+            if type(self.modules[path]).__name__ in layouts.DENSE:
+                raise Leave(layouts.DENSE[type(self.modules[path]).__name__])
+            for block in blocks:
+                if isinstance(self.modules[block], PaddedLinear):
+                    raise Leave("cut before with padded projections")
+            found: list[Structure] = build()
+            for structure in found:
+                for slot in structure.slots:
+                    if slot.param in self.shared:
+                        raise Leave(f"shares its weights with {self.shared[slot.param]}")
+        except Leave as reason:
+            for block in blocks:
+                self.dense[block] = str(reason)
+            return []
+        finally:
+            self.taken.update(blocks)
+        return found
+
+    # -- FFN ---------------------------------------------------------------------------
+
+    def _ffn(self, path: str, module: nn.Module) -> list[Structure]:
+        found = []
+        for row in FFN:
+            names = [n for n in (row.gate, row.up, row.down) if n]
+            if self._free(path, module, names):
+                found += self._guarded(
+                    path,
+                    names,
+                    lambda row=row: [self._ffn_structure(path, module, row)],  # type: ignore[misc]
+                )
+        return found
+
+    def _ffn_structure(self, path: str, module: nn.Module, row: layouts.Ffn) -> Structure:
+        names = [n for n in (row.gate, row.up, row.down) if n]
+        layers = [self.modules[join(path, n)] for n in names]
+        for child, layer in zip(names, layers, strict=True):
+            if not is_linear(layer):
+                raise Leave(f"its projection {child} is a {type(layer).__name__}, not a Linear")
+        up, down = layers[-2], layers[-1]
+        up_out, up_in = (up.weight.shape[axis] for axis in linear_axes(up))
+        down_out, down_in = (down.weight.shape[a] for a in linear_axes(down))
+        size = up_out // 2 if row.fused else up_out
+        if down_in != size:
+            raise Leave(f"{row.up} gives {up_out} values, {row.down} takes {down_in}")
+        if up_in != down_out:
+            raise Leave("it changes the width: a projector, not an FFN")
+        between = self._between(path, module, names, size)
+        if between:
+            raise Leave(f"{between} sits between its projections and has their width")
+        parts = [join(path, n) for n in names[:-1]]
+        repeat = 2 if row.fused else 1
+        slots = [s for part in parts for s in self._row_slots(part, 0, repeat, 1)]
+        slots.append(self._column_slot(join(path, row.down), 1, 1))
+        first = join(path, row.up)
+        if row.gate or (not row.fused and self._zero_stays_zero(path, row.up)):
+            gates = (Gate(first),)
+        else:
+            gates = (Gate(join(path, row.down), "input"),)
+        return Structure(
+            name=join(path, row.gate or row.up),
+            kind="ffn",
+            size=size,
+            tower=self._tower(path),
+            slots=tuple(slots),
+            gates=gates,
+        )
+
+    def _between(self, path: str, module: nn.Module, names: list[str], size: int) -> str:
+        """The child whose own parameters have the hidden width, if any."""
+        inside = {n.split(".")[0] for n in names}
+        holder = owner_of(names[0])[0]
+        nearby = module if not holder else self.modules[join(path, holder)]
+        for child, layer in nearby.named_children():
+            if child in inside or (holder and join(holder, child) in names):
+                continue
+            own = any(p.dim() and p.shape[0] == size > 1 for p in layer.parameters(False))
+            norm = own and _is_residual_norm(layer, self.modules, path, names)
+            if (own and not norm and not is_linear(layer)) or _convolves(layer, size):
+                return f"{child} ({type(layer).__name__})"
+        return ""
+
+    def _zero_stays_zero(self, path: str, up: str) -> bool:
+        """Whether the activation after ``up`` maps 0 to 0, so that gating before it is exact."""
+        owner = self.modules[join(path, owner_of(up)[0])]
+        for name in ("activation_fn", "intermediate_act_fn", "act_fn", "act", "activation", "gelu"):
+            activation = getattr(owner, name, None)
+            if callable(activation):
+                with torch.no_grad():
+                    try:
+                        zero = torch.zeros(1, device="cpu")
+                        return bool(activation(zero).abs().max() == 0)
+                    except Exception:
+                        return False
+        return False
+
+    # -- shared ------------------------------------------------------------------------
+
+    def _row_slots(self, path: str, start: int, repeat: int, inner: int) -> list[Slot]:
+        module = self.modules[path]
+        slots = [Slot(f"{path}.weight", linear_axes(module)[0], start, repeat, inner)]
+        if getattr(module, "bias", None) is not None:
+            slots.append(Slot(f"{path}.bias", 0, start, repeat, inner))
+        return slots
+
+    def _column_slot(self, path: str, repeat: int, inner: int) -> Slot:
+        return Slot(f"{path}.weight", linear_axes(self.modules[path])[1], 0, repeat, inner)
+
+    def _tower(self, path: str) -> str:
+        return tower_of(path) or self.default_tower
+
+    def _explain_rest(self) -> None:
+        for path, module in self.modules.items():
+            own = list(module.parameters(recurse=False))
+            if not own or path in self.taken or path in self.dense:
+                continue
+            if any(path.startswith(taken + ".") for taken in self.taken if taken):
+                continue
+            self.dense[path or "(model)"] = _reason(module)
+
+
+def tower_of(path: str) -> str:
+    """``vision``, ``text``, ``cross``, ``fusion`` or ``decoder``, read off a module path."""
+    for pattern, tower in _TOWERS:
+        if re.search(pattern, path):
+            return tower
+    return ""
+
+
+_TOWERS = (
+    (r"cross_?att|encoder_attn|cross_modal", "cross"),
+    (r"fusion|multimodal_model|qformer|text_enhancer|deformable_layer|connector", "fusion"),
+    (r"vision|visual|image_model|image_encoder|backbone\.conv_encoder|backbone\.model", "vision"),
+    (r"text_decoder", "decoder"),
+    (r"text|language_model|transformer\.resblocks", "text"),
+    (r"(^|\.)decoder\.", "decoder"),
+    (r"(^|\.)model\.encoder\.", "encoder"),
+)
+
+
+def _default_tower(model: nn.Module) -> str:
+    return {"pixel_values": "vision", "input_ids": "text"}.get(
+        str(getattr(model, "main_input_name", "")), "model"
+    )
+
+
+# Blocks whose children are defined in another order than they run.
+_ORDER = {
+    "GroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
+    "MMGroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
+    "GroundingDinoDecoderLayer": ("self_attn", "encoder_attn_text", "encoder_attn"),
+    "MMGroundingDinoDecoderLayer": ("self_attn", "encoder_attn_text", "encoder_attn"),
+    "CLIPModel": ("vision_model", "text_model"),
+    "SiglipModel": ("vision_model", "text_model"),
+    "Siglip2Model": ("vision_model", "text_model"),
+    "FlavaModel": ("image_model", "text_model", "multimodal_model"),
+    "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
+}
+
+
+# Lists of layers that run in turn: one of each, then the next of each.
+_IN_TURN = {"BridgeTowerModel": ("cross_modal_text_layers", "cross_modal_image_layers")}
+
+
+def _in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules once, parents first, children in the order in which they run."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        first = _ORDER.get(type(module).__name__, ())
+        children = dict(module.named_children())
+        lists = [n for n in _IN_TURN.get(type(module).__name__, ()) if n in children]
+        for name in [
+            *(n for n in first if n in children),
+            *(n for n in children if n not in first),
+        ]:
+            if name not in lists:
+                yield from walk(join(path, name), children[name])
+            elif name == lists[0]:
+                for layers in zip(*(children[n].named_children() for n in lists), strict=False):
+                    for list_name, (number, layer) in zip(lists, layers, strict=True):
+                        yield from walk(join(path, f"{list_name}.{number}"), layer)
+
+    yield from walk("", model)
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        found = module._modules.get(part)
+        if found is None:
+            return None
+        module = found
+    return module
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, str]:
+    """{name: another name} for parameters that two modules hold."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    shared = {}
+    for group in names.values():
+        modules = {owner_of(name)[0] for name in group}
+        if len(modules) > 1 and len({id(model.get_submodule(m)) for m in modules}) > 1:
+            for name in group:
+                shared[name] = next(other for other in group if other != name)
+    return shared
+
+
+def _convolves(layer: nn.Module, size: int) -> bool:
+    """Whether a convolution over ``size`` channels is inside (SegFormer mixes tokens so)."""
+    return any(
+        isinstance(m, nn.Conv1d | nn.Conv2d) and m.in_channels == size for m in layer.modules()
+    )
+
+
+def _is_residual_norm(
+    layer: nn.Module, modules: dict[str, nn.Module], path: str, names: list[str]
+) -> bool:
+    """A norm of the residual width beside an FFN that happens to be just as wide."""
+    down = modules[join(path, names[-1])]
+    width = down.weight.shape[linear_axes(down)[0]]  # type: ignore[index]
+    return all(p.shape[0] == width for p in layer.parameters(False))
+
+
+def _reason(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding) or "Embedding" in kind:
+        return "embedding: never pruned"
+    if "Norm" in kind:
+        return "normalisation: as wide as the residual stream"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "convolution: not a transformer block"
+    if is_linear(module):
+        return "a projection outside attention and FFN"
+    return f"parameters of {kind} itself"

@@ -1,0 +1,108 @@
+"""What a model folder and a data set hold, in a few characters: not where they lie.
+
+A run that goes on must notice that the model or the data behind a path is another one, and must not
+be thrown back because a folder was moved. So contents are digested, and no paths or times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlpruneError
+from ..files import digest
+
+__all__ = ["model_files", "of_data", "of_model"]
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+NOT_THE_MODEL = ("bench.json", "report.json", "vlprune-dense.json", "vlprune-cut.json")
+WHOLE = 2**30
+"""Bytes of pictures that are read in full; of larger data sets an even sample of this size is."""
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that make up a model and its processor."""
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.suffix in MODEL_FILES
+        and entry.name not in NOT_THE_MODEL
+        and not entry.name.startswith(".")
+        and entry.is_file()
+    )
+
+
+def of_model(path: str) -> str:
+    """The digest of a model's folder; of a model on the hub, the commit that is in the cache.
+
+    All of it is read, at more than a gigabyte a second. An empty text if there is no such model,
+    which is said when it is loaded.
+    """
+    if not path:
+        return ""
+    folder = Path(path)
+    if folder.is_dir():
+        return _hash([name, *digest(folder / name)] for name in model_files(folder))
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(path, "config.json")
+    except (OSError, ValueError):
+        return ""
+    return Path(found).parent.name if found else ""
+
+
+def of_data(items: Sequence[Any]) -> str:
+    """The digest of a task's items and their pictures, by name, size and content.
+
+    Pictures of more than :data:`WHOLE` bytes together are known by the names and sizes of all and
+    the contents of evenly spaced ones.
+    """
+    pictures: dict[Path, int] = {}
+    total = hashlib.sha256()
+    for item in items:
+        total.update(repr(list(_leaves(item, pictures))).encode())
+    for path in pictures:
+        try:
+            pictures[path] = os.stat(path).st_size
+        except OSError:  # said when it is opened
+            pictures[path] = -1
+    total.update(repr([(path.name, size) for path, size in pictures.items()]).encode())
+    stride = max(1, -(-sum(pictures.values()) // WHOLE))
+    for path in list(pictures)[::stride]:
+        try:
+            total.update(repr(digest(path)).encode())
+        except VlpruneError:
+            total.update(b"unreadable")
+    return total.hexdigest()[:16]
+
+
+def _leaves(value: Any, pictures: dict[Path, int]) -> Iterator[Any]:
+    """All that a value holds, paths as file names; the files are added to ``pictures``."""
+    if isinstance(value, Path):
+        pictures.setdefault(value, 0)
+        yield value.name
+    elif dataclasses.is_dataclass(value):
+        yield type(value).__name__
+        for field in dataclasses.fields(value):
+            yield from _leaves(getattr(value, field.name), pictures)
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield key
+            yield from _leaves(entry, pictures)
+    elif isinstance(value, (list, tuple)):
+        yield len(value)
+        for entry in value:
+            yield from _leaves(entry, pictures)
+    elif value is None or isinstance(value, (str, int, float, bytes)):
+        yield value
+    else:  # whose text may hold an address
+        yield type(value).__name__
+
+
+def _hash(rows: Iterable[Any]) -> str:
+    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()[:16]

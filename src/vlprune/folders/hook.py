@@ -1,0 +1,174 @@
+"""Teaches ``from_pretrained`` to load cut models, without importing anything heavy.
+
+transformers offers one place to rebuild a model's shapes before its weights are loaded: its
+registry of quantizers. Nothing is quantized here. ``import vlprune`` calls :func:`install`,
+which registers at once if transformers' quantizers are loaded, and otherwise as soon as they
+are; until then neither torch nor transformers is imported. In the same way AutoConfig and
+AutoModel learn the models of :mod:`vlprune.models`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from ..models import MODEL_TYPES, PREFIX
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Register now, or the moment the module that holds each registry is imported."""
+    waiting = {}
+    for name, register in REGISTRIES.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+        else:
+            waiting[name] = register
+    if waiting and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(waiting))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function right after a module has been imported; steps aside when all were."""
+
+    def __init__(self, waiting: dict[str, Callable[[Any], None]]) -> None:
+        self.waiting = waiting
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The module's own spec, with the call added."""
+        register = self.waiting.pop(name, None)
+        if register is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if not self.waiting:
+            sys.meta_path.remove(self)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_and_register(module: ModuleType) -> None:
+            execute(module)
+            register(module)
+
+        spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register_configs(auto: Any) -> None:
+    """Teach AutoConfig our model types; the configs teach AutoModel when they are imported."""
+    for model_type, name in MODEL_TYPES.items():
+        auto.CONFIG_MAPPING.register(model_type, _Later(name), exist_ok=True)
+        # For folders from before the prefix, unless transformers has a model of that type itself.
+        former = model_type.removeprefix(PREFIX)
+        if former not in auto.CONFIG_MAPPING:
+            auto.CONFIG_MAPPING.register(former, _Later(name))
+
+
+class _Later:
+    """Stands for a config class, which cannot be imported while transformers is being imported."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def _find(self) -> Any:
+        return getattr(importlib.import_module("vlprune.models.configs"), self.__name__)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._find(), attribute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._find()(*args, **kwargs)
+
+
+def _register_quantizer(auto: Any) -> None:
+    """Register the config and the quantizer; harmless when called again."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    method = "vlprune"
+    if method in auto.AUTO_QUANTIZER_MAPPING:
+        return
+
+    class VlpruneConfig(QuantizationConfigMixin):
+        """The vlprune section of a config, as transformers wants to hold it."""
+
+        def __init__(self, **section: Any) -> None:
+            self.quant_method: Any = method
+            self.section = {**section, "quant_method": method}
+
+        @classmethod
+        def from_dict(
+            cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+        ) -> Any:
+            """The config for a section; extra keywords are handed back when asked for."""
+            config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
+            return (config, kwargs) if return_unused_kwargs else config
+
+        def to_dict(self) -> dict[str, Any]:
+            """The section, as it stands in ``config.json``."""
+            return dict(self.section)
+
+    class ShapeRebuilder(HfQuantizer):
+        """Cuts the freshly built, still empty model to the shapes of the saved one."""
+
+        requires_calibration = False
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            rebuild = importlib.import_module("vlprune.folders.checkpoint").rebuild_shapes
+            section, files = self.quantization_config.to_dict(), kwargs.get("checkpoint_files")
+            self.record = rebuild(model, section, files)
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+            # From here on it is an ordinary model: no flag may keep Trainer, .half() or a
+            # real quantizer away. The section stays in the config, so saving keeps it.
+            for module in model.modules():
+                if hasattr(getattr(module, "config", None), "_is_quantized"):
+                    module.config._is_quantized = False
+            importlib.import_module("vlprune.cutting.padded").check_indices(model)
+            # In its own names, as another class may have written the folder; and without the
+            # digest of the weights, which the next training makes wrong.
+            importlib.import_module("vlprune.structures.record").write_record(model, self.record)
+            model.is_quantized = False
+            for flag in ("hf_quantizer", "quantization_method"):
+                if hasattr(model, flag):
+                    delattr(model, flag)
+            return model
+
+        def is_serializable(self) -> bool:
+            """True: the small model saves like any other."""
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            """True: the small model trains like any other."""
+            return True
+
+        @property
+        def is_qat_trainable(self) -> bool:
+            """True, for the same reason."""
+            return True
+
+        @property
+        def is_compileable(self) -> bool:
+            """True: torch.compile sees plain layers."""
+            return True
+
+    auto.register_quantization_config(method)(VlpruneConfig)
+    auto.register_quantizer(method)(ShapeRebuilder)
+
+
+REGISTRIES: dict[str, Callable[[Any], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "transformers.models.auto.configuration_auto": _register_configs,
+}
+"""Which module of transformers holds a registry, and what enters us there."""

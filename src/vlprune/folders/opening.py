@@ -1,0 +1,350 @@
+"""The one door through which configs, models and processors come in: nobody else's code runs.
+
+A folder or a hub name may be a stranger's. transformers would ask on stdin whether to run code that
+the config names, read pickles, fetch kernels, and build whatever sizes a config states. Here the
+answer is always no, and sizes are looked at before anything is built (docs/folders.md, Trust).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import dynamic_module_utils
+
+from ..errors import CheckpointError, UnsupportedError, VlpruneError
+from ..files import MiB, plain, read_json
+from ..models import MODELS, PREFIX
+from ..structures.record import METHOD
+from .weights import check_weights, weight_files
+
+__all__ = [
+    "check_config",
+    "check_memory",
+    "from_folder",
+    "guarded",
+    "model_class",
+    "open_config",
+    "open_model",
+    "open_processor",
+    "read_config",
+]
+
+MOST_LAYERS = 1000
+MOST = 2**20
+"""The largest number that any config needs, except for what follows."""
+MOST_WORDS = 2**24
+"""The same for vocabularies and positions."""
+MOST_UNITS = 2**26
+"""Layers times the widest one: their prices alone take half a gigabyte."""
+SPARE = 2**28
+"""Elements that a model may have beyond what its files hold: a new head, tables of positions."""
+DEEPEST = 40
+_LAYERS = re.compile(r"(layers?|blocks|depths?|stages)$")
+_NO_SIZE = re.compile(
+    r"seed|_ids?$|^id|token|length|window|flos|theta|base|bytes|version|params|index$"
+)
+_WORDS = re.compile(r"vocab|positions|max_seq")
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+"""OWNER/NAME or NAME."""
+_FACTOR = re.compile(r"ratio|factor|multipl|expan")
+
+
+@contextlib.contextmanager
+def guarded(
+    where: object, doing: str = "open", kind: type[VlpruneError] = CheckpointError
+) -> Iterator[None]:
+    """Nobody is asked, stdout stays clean, and whatever goes wrong is one message of ``kind``."""
+    asks = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # else a part of a model may still ask
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except VlpruneError:
+        raise
+    except Exception as error:
+        raise kind(f"cannot {doing} {plain(where)}: {_why(error, where)}") from error
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = asks
+
+
+def _why(error: Exception, where: object) -> str:
+    """The first sentence of what another library says, without its advice to trust."""
+    text = " ".join(str(error).split())
+    refused = isinstance(error, OSError | ValueError | ImportError)
+    if refused and re.search("trust_remote_code|custom code|timed out", text.lower()):
+        return "it needs code of its own, which is never run; load it yourself and use the library"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    if isinstance(error, OSError) and not Path(str(where)).exists():
+        return "there is no such folder here, and nothing of that name came from the hub"
+    first = text.partition(". ")[0][:300] or "no reason given"
+    known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+    return plain(first if known else f"{type(error).__name__}: {first}")
+
+
+# -- configs -------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, checked. Raises CheckpointError, UnsupportedError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {plain(folder)}")
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{plain(folder)} holds no config.json: it is not a model")
+    config = read_json(path, most=16 * MiB)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{plain(path)} is not a JSON object")
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], where: object) -> None:
+    """Raise CheckpointError for numbers that no model has, UnsupportedError for foreign code.
+
+    Building a million layers takes minutes and gigabytes even without weights.
+    """
+    names = config.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise CheckpointError(f"{plain(where)}: architectures must be a list of class names")
+    section = config.get("quantization_config")
+    if section is not None and not isinstance(section, dict):
+        raise CheckpointError(f"{plain(where)}: quantization_config must be an object")
+    _check_part(config, plain(where), "", 0)
+
+
+def _check_part(part: Mapping[str, Any], where: str, above: str, depth: int) -> None:
+    """One object of a config and those inside."""
+    if depth > DEEPEST:
+        raise CheckpointError(f"{where}: {plain(above[:80])} is nested too deeply for a config")
+    layers, widest, experts = 0, 0, 1
+    for key, value in part.items():
+        if key == "quantization_config":
+            continue
+        path = f"{above}{key}"
+        values = value if isinstance(value, list) else [value]
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        _check_numbers(key, numbers, where, path)
+        if "implementation" in key:
+            _check_kernels(value, where, path)
+        whole = [n for n in numbers if isinstance(n, int)]
+        if whole and not _NO_SIZE.search(key):
+            most = max(whole)
+            if _LAYERS.search(key):
+                layers = max(layers, sum(whole))
+            elif "expert" in key:
+                experts = max(experts, most)
+            elif not _WORDS.search(key):
+                widest = max(widest, most)
+        for inner in values:
+            if isinstance(inner, list):
+                inner = {"list": inner}
+            if isinstance(inner, dict):
+                _check_part(inner, where, f"{path}.", depth + 1)
+    if layers > MOST_LAYERS or layers * widest > MOST_UNITS or layers * experts > 200 * MOST_LAYERS:
+        raise CheckpointError(
+            f"{where}: {plain(above)}{layers:,} layers of up to {widest:,} units are more than any "
+            "model has: the config is damaged, or no config of a model"
+        )
+
+
+def _check_numbers(key: str, numbers: list[Any], where: str, path: str) -> None:
+    most: float = MOST
+    if _LAYERS.search(key):
+        most = MOST_LAYERS
+    elif _WORDS.search(key):
+        most = MOST_WORDS
+    for number in numbers:
+        if isinstance(number, float):
+            bad = bool(_FACTOR.search(key)) and not abs(number) <= 1e5
+        else:
+            bad = not _NO_SIZE.search(key) and abs(number) > most
+        if bad:
+            shown = f"{float(number):.3g}" if abs(number) < 1e300 else "a huge number"
+            raise CheckpointError(
+                f"{where}: {plain(path)} is {shown}, more than any model has: the config is "
+                "damaged, or no config of a model"
+            )
+
+
+def _check_kernels(value: object, where: str, path: str) -> None:
+    """A name with a slash is a repository whose code would be fetched and run."""
+    values = value.values() if isinstance(value, dict) else [value]
+    if any(isinstance(one, str) and "/" in one for one in values):
+        raise UnsupportedError(
+            f"{where}: {plain(path)} names a kernel of a repository, whose code would run: remove "
+            "this entry, or load the model yourself and use the library"
+        )
+
+
+def _config_dict(name: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says, in a folder or on the hub; checked."""
+    if Path(name).is_dir():
+        return read_config(Path(name))
+    _check_hub_name(name)
+    with guarded(name):
+        found, _ = transformers.PreTrainedConfig.get_config_dict(name, trust_remote_code=False)
+    check_config(found, f"config.json of {plain(name)}")
+    return dict(found)
+
+
+def _check_hub_name(name: str | Path, kind: type[VlpruneError] = CheckpointError) -> None:
+    """Raise ``kind`` for a path that is no folder, and cannot be a name on the hub either."""
+    if not HUB_NAME.fullmatch(str(name)):
+        raise kind(f"there is no folder {plain(name)}")
+
+
+def open_config(name: str | Path) -> Any:
+    """The config in a folder or on the hub. Raises CheckpointError, UnsupportedError."""
+    found = _config_dict(name)
+    with guarded(name):
+        if _is_ours(found):
+            cls = MODELS[found["architectures"][0]].config_class
+            return cls.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names a model of ours, not one of the same name elsewhere."""
+    name = (config.get("architectures") or [""])[0]
+    prefixed = str(config.get("model_type", "")).startswith(PREFIX)
+    return name in MODELS and (prefixed or not hasattr(transformers, name))
+
+
+def model_class(config: Mapping[str, Any], where: object) -> Any:
+    """The class a ``config.json`` names, ours or transformers'. Never runs code from the folder."""
+    names = config.get("architectures") or [""]
+    cls: Any = MODELS[names[0]] if _is_ours(config) else getattr(transformers, names[0], None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise UnsupportedError(
+            f"{plain(where)} names the model class {plain(names[0] or 'nothing')!r}, which this "
+            "transformers does not have: update transformers, or load it with its own class"
+        )
+    return cls
+
+
+# -- models --------------------------------------------------------------------------------
+
+
+def from_folder(
+    cls: Any, name: str | Path, kind: type[VlpruneError] = CheckpointError, **kwargs: Any
+) -> Any:
+    """``cls.from_pretrained(name)``, from safetensors only, without code that comes along.
+
+    Raises ``kind``, with file and key where they are known, and UnsupportedError for adapters and
+    for weights that another library quantized.
+    """
+    options = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
+    folder = Path(name)
+    if folder.is_dir():
+        config = read_config(folder)
+        _refuse_others(folder, config)
+        check_weights(folder)
+        with guarded(name, "load", kind):
+            _check_memory_of(cls, folder, config)
+            return cls.from_pretrained(name, **options)
+    _config_dict(name)
+    with guarded(name, "load", kind):
+        return cls.from_pretrained(name, **options)
+
+
+def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise for what transformers would follow to other models, other code or another format."""
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedError(
+            f"{plain(folder)} holds an adapter (adapter_config.json): merge it into its base model "
+            "first, and save that"
+        )
+    section = config.get("quantization_config")
+    if section is not None and section.get("quant_method") != METHOD:
+        raise UnsupportedError(
+            f"{plain(folder)}/config.json: quantization_config says that the weights are quantized "
+            f"with {plain(repr(section.get('quant_method')))}: compress the unquantized model"
+        )
+    for path in folder.glob("shard-*-model-*.safetensors"):
+        raise UnsupportedError(
+            f"{plain(path)} belongs to a distributed checkpoint: save the model with "
+            "save_pretrained"
+        )
+    _check_files(folder, CheckpointError)
+
+
+def _check_files(folder: Path, kind: type[VlpruneError]) -> None:
+    """Raise ``kind`` for a pipe, an endless file or damaged JSON, which transformers would read."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise kind(f"{plain(path)} is not a regular file: remove it")
+        if path.name.endswith("config.json") and not isinstance(read_json(path, kind), dict):
+            raise kind(f"{plain(path)} is not a JSON object: copy the file again")
+        if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file():
+            size = path.stat().st_size
+            if size > 256 * MiB:
+                raise kind(f"{plain(path)} has {size / MiB:,.0f} MiB: it is no file of a model")
+
+
+def _check_memory_of(cls: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """An uncut model is built without weights first; the loading hook looks at a cut one."""
+    if config.get("quantization_config") is not None:
+        return
+    found = cls.config_class.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        built = cls(found)
+    files = weight_files(folder, config.get("transformers_weights"))
+    check_memory(built, sum(path.stat().st_size for path in files), folder)
+
+
+def check_memory(model: Any, held: int, where: object) -> None:
+    """Raise CheckpointError if an empty model is far larger than its files of ``held`` bytes.
+
+    What the files lack would be made up, in memory.
+    """
+    count = sum(t.numel() for t in [*model.parameters(), *model.buffers()])
+    if count > held + SPARE:
+        raise CheckpointError(
+            f"{plain(where)}: config.json describes a model of {count:,} numbers, but its weights "
+            f"have {held:,} bytes: config and weights do not belong together"
+        )
+
+
+def open_processor(name: str | Path) -> Any:
+    """The processor in a folder or on the hub. Raises UnsupportedError."""
+    if Path(name).is_dir():
+        _check_files(Path(name), UnsupportedError)
+    else:
+        _check_hub_name(name, UnsupportedError)
+    with guarded(name, "load a processor from", UnsupportedError):
+        return transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+
+
+def open_model(name: str, config_only: bool = False) -> Any:
+    """The model in a folder or on the hub, by the class its config names.
+
+    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
+    then also be a model type, which stands for that type's default sizes. Raises CheckpointError,
+    UnsupportedError.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    transformers.utils.logging.disable_progress_bar()
+    if not Path(name).exists():
+        _check_hub_name(name)
+    with guarded(name):
+        if config_only and not Path(name).exists() and name in CONFIG_MAPPING:
+            config = transformers.AutoConfig.for_model(name)
+        else:
+            config = open_config(name)
+        if not config_only:
+            return from_folder(model_class(config.to_dict(), name), name)
+        with torch.device("meta"):
+            if getattr(config, "architectures", None):
+                return model_class(config.to_dict(), name)(config).eval()
+            return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()

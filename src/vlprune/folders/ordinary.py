@@ -1,0 +1,190 @@
+"""A cut model without vlprune: the stock class with a stock config, where a config can say it.
+
+Serving engines and plain transformers build every layer of a tower alike, from one number in
+the config. A plan with one width a tower (``uniform=True``) may fit that. Which number it is is
+not looked up in a table but found: it is changed, the architecture is built without weights, and
+the shapes are compared. Ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import discover
+from ..cutting.sharing import is_shared
+from ..errors import UnsupportedError
+from ..structures.record import read_record
+from ..structures.structure import Structure
+
+__all__ = ["ordinary"]
+
+WIDTHS = (
+    "intermediate_size",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_dim",
+    "hidden_dim",
+    "n_inner",
+    "d_ff",
+    "mlp_ratio",
+)
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads")
+KV_HEADS = "num_key_value_heads"
+
+
+def ordinary(model: Any) -> Any:
+    """A new model of the stock class with the same weights, whose config says it all.
+
+    Its folder loads in plain transformers, without ``import vlprune``, and in engines that build
+    models from a config. The outputs are the same. Raises UnsupportedError, saying what the
+    config cannot express, where layers differ or there is no number for a width.
+    """
+    record = read_record(model)
+    if record is None:
+        return model
+    if is_shared(model):
+        raise UnsupportedError("shared weights have no ordinary form: call vlprune.materialize")
+    cls = type(model)
+    config = copy.deepcopy(model.config)
+    _forget(config)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    structures = [s for s in discover(model, record.plan.attention) if s.name in record.sizes]  # type: ignore[arg-type]
+    for kind in ("attention", "ffn"):
+        for (tower, size), members in _groups(structures, kind).items():
+            found = _say(cls, config, members, record.sizes, wanted)
+            if found is None:
+                was = record.sizes[members[0].name]
+                raise UnsupportedError(
+                    f"{cls.config_class.__name__} has no number for {kind} of the tower "
+                    f"{tower or 'model'} that keeps {size} of {was} units in all layers"
+                    f"{_advice(kind)}"
+                )
+            config = found
+    shapes = _shapes(cls, config)
+    different = [name for name, shape in wanted.items() if shapes.get(name) != shape]
+    if different or len(shapes) != len(wanted):
+        raise UnsupportedError(
+            f"{cls.config_class.__name__} cannot say the shape of {(different or ['all'])[0]}: "
+            "layers of one tower keep different numbers of units: compress with uniform=True"
+        )
+    plain = cls(config)
+    plain.load_state_dict(model.state_dict())
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.to(next(model.parameters()).device, next(model.parameters()).dtype).train(
+        model.training
+    )
+
+
+def _advice(kind: str) -> str:
+    if kind == "ffn":
+        return (
+            ", or several towers share one: compress with uniform=True, or leave the tower dense "
+            "with skip"
+        )
+    return (
+        '; cut whole heads (attention="head") where it has a head_dim of its own, or leave '
+        "attention dense with skip"
+    )
+
+
+def _forget(config: Any) -> None:
+    """Take the record out of a config and its sub-configs."""
+    for one in _configs(config):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        sub = getattr(config, name, None)
+        if sub is not None:
+            yield from _configs(sub)
+
+
+def _groups(structures: list[Structure], kind: str) -> dict[tuple[str, int], list[Structure]]:
+    groups: dict[tuple[str, int], list[Structure]] = {}
+    for s in structures:
+        if s.kind.startswith(kind):
+            groups.setdefault((s.tower, s.size), []).append(s)
+    return groups
+
+
+def _say(
+    cls: Any,
+    config: Any,
+    members: list[Structure],
+    sizes: Mapping[str, int],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> Any:
+    """A config under which these structures have the wanted shapes; None if there is none."""
+    params = {slot.param for s in members for slot in s.slots if slot.param in wanted}
+    now, before = members[0].size, sizes[members[0].name]
+    if len({sizes[s.name] for s in members}) > 1:
+        return None
+    for number in range(len(list(_configs(config)))):
+        for change in _changes(members[0].kind, before, now):
+            tried = copy.deepcopy(config)
+            try:
+                if not change(list(_configs(tried))[number]):
+                    continue
+            except (TypeError, ValueError):  # a config that checks its fields
+                continue
+            shapes = _shapes(cls, tried)
+            if all(shapes.get(name) == wanted[name] for name in params):
+                return tried
+    return None
+
+
+def _changes(kind: str, before: int, now: int) -> Iterator[Any]:
+    """Functions that change one number of a config; false where it has no such number."""
+    if kind == "ffn":
+        for name in WIDTHS:
+
+            def width(one: Any, name: str = name) -> bool:
+                value = getattr(one, name, None)
+                if name == "mlp_ratio" and value and getattr(one, "hidden_size", None):
+                    if round(value * one.hidden_size) != before:
+                        return False
+                    one.mlp_ratio = now / one.hidden_size
+                    return True
+                if value != before:
+                    return False
+                setattr(one, name, now)
+                return True
+
+            yield width
+        return
+
+    def heads(one: Any) -> bool:
+        name = next((n for n in HEADS if isinstance(getattr(one, n, None), int)), None)
+        if name is None:
+            return False
+        count = getattr(one, name)
+        kv = getattr(one, KV_HEADS, None) or count
+        if kv != before:
+            return False
+        if getattr(one, "head_dim", None) is None:
+            one.head_dim = one.hidden_size // count
+        setattr(one, name, count // kv * now)
+        if getattr(one, KV_HEADS, None) is not None:
+            setattr(one, KV_HEADS, now)
+        return True
+
+    yield heads
+
+
+def _shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of that architecture; nothing if it cannot be built."""
+    try:
+        with torch.device("meta"):
+            built: nn.Module = cls(copy.deepcopy(config))
+    except Exception:
+        return {}
+    return {name: tuple(p.shape) for name, p in built.named_parameters()}

@@ -1,0 +1,123 @@
+"""How much each part of a model matters, before any training: what `vlprune scan` shows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import discover
+from ..cutting.gates import evaluating, gated, ones
+from ..device import device_of, moved_to, place
+from ..errors import DataError
+from ..methods.base import standardised
+from ..prices import cost
+from ..structures.structure import Structure
+from ..tasks import Task
+
+__all__ = ["SHARES", "scan"]
+
+SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
+
+
+def scan(
+    task: Task,
+    model: Any,
+    attention: str = "head_dim",
+    batches: int = 4,
+    batch_size: int = 32,
+    shares: Sequence[float] = SHARES,
+    advance: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """The loss and the size of the model with one part at a time cut to each of ``shares``.
+
+    A part is all attention or all FFN of a tower; ``"whole"`` is everything. Units are ranked
+    by |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are
+    masked, and the loss is measured on as many test batches: no training, so what is shown is
+    the damage before any repair. ``advance(1)`` is called after each measurement. Ours.
+    """
+    structures = discover(model, attention).structures  # type: ignore[arg-type]
+    prices = cost.param_prices(model, structures)
+    objective = place(task.objective(model), device_of(model))
+    parts: dict[str, list[Structure]] = {}
+    for structure in structures:
+        parts.setdefault(f"{structure.tower} {structure.kind}", []).append(structure)
+    parts["whole"] = list(structures)
+    with evaluating(objective):
+        scores = standardised(
+            structures, _scores(task, objective, model, structures, batches, batch_size)
+        )
+        test = _batches(task, task.test, batches, batch_size)
+        base = _loss(objective, model, test)
+        rows = []
+        for name, members in parts.items():
+            points = []
+            for share in shares:
+                gates = _masks(members, scores, share)
+                with gated(model, structures, gates):
+                    loss = _loss(objective, model, test)
+                kept = {n: int(gate.sum()) for n, gate in gates.items()}
+                points.append({"share": share, "params": prices.cost(kept), "loss": loss})
+                advance(1)
+            rows.append({"part": name, "units": sum(s.size for s in members), "points": points})
+    return {
+        "model": type(model).__name__,
+        "params": prices.total,
+        "loss": base,
+        "test_items": min(len(task.test), batches * batch_size),
+        "parts": rows,
+    }
+
+
+def _batches(task: Task, items: Sequence[Any], count: int, size: int) -> list[dict[str, Any]]:
+    chosen = [items[i * size : (i + 1) * size] for i in range(count)]
+    made = [
+        task.collate(list(part), random.Random(number))
+        for number, part in enumerate(chosen)
+        if part
+    ]
+    if not made:
+        raise DataError("there is no data to measure a loss on")
+    return made
+
+
+def _scores(
+    task: Task, objective: Any, model: Any, structures: Any, batches: int, size: int
+) -> dict[str, Tensor]:
+    """|d loss / d gate| at gate 1, summed over batches: {structure: (size,)}."""
+    total = {s.name: torch.zeros(s.size) for s in structures}
+    for batch in _batches(task, task.train, batches, size):
+        device = device_of(model)
+        gates = {n: place(g, device).requires_grad_() for n, g in ones(structures).items()}
+        with gated(model, structures, gates):
+            objective(**moved_to(model, batch))["loss"].backward()
+        for name, gate in gates.items():
+            if gate.grad is not None:
+                total[name] += gate.grad.detach().abs().cpu()
+    model.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.no_grad()
+def _loss(objective: Any, model: Any, batches: Sequence[dict[str, Any]]) -> float:
+    losses = [float(objective(**moved_to(model, batch))["loss"]) for batch in batches]
+    return sum(losses) / len(losses)
+
+
+def _masks(
+    members: Sequence[Structure], scores: dict[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """Gates that keep the best ``share`` of all units of a part, and one unit a structure."""
+    together = torch.cat([scores[s.name] for s in members])
+    keep = max(1, round(share * len(together)))
+    bar = together.topk(keep).values[-1]
+    gates = {}
+    for structure in members:
+        values = scores[structure.name]
+        mask = (values >= bar).float()
+        mask[values.argmax()] = 1
+        gates[structure.name] = mask
+    return gates

@@ -1,0 +1,193 @@
+"""One number a unit: does it stay, and does it take its weights from another? Differentiable.
+
+A plan says the same with lists; vectors say it while it is being learnt. Source: joint share and
+prune (ICLR 2023); the exact form is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..cutting.sharing import pairing, slot_pairs, unit_weights
+from ..prices.budget import Prices
+from ..structures.plan import Plan
+from ..structures.structure import Structure
+from ..structures.units import positions
+
+__all__ = ["Vectors", "alignment", "draw_near"]
+
+Shares = Mapping[str, tuple[str, Tensor, Tensor]]
+"""{structure: (source, 1 for each unit that takes the source's weights, which unit it takes)}."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """``keep`` {structure: (size,)}, 1 where a unit stays, and ``share``, as :data:`Shares`.
+
+    A structure that is absent stays whole. Sharing takes precedence: whether a unit that shares is
+    alive is its source's affair.
+    """
+
+    keep: Mapping[str, Tensor]
+    share: Shares = field(default_factory=dict)
+
+    @classmethod
+    def of_plan(cls, structures: Sequence[Structure], plan: Plan) -> Vectors:
+        """The vectors that say what a plan says."""
+        keep = {}
+        for structure in structures:
+            keep[structure.name] = torch.zeros(structure.size)
+            keep[structure.name][list(plan.kept(structure))] = 1
+        share = {
+            s.name: (plan.share[s.name][0], *pairing(s.size, plan.shared(s)))
+            for s in structures
+            if s.name in plan.share
+        }
+        return cls(keep, share)
+
+    def alive(self) -> dict[str, Tensor]:
+        """1 where a unit has an effect: own ones that stay, shared ones whose source does."""
+        found: dict[str, Tensor] = {}
+
+        def of(name: str) -> Tensor | None:
+            if name not in found:
+                stays = self.keep.get(name)
+                if name in self.share:
+                    source, share, units = self.share[name]
+                    there = of(source)
+                    taken = torch.ones_like(share) if there is None else there[units]
+                    own = torch.ones_like(share) if stays is None else stays
+                    found[name] = share * taken + (1 - share) * own
+                elif stays is not None:
+                    found[name] = stays
+                else:
+                    return None
+            return found[name]
+
+        for name in (*self.keep, *self.share):
+            of(name)
+        return found
+
+    def own(self) -> dict[str, Tensor]:
+        """1 where a unit stays with weights of its own, that is, where they are stored."""
+        whole = {name: torch.ones_like(share) for name, (_, share, _) in self.share.items()}
+        return {
+            name: stays * (1 - self.share[name][1]) if name in self.share else stays
+            for name, stays in {**whole, **self.keep}.items()
+        }
+
+    def cost(self, prices: Prices) -> Tensor:
+        """What the model costs: exact where all vectors are 0 or 1. A scalar."""
+        alive, own = self.alive(), self.own()
+        total = torch.tensor(prices.fixed, dtype=torch.float64)
+        for name, price in prices.unit.items():
+            if name not in alive:
+                total = total + price * prices.sizes[name]
+                continue
+            borrowed = prices.borrowed.get(name, 0.0)
+            total = total + borrowed * alive[name].double().sum()
+            total = total + (price - borrowed) * own[name].double().sum()
+        return total
+
+    def plan(self, structures: Sequence[Structure], attention: str, fingerprint: str) -> Plan:
+        """The plan that says the same; values above one half count as 1."""
+        alive = self.alive()
+        keep = {s.name: tuple(_units(alive[s.name])) for s in structures if s.name in alive}
+        share = {}
+        for name, (source, values, units) in self.share.items():
+            chosen = [u for u in _units(values) if u in set(keep[name])]
+            if chosen:
+                share[name] = (source, chosen, units[chosen].tolist())
+        return Plan(keep=keep, share=share, attention=attention, fingerprint=fingerprint)
+
+
+def _units(values: Tensor) -> list[int]:
+    return [int(unit) for unit in (values > 0.5).nonzero()[:, 0]]
+
+
+def alignment(
+    model: nn.Module, structures: Sequence[Structure], vectors: Vectors, epsilon: float = 1e-8
+) -> Tensor:
+    """How far the weights are from the wanted structure: R_align, a scalar.
+
+    The mean over the structures of the length of every unit that is to go, plus the distance of
+    every unit that is to share from the unit it shares. A unit's weights count, not its bias.
+    Differentiable in the weights, both of a unit and of its source.
+    """
+    by_name = {s.name: s for s in structures}
+    parameters = dict(model.named_parameters())
+    total: Tensor | None = None
+    for name in {**vectors.keep, **vectors.share}:
+        target = by_name[name]
+        stays = vectors.keep.get(name)
+        source, share, taken = vectors.share.get(name, ("", None, None))
+        goes = None if stays is None else 1 - stays
+        if share is not None and goes is not None:
+            goes = goes * (1 - share)
+        terms: list[tuple[Tensor, Tensor]] = []
+        if goes is not None and bool((goes > 0).any()):
+            units = (goes > 0).nonzero()[:, 0]
+            mine = unit_weights(target, units, parameters)
+            terms.append((goes[units], _total([w.square().sum(1) for w in mine])))
+        if share is not None and taken is not None and bool((share > 0).any()):
+            units = (share > 0).nonzero()[:, 0]
+            mine = unit_weights(target, units, parameters)
+            theirs = unit_weights(by_name[source], taken[units], parameters)
+            squares = [(a - b).square().sum(1) for a, b in zip(mine, theirs, strict=True)]
+            terms.append((share[units], _total(squares)))
+        for factor, square in terms:
+            lengths = (square + epsilon).sqrt() * factor.to(square)
+            total = lengths.sum() if total is None else total + lengths.sum()
+    if total is None:
+        return torch.zeros(())
+    return total / len(structures)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*parts]).sum(0)
+
+
+@torch.no_grad()
+def draw_near(
+    model: nn.Module, structures: Sequence[Structure], vectors: Vectors, factor: float
+) -> None:
+    """Multiply the distance of the weights from the wanted structure by ``factor``, in place.
+
+    Units that are to go shrink, units that are to share move to the unit they share, sources
+    first. With 0 the weights are the structure: masked, mixed and whole model are the same.
+    """
+    by_name = {s.name: s for s in structures}
+    parameters = dict(model.named_parameters())
+    done: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name in done:
+            return
+        done.add(name)
+        target, stays = by_name[name], vectors.keep.get(name)
+        source, share, taken = vectors.share.get(name, ("", None, None))
+        goes = torch.zeros(target.size) if stays is None else 1 - stays
+        if share is not None and taken is not None:
+            visit(source)
+            goes = goes * (1 - share)
+            units = (share > 0.5).nonzero()[:, 0]
+            for ours, theirs in slot_pairs(target, by_name[source], parameters):
+                mine, there = parameters[ours.param], parameters[theirs.param]
+                into = positions(ours, target.size, units).to(mine.device)
+                out_of = positions(theirs, by_name[source].size, taken[units]).to(there.device)
+                now = mine.index_select(ours.axis, into)
+                goal = there.index_select(theirs.axis, out_of).to(now)
+                mine.index_copy_(ours.axis, into, goal.lerp(now, factor))
+        units = (goes > 0.5).nonzero()[:, 0]
+        for slot in target.slots:
+            weight = parameters[slot.param]
+            if weight.dim() > 1 and len(units):
+                at = positions(slot, target.size, units).to(weight.device)
+                weight.index_copy_(slot.axis, at, factor * weight.index_select(slot.axis, at))
+
+    for name in {**vectors.keep, **vectors.share}:
+        visit(name)

@@ -1,0 +1,1 @@
+"""What a unit costs, and which units a budget pays for."""

@@ -1,0 +1,324 @@
+"""What a recipe may say of a method and of a task: every option, its range and its default.
+
+Apart from the methods and tasks themselves, which import torch, so that a recipe is checked at
+once. What an option means is told where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
+
+from .checks import KEY, SEEDS, Checked, Flag, Number, OneOf, Text, Texts, Whole, checked, refuse
+
+__all__ = [
+    "METHOD_OPTIONS",
+    "TASK_OPTIONS",
+    "JspOptions",
+    "OneShotOptions",
+    "RandomOptions",
+    "TaskOptions",
+    "TeacherOptions",
+    "UPopOptions",
+    "check_method",
+    "check_options",
+    "check_teacher",
+    "fusion_width",
+]
+
+BLOCKS = Whole(1, 65536)
+MANY = 10**6
+
+# -- methods ---------------------------------------------------------------------------
+
+
+@checked
+class OneShotOptions(Checked):
+    """Of every method that scores each unit once."""
+
+    scope: Annotated[str, OneOf("global", "uniform")] = "global"
+    round_to: Annotated[int, BLOCKS] = 1
+
+
+@checked
+class RandomOptions(OneShotOptions):
+    """Of ``random``."""
+
+    seed: Annotated[int, Whole(0, SEEDS)] = 0
+
+
+@checked
+class UPopOptions(Checked):
+    """Of ``upop``."""
+
+    interval: Annotated[int | str, Whole(1, 10**9, "auto")] = "auto"
+    cost: Annotated[str, OneOf("exact", "paper")] = "exact"
+    paper_ratio: Annotated[float, Number(0, MANY, above=True)] = 36.0
+    importance: Annotated[str, OneOf("signed", "squared", "gradient_x_gate")] = "signed"
+    l1: Mapping[Annotated[str, OneOf("attention", "ffn")], Annotated[float, Number(0, MANY)]] = (
+        field(default_factory=dict)
+    )
+    round_to: Annotated[int, BLOCKS] = 1
+    floors: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1)]] = field(
+        default_factory=dict
+    )
+
+
+FAMILIES = ("prune", "cross", "block")
+
+
+@checked
+class JspOptions(Checked):
+    """Of ``jsp``."""
+
+    families: Annotated[Sequence[str], Texts(*FAMILIES)] = FAMILIES
+    base: Annotated[str, Text(1)] = "text"
+    other: Annotated[str, Text(1)] = "vision"
+    block: Annotated[int, Whole(1, 10**4)] = 4
+    group_size: Annotated[int, BLOCKS] = 1
+    match: Annotated[bool, Flag()] = False
+    mismatch: Annotated[str, OneOf("error", "skip")] = "error"
+    every: Annotated[int, Whole(1, 10**9)] = 20
+    learning_rate: Annotated[float, Number(0, 1000, above=True)] = 1e-3
+    weight_decay: Annotated[float, Number(0, 1000)] = 1e-2
+    budget_weight: Annotated[float, Number(0, MANY)] = 12.0
+    alignment: Annotated[float, Number(0, MANY)] = 5e-4
+    temperature: Annotated[float, Number(0.001, 1000)] = 0.4
+    offset: Annotated[float, Number(-100, 100)] = 3.0
+    warmup: Annotated[float, Number(0, 1)] = 0.1
+    align: Annotated[float, Number(0, 1)] = 0.2
+    freeze: Annotated[float, Number(0, 1)] = 0.5
+    seed: Annotated[int, Whole(0, SEEDS)] = 0
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """The search must have a time to learn in."""
+        if self.warmup >= self.freeze:
+            yield ("warmup",), f"{KEY} {self.warmup} must come before freeze {self.freeze}"
+
+
+METHOD_OPTIONS: dict[str, type[Any]] = {
+    "jsp": JspOptions,
+    "magnitude": OneShotOptions,
+    "random": RandomOptions,
+    "taylor": OneShotOptions,
+    "upop": UPopOptions,
+}
+"""What a recipe may write under ``method: name:``, and the options of each."""
+
+
+def check_method(method: Mapping[str, Any]) -> None:
+    """Raise pydantic's ValidationError for an unknown method, or for its wrong options."""
+    options = {**method}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in METHOD_OPTIONS:
+        raise refuse((("name",), OneOf(*METHOD_OPTIONS).refuses(name)))
+    if options.get("round_to") == "auto":  # a number takes its place once this is measured
+        options["round_to"] = 1
+    METHOD_OPTIONS[name].__pydantic_validator__.validate_python(options)
+
+
+@checked
+class TeacherOptions(Checked):
+    """Of ``teacher``: how much of each thing to imitate (see :mod:`vlprune.training.teacher`)."""
+
+    logits: Annotated[float, Number(0, MANY)] = 0.0
+    features: Annotated[float, Number(0, MANY)] = 0.0
+    similarities: Annotated[float, Number(0, MANY)] = 0.0
+
+
+def check_teacher(weights: Mapping[str, Any]) -> None:
+    """Raise pydantic's ValidationError for what a teacher cannot show, or no weight."""
+    teacher: Any = TeacherOptions
+    teacher.__pydantic_validator__.validate_python({**weights})
+
+
+# -- tasks -----------------------------------------------------------------------------
+
+Formats = Mapping[str, tuple[str, ...]]
+
+
+@checked
+class TaskOptions(Checked):
+    """Of a task without options; base of the others.
+
+    ``formats`` maps each format of data to what a split must name, ``also`` are keys that a
+    split may name in addition.
+    """
+
+    formats: ClassVar[Formats] = {}
+    also: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+
+CAPTIONS: Formats = {
+    "karpathy": ("split_file", "images", "split"),
+    "coco-captions": ("captions", "images"),
+}
+
+
+@checked
+class ReasoningOptions(TaskOptions):
+    """Of ``reasoning``."""
+
+    formats: ClassVar[Formats] = {
+        "nlvr2": ("statements", "images"),
+        "nlvr1": ("folder", "split"),
+    }
+
+
+@checked
+class CaptioningOptions(TaskOptions):
+    """Of ``captioning``. A longer prompt would leave no room for a caption of 20 tokens."""
+
+    formats: ClassVar[Formats] = CAPTIONS
+    prompt: Annotated[str, Text(0, 60)] = "a picture of"
+    beams: Annotated[int, Whole(1, 64)] = 3
+
+
+@checked
+class VqaOptions(TaskOptions):
+    """Of ``vqa``."""
+
+    formats: ClassVar[Formats] = {
+        "vqav2": ("questions", "annotations", "images"),
+        "visual-genome": ("questions", "image_data", "images"),
+        "easy-vqa": ("folder", "split"),
+    }
+    also: ClassVar[Formats] = {
+        "vqav2": ("visual_genome", "visual_genome_data", "visual_genome_images")
+    }
+
+
+@checked
+class RetrievalOptions(TaskOptions):
+    """Of ``retrieval``."""
+
+    formats: ClassVar[Formats] = CAPTIONS
+    queue: Annotated[int, Whole(0, MANY)] = 0
+    momentum: Annotated[float, Number(0, 1)] = 0.995
+    alpha: Annotated[float, Number(0, 1)] = 0.4
+
+
+@checked
+class BlipRetrievalOptions(RetrievalOptions):
+    """Of ``blip-retrieval``."""
+
+    queue: Annotated[int, Whole(1, MANY)] = 57600
+    rerank: Annotated[int, Whole(1, MANY)] = 128
+
+
+@checked
+class ClassificationOptions(TaskOptions):
+    """Of ``classification``."""
+
+    formats: ClassVar[Formats] = {"image-folder": ("folder",)}
+    mixup: Annotated[float, Number(0, 1000)] = 0.8
+    smoothing: Annotated[float, Number(0, 1, below=True)] = 0.1
+    flip: Annotated[bool, Flag()] = True
+    distill_from: Annotated[str, Text()] = ""
+
+
+@checked
+class SegmentationOptions(TaskOptions):
+    """Of ``segmentation``."""
+
+    formats: ClassVar[Formats] = {"ade20k": ("images", "masks")}
+    multi_scale: Annotated[bool, Flag()] = False
+    classes: Annotated[int, Whole(0, 1000)] = 0
+    augment: Annotated[bool, Flag()] = True
+
+
+GROUNDERS = ("mdetr", "grounding-dino", "glip")
+
+
+@checked
+class RegionOptions(TaskOptions):
+    """Of tasks with boxes: sizes of a small new model."""
+
+    model: Annotated[str, OneOf(*GROUNDERS)] = "mdetr"
+    queries: Annotated[int, Whole(1, 1000)] = 16
+    fusion_width: Annotated[int, Whole(0, 8192)] = 0
+    fusion_layers: Annotated[int, Whole(1, 100)] = 2
+    decoder_layers: Annotated[int, Whole(1, 100)] = 3
+
+
+@checked
+class GroundingOptions(RegionOptions):
+    """Of ``grounding``."""
+
+    formats: ClassVar[Formats] = {
+        "mdetr": ("annotations", "images"),
+        "mdetr-captions": ("annotations", "images"),
+        "refer": ("refs", "instances", "images", "split"),
+    }
+
+
+@checked
+class DetectionOptions(RegionOptions):
+    """Of ``detection``."""
+
+    formats: ClassVar[Formats] = {
+        "coco-instances": ("instances", "images"),
+        "coco2017": ("instances", "images"),
+        "nlvr1-objects": ("folder", "split"),
+    }
+    model: Annotated[str, OneOf(*GROUNDERS)] = "grounding-dino"
+
+
+@checked
+class GqaOptions(RegionOptions):
+    """Of ``gqa``. It needs answer heads, which only MDETR has."""
+
+    formats: ClassVar[Formats] = {"gqa": ("questions", "images")}
+    model: Annotated[str, OneOf("mdetr")] = "mdetr"
+
+
+TASK_OPTIONS: dict[str, type[TaskOptions]] = {
+    "blip-retrieval": BlipRetrievalOptions,
+    "captioning": CaptioningOptions,
+    "classification": ClassificationOptions,
+    "detection": DetectionOptions,
+    "gqa": GqaOptions,
+    "grounding": GroundingOptions,
+    "reasoning": ReasoningOptions,
+    "retrieval": RetrievalOptions,
+    "segmentation": SegmentationOptions,
+    "vqa": VqaOptions,
+}
+"""What a recipe may write under ``task:``, and the options of each."""
+
+
+def check_options(task: str, options: Mapping[str, Any], new_model: Any = None) -> None:
+    """Raise pydantic's ValidationError for wrong options of a task.
+
+    ``new_model`` has the sizes (a :class:`vlprune.recipe.spec.ModelSpec`) that they must fit.
+    """
+    takes: Any = TASK_OPTIONS[task]
+    chosen = takes.__pydantic_validator__.validate_python({**options})
+    if isinstance(chosen, RegionOptions) and new_model is not None:
+        wrong = [*_too_much(chosen, new_model)]
+        if wrong:
+            raise refuse(*wrong)
+
+
+def _too_much(chosen: RegionOptions, sizes: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What the sizes of a small new model do not allow."""
+    width = fusion_width(chosen.model, chosen.fusion_width or sizes.width)
+    if width % sizes.heads or width % 4:
+        text = f"must be a multiple of 4 and of the {sizes.heads} heads, not {width}"
+        yield ("fusion_width",), f"{KEY} (0: model.width) {text}"
+    places = sum(math.ceil(sizes.image_size / stride) ** 2 for stride in (4, 8, 16, 32))
+    if chosen.model == "grounding-dino" and chosen.queries > places:
+        text = f"must be at most {places}, the places of {sizes.image_size} px, for {chosen.model}"
+        yield ("queries",), f"{KEY} {text}, not {chosen.queries}"
+
+
+STEPS = {"mdetr": 1, "grounding-dino": 32, "glip": 16}
+"""Widths go in steps of the norms' groups, of which each needs two numbers even in one place."""
+
+
+def fusion_width(model: str, wanted: int) -> int:
+    """The width of a small new model's fusion: the nearest below that its norms can take."""
+    step = STEPS[model]
+    return wanted if step == 1 else max(2, wanted // step) * step

@@ -1,0 +1,1 @@
+"""Views of what a run found out: text, Markdown, a page."""

@@ -1,0 +1,1 @@
+"""One compression while a model learns."""

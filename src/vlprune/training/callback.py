@@ -1,0 +1,171 @@
+"""A Compressor in a Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import base64
+import warnings
+from math import isclose
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load as unpack
+from safetensors.torch import save as pack
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..errors import UnsupportedError, VlpruneError
+from .ranks import world
+
+if TYPE_CHECKING:
+    from .compressor import Compressor
+
+__all__ = ["CompressorCallback", "callback_for"]
+
+
+def callback_for(compressor: Compressor) -> CompressorCallback:
+    """A callback of a class made for this compressor.
+
+    The Trainer makes callbacks anew from their class alone where it restores their states
+    (``restore_callback_states_from_checkpoint``), so the class must know its compressor.
+    """
+
+    def __init__(self: CompressorCallback) -> None:
+        CompressorCallback.__init__(self, compressor)
+
+    name = CompressorCallback.__name__
+    made: CompressorCallback = type(name, (CompressorCallback,), {"__init__": __init__})()
+    return made
+
+
+class CompressorCallback(TrainerCallback, ExportableState):
+    """Feeds a Compressor from a Trainer; its state is a part of the Trainer's checkpoints."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+        self._last: tuple[int, int] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What goes into ``trainer_state.json``."""
+        packed = base64.b64encode(pack(self.compressor.state())).decode()
+        return {"args": {}, "attributes": {"search": packed, "weights": self._weights()}}
+
+    def _weights(self) -> float:
+        """A figure by which the weights that this process holds are known again."""
+        parameters = self.compressor.model.parameters()
+        return sum(float(p.detach().double().abs().sum()) for p in map(_local, parameters))
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.compressor.retrain()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        compressor = self.compressor
+        self._last = None
+        compressor.remember_optimizer(kwargs.get("optimizer"))
+        if compressor.finished:
+            if world()[0] > 1:
+                raise UnsupportedError(
+                    "this Trainer has wrapped the model as it was before the cut: make a new "
+                    "Trainer for the small model"
+                )
+            if state.global_step > 0 and (saved := self._saved(state)):
+                self._check_weights(state, saved)
+            compressor.retrain()
+            return
+        if args.load_best_model_at_end:
+            raise UnsupportedError(
+                "load_best_model_at_end would put back the weights of an early step, when fewer "
+                "units had faded, under the plan of the last step: leave it out of the search, "
+                "and use it when you retrain the small model"
+            )
+        compressor.begin(state.max_steps)
+        compressor.train_in(torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
+        if state.global_step > 0:  # the Trainer goes on from a checkpoint
+            self._resume(state)
+        elif compressor.progress > 0:
+            self._start_again()
+
+    def _resume(self, state: Any) -> None:
+        saved = self._saved(state)
+        if saved is None:
+            raise VlpruneError(
+                "this checkpoint holds no search: it was saved without compressor.callback(), "
+                "so start again without resume_from_checkpoint"
+            )
+        self._check_weights(state, saved)
+        self.compressor.restore(unpack(base64.b64decode(saved["search"])))
+
+    def _saved(self, state: Any) -> Any:
+        """What :meth:`state` gave when the checkpoint was saved; None without this callback."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is None:
+            return None
+        return (saved[0] if isinstance(saved, list) else saved)["attributes"]
+
+    def _check_weights(self, state: Any, saved: Any) -> None:
+        """Raise VlpruneError if the Trainer has not loaded the weights of its checkpoint."""
+        if state.is_world_process_zero and not isclose(
+            saved["weights"], self._weights(), rel_tol=1e-9
+        ):
+            raise VlpruneError(
+                "the weights of the checkpoint have not been loaded into the model: some are "
+                "saved under names that the Trainer does not find again, so give it "
+                "vlprune.training.objective.Trainee(model) in place of the model, from the start"
+            )
+
+    def _start_again(self) -> None:
+        """``train()`` from step 0 is a new search: after too large a batch, or after Ctrl-C."""
+        compressor = self.compressor
+        if compressor.progress >= 1:
+            raise VlpruneError(
+                "the search has ended, and training from the start would undo it: call "
+                "compressor.finish() and train the small model it returns, or make a new Compressor"
+            )
+        warnings.warn(
+            f"train() starts a new search: what the last one had seen up to "
+            f"{compressor.progress:.0%} is left out (resume_from_checkpoint=True goes on instead)",
+            stacklevel=2,
+        )
+        compressor.restart()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = id(state), state.global_step
+        if self.compressor.finished or step == self._last:  # given to the Trainer twice
+            return
+        if state.global_step >= state.max_steps:  # resumed after its end, it makes a step more
+            return
+        self._last = step
+        optimizer = kwargs.get("optimizer")
+        self.compressor.remember_optimizer(optimizer)
+        scaler = getattr(optimizer, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        self.compressor.step(
+            min(1.0, (state.global_step + 1) / max(1, state.max_steps)),
+            scale=scale,
+            # clipping has unscaled the weights' gradients before this is called
+            weight_scale=1.0 if args.max_grad_norm else scale,
+        )
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or self.compressor.finished:
+            return
+        figures = {f"search/{name}": v for name, v in self.compressor.figures().items()}
+        logs.update(figures)
+        if state.log_history:  # a copy of these logs, made before
+            state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.compressor.end()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies in this process."""
+    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part

@@ -1,0 +1,294 @@
+"""Training is the Trainer's: this only fills in its arguments and guards its checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..device import device_of, use
+from ..errors import CheckpointError, RecipeError, VlpruneError
+from ..files import is_full, plain, reason
+from ..recipe.spec import Training
+from .checkpoints import newest, seal, step_of
+from .objective import Trainee
+from .ranks import agreed
+
+__all__ = ["fit", "prepare"]
+
+Collate = Callable[[list[Any], random.Random], Any]
+
+
+class _Items(Dataset[tuple[int, Any]]):
+    """A sequence as a torch data set of (index, item)."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.items[index]
+
+
+@dataclass
+class _Arguments(TrainingArguments):
+    """The Trainer's arguments, for training on the one device ``runs_on``.
+
+    By itself the Trainer takes every GPU it sees, as one DataParallel model, or the first.
+    """
+
+    runs_on: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        own: torch.device = super()._setup_devices  # joins the other processes, if there are any
+        if PartialState().num_processes > 1:
+            return own
+        device = torch.device(self.runs_on)
+        use(device)
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
+
+
+class _Trainer(Trainer):
+    """The Trainer, noting how many losses in a row were not finite."""
+
+    not_finite: Tensor | None = None
+    most_not_finite: Tensor | None = None
+    rates: Mapping[str, float] = MappingProxyType({})
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint, sealed when every process has written its part; the one before stays."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        state = PartialState()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                seal(folder)
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
+            full = is_full(error, folder.parent)
+            shutil.rmtree(folder, ignore_errors=True)  # it may have filled the disk
+            why = os.strerror(errno.ENOSPC) if full else reason(error)
+            raise CheckpointError(f"cannot write the checkpoint {plain(folder)}: {why}") from (
+                OSError(errno.ENOSPC, why) if full else error
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer, its groups split where some weights learn more slowly."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.rates:
+            assert self.model is not None
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            optimizer.param_groups[:] = _split_groups(optimizer.param_groups, names, self.rates)
+        return optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = (result[0] if isinstance(result, tuple) else result).detach()
+        if self.not_finite is None or self.most_not_finite is None:
+            self.not_finite = self.most_not_finite = torch.zeros_like(loss, dtype=torch.long)
+        self.not_finite = torch.where(loss.isfinite(), 0, self.not_finite + 1)
+        self.most_not_finite = torch.maximum(self.most_not_finite, self.not_finite)
+        return result
+
+
+def _split_groups(
+    groups: Sequence[dict[str, Any]], names: Mapping[int, str], rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Each group once for every rate; a pattern is looked for at any depth of a name."""
+    split: list[dict[str, Any]] = []
+    used: set[str] = set()
+    for group in groups:
+        by_rate: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            found = [p for p in rates if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]
+            used.update(found)
+            by_rate.setdefault(rates[found[-1]] if found else 1.0, []).append(parameter)
+        for rate, parameters in by_rate.items():
+            split.append({**group, "params": parameters, "lr": group["lr"] * rate})
+    for pattern in rates:
+        if pattern not in used:
+            raise RecipeError(f"rates: no weight's name matches {pattern!r}")
+    return split
+
+
+class _Watch(TrainerCallback):
+    """Reports every step, and ends training with a sentence when the loss is not a number."""
+
+    def __init__(self, advance: Callable[..., None], patience: int) -> None:
+        self.advance, self.patience = advance, patience
+        self.trainer: _Trainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(1)
+        if control.should_save:  # a logged loss is the mean since the last log or resume
+            control.should_log = True
+        if control.should_log:  # before a bad state is saved
+            self._check(state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        logs = logs or {}
+        notes = [f"loss {float(logs['loss']):.3f}"] if "loss" in logs else []
+        if "search/remains" in logs:
+            notes.append(f"keeps {logs['search/remains']:.0%}")
+        if notes:
+            self.advance(0, note=", ".join(notes))
+
+    def _check(self, step: int) -> None:
+        assert self.trainer is not None
+        worst = self.trainer.most_not_finite
+        if worst is not None and int(worst) > self.patience:
+            raise VlpruneError(
+                f"the loss stopped being a finite number before step {step}: lower the learning "
+                "rate, or train in float32 (bf16: false, fp16: false)"
+            )
+
+
+def prepare(seed: int, threads: int = 0) -> None:
+    """Settings of the whole process: seeds, CPU threads, no denormal numbers."""
+    set_seed(seed)
+    torch.set_flush_denormal(True)  # a BLIP step is ten times slower with them
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def fit(
+    model: Any,
+    items: Sequence[Any],
+    collate: Collate,
+    spec: Training,
+    *,
+    seed: int,
+    report_to: str = "none",
+    callbacks: Sequence[TrainerCallback] = (),
+    advance: Callable[..., None] = lambda done, note="": None,
+    say: Callable[[str], None] = lambda text: None,
+    checkpoints: Path | None = None,
+    logs: Path | None = None,
+) -> list[dict[str, float]]:
+    """Train the model in place and where it lies, as ``spec`` says; returns the Trainer's log.
+
+    ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng``
+    depends on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called
+    as it goes. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there,
+    and training goes on from the last one that is whole; ``say`` gets a line for every other.
+    Raises CheckpointError where one cannot be written. TensorBoard's files, where
+    ``report_to`` asks for them, go to ``logs``.
+    """
+    if not spec.on:
+        return []
+    set_seed(seed)  # a phase does not depend on whether the one before was run or resumed
+    device = device_of(model)
+    steps = spec.count(len(items), PartialState().num_processes)
+    with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
+        saving = checkpoints is not None and spec.save_steps > 0
+        folder = checkpoints if checkpoints is not None and saving else Path(scratch)
+        last = agreed(lambda: newest(folder, say))
+        arguments = _Arguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=spec.batch_size,
+            gradient_accumulation_steps=spec.accumulate,
+            learning_rate=spec.learning_rate,
+            weight_decay=spec.weight_decay,
+            warmup_steps=round(spec.warmup * steps),
+            lr_scheduler_type="cosine" if spec.decay == "cosine" else "constant_with_warmup",
+            max_grad_norm=spec.clip,
+            bf16=spec.bf16,
+            fp16=spec.fp16,
+            torch_compile=spec.compile,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=min(50, max(1, steps // 20)),
+            save_strategy="steps" if saving else "no",
+            save_steps=spec.save_steps or steps,
+            logging_nan_inf_filter=False,  # it would log a NaN as a good loss
+            report_to=report_to,
+            remove_unused_columns=False,
+            ddp_broadcast_buffers=False,  # every rank makes the same ones
+            dataloader_drop_last=len(items) >= spec.batch_size,
+            disable_tqdm=True,
+            dataloader_pin_memory=device.type == "cuda",
+            use_cpu=device.type == "cpu",
+            runs_on=str(device),
+        )
+        if logs is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
+        watch = _Watch(advance, patience=10 if spec.fp16 else 0)
+        trainer = _Trainer(
+            model=model if isinstance(model, Trainee) else Trainee(model),
+            args=arguments,
+            train_dataset=_Items(items),
+            data_collator=_seeded(collate, seed),
+            callbacks=[*callbacks, watch],
+        )
+        first(trainer, callbacks)
+        watch.trainer, trainer.rates = trainer, spec.rates
+        trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
+        if last:
+            advance(step_of(last))
+        if last and step_of(last) >= steps:  # the Trainer would take one more step
+            state = _as_it_ended(trainer, last, callbacks)
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            state = trainer.state
+        # the last row is about this process: how long it took, what it saw since it resumed
+        return [row for row in state.log_history if "train_runtime" not in row]
+
+
+def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
+    """Call these before the loggers, so that what they add to a log is logged."""
+    others = [one for one in trainer.callback_handler.callbacks if one not in callbacks]
+    trainer.callback_handler.callbacks = [*callbacks, *others]
+
+
+def _as_it_ended(
+    trainer: Trainer, checkpoint: Path, callbacks: Sequence[TrainerCallback]
+) -> TrainerState:
+    """Bring model and callbacks to the end of a training whose last checkpoint is there."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+    for callback in callbacks:
+        callback.on_train_begin(trainer.args, state, trainer.control)
+        callback.on_train_end(trainer.args, state, trainer.control)
+    return state
+
+
+def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], Any]:
+    """A collator whose randomness is a function of the seed and of what is in the batch."""
+
+    def collated(rows: list[tuple[int, Any]]) -> Any:
+        numbers = ",".join(str(index) for index, _ in rows)
+        return collate([item for _, item in rows], random.Random(f"{seed}/{numbers}"))
+
+    return collated

@@ -1,0 +1,163 @@
+"""What a search leaves in a model while it runs, and the one owner of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cutting.first_batch import copied
+from ..cutting.gates import gated
+from ..device import device_of
+from ..errors import UnsupportedError
+from ..structures.structure import Structure
+from ..structures.units import positions
+from .saved_names import in_own_names
+
+__all__ = ["Gating"]
+
+
+class Gating:
+    """The gates of a search, and two hooks on the root of the model, from attach to detach.
+
+    One hook keeps the first training batch, which the cut is proved on, and lets gates follow the
+    model to another device; the other lets a Trainer find weights again that transformers saves
+    under other names. Copies and pickles of the model have neither gates nor working hooks.
+    """
+
+    def __init__(self, model: nn.Module, structures: Sequence[Structure], with_gates: bool) -> None:
+        self.model, self.structures = model, structures if with_gates else ()
+        self.gates = {s.name: torch.ones(s.size, requires_grad=True) for s in self.structures}
+        self.first_batch: dict[str, Any] | None = None
+        self.attached = self._translates = False
+        self._hooks, self._in_place = ExitStack(), ExitStack()
+
+    def attach(self) -> None:
+        """Put everything in place. Raises UnsupportedError if another search is there."""
+        if self.attached:
+            return
+        self._refuse_another()
+        before = self.model.register_forward_pre_hook(_BeforeForward(self), with_kwargs=True)
+        self._hooks.callback(before.remove)
+        self.translate_names()
+        self._hooks.callback(self._in_place.close)
+        self.attached = True
+        try:
+            self._in_place.enter_context(gated(self.model, self.structures, self.gates))
+            self.follow()
+        except BaseException:
+            self.detach()
+            raise
+
+    def translate_names(self) -> None:
+        """Let a Trainer find the weights of its checkpoints, also without gates, until detach."""
+        if self._translates:
+            return
+        loading = self.model.register_load_state_dict_pre_hook(_BeforeLoading(self))
+        self._hooks.callback(loading.remove)
+        self._translates = True
+
+    def detach(self) -> None:
+        """Take everything away again; the gates keep their values."""
+        self._hooks.close()
+        self._translates = False
+        self.attached = False
+
+    def _refuse_another(self) -> None:
+        for module in self.model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, _Hook) and hook.owner is not None:
+                    raise UnsupportedError(
+                        "another Compressor is at work on this model: finish() it, or call its "
+                        "detach(), first"
+                    )
+
+    def follow(self) -> None:
+        """Move the gates to where the model is now: a Trainer moves it after we have seen it."""
+        device = device_of(self.model)
+        if all(gate.device == device for gate in self.gates.values()):
+            return
+        self._in_place.close()
+        self.gates = {
+            name: gate.detach().to(device).requires_grad_() for name, gate in self.gates.items()
+        }
+        self._in_place.enter_context(gated(self.model, self.structures, self.gates))
+
+    @torch.no_grad()
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Give gates new values, in place; absent ones stay as they are."""
+        for name, new in values.items():
+            self.gates[name].copy_(new)
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The gates' gradients {structure: (size,)}, which start from zero again afterwards."""
+        taken = {n: g.grad.detach() for n, g in self.gates.items() if g.grad is not None}
+        for gate in self.gates.values():
+            gate.grad = None
+        return taken
+
+    @torch.no_grad()
+    def empty_removed_units(self) -> None:
+        """Set the weights of units whose gate is 0 to 0, as their gates make them anyway.
+
+        A model that is saved without its gates then computes what it computes with them.
+        Sharded weights are left alone.
+        """
+        for structure in self.structures:
+            gone = (self.gates[structure.name].detach() == 0).nonzero()[:, 0].cpu()
+            for gate in structure.gates if len(gone) else ():
+                module = self.model.get_submodule(gate.module)
+                names = {
+                    "output": ("weight", "bias"),
+                    "input": ("weight",),
+                    "weight": gate.params,
+                }[gate.at]
+                at = positions(gate, structure.size, gone)
+                for name in names:
+                    weight = module._parameters.get(name)
+                    if weight is None or hasattr(weight, "to_local"):
+                        continue
+                    transposed = weight.dim() == 2 and type(module).__name__ == "Conv1D"
+                    axis = int((gate.at == "input") != transposed) if weight.dim() > 1 else 0
+                    weight.index_fill_(axis, at.to(weight.device), 0)
+
+
+class _Hook:
+    """A hook that works for its owner; in a copy or a pickle of the model it does nothing."""
+
+    def __init__(self, owner: Gating | None = None) -> None:
+        self.owner = owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _BeforeForward(_Hook):
+    """Called with the arguments of every forward pass of the whole model."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        owner = self.owner
+        if owner is None or module is not owner.model:
+            return
+        owner.follow()
+        # a look at generate() or an evaluation is no training
+        if owner.first_batch is None and torch.is_grad_enabled():
+            owner.first_batch = copied(module, args, kwargs)
+
+
+class _BeforeLoading(_Hook):
+    """Called with the state that is about to be loaded into the whole model, or a shard of it."""
+
+    def __init__(self, owner: Gating | None = None) -> None:
+        super().__init__(owner)
+        self.waiting: dict[str, Tensor] = {}
+
+    def __call__(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+        if self.owner is not None and module is self.owner.model and not prefix:
+            in_own_names(module, state, self.waiting)

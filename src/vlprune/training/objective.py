@@ -1,0 +1,61 @@
+"""What is handed to the Trainer: a module around the model that owns the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..device import device_of
+
+__all__ = ["Trainee"]
+
+
+class Trainee(nn.Module):
+    """A module around ``model`` whose forward returns a loss for a batch: the model's own here.
+
+    Buffers of a subclass (queues, averages) are saved in the Trainer's checkpoints with the
+    weights. The checkpoints hold the weights under the names they have in memory. Those of a
+    bare PreTrainedModel may not: transformers 5.23 saves a ViT under the names of transformers
+    4, and a Trainer that resumes then leaves its weights as they are, without a word.
+    """
+
+    accepts_loss_kwargs = False  # the Trainer then divides the loss when it accumulates
+    _keys_to_ignore_on_save = None  # the Trainer asks for it when it loads a checkpoint
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_state_dict_post_hook(_without_ties)
+
+    def forward(self, *args: Any, **batch: Any) -> Any:
+        """What the model returns."""
+        return self.model(*args, **batch)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what :meth:`state_dict` gave: the second names of tied weights are not missed."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        wanted = self.state_dict().keys()
+        missing = [name for name in result.missing_keys if name in wanted]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing {missing}, unexpected {result.unexpected_keys}")
+        return type(result)(missing, result.unexpected_keys)
+
+    @property
+    def device(self) -> Any:
+        """Where the weights are."""
+        return device_of(self.model)
+
+
+def _without_ties(_module: nn.Module, state: dict[str, Tensor], _prefix: str, _local: Any) -> None:
+    """Drop the second name of every tied weight: safetensors refuses to write both."""
+    seen: set[tuple[int, Any, Any]] = set()
+    for name in list(state):
+        tensor = state[name]
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            del state[name]
+        seen.add(key)

@@ -1,0 +1,122 @@
+"""What a compression asked for and reached, as plain values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..prices import cost
+from ..prices.budget import Prices
+from ..structures.plan import Plan
+from ..structures.structure import Structure
+
+if TYPE_CHECKING:
+    from .compressor import Compressor
+
+__all__ = ["summary"]
+
+
+def summary(compressor: Compressor) -> dict[str, Any]:
+    """The report of a compression: asked and reached, by tower and kind; ready for JSON."""
+    plan, structures = compressor.plan(), compressor.structures
+    total = compressor.params_before
+    after = compressor.params_after or int(
+        cost.params(compressor.model, compressor.description.structures, plan)
+    )
+    shared = any(plan.shared(s) for s in structures)
+    proof, method = compressor.verification, compressor.method
+    report: dict[str, Any] = {
+        "method": type(method).__name__,
+        "options": asdict(method) if is_dataclass(method) else {},
+        "attention": compressor.description.attention,
+        "budget": _budget(compressor, plan, after / total),
+        "params": {
+            "before": total,
+            "after": after,
+            **({"materialised": _materialised(compressor, plan, after)} if shared else {}),
+        },
+        "groups": _groups(compressor, plan),
+        "layers": [
+            {
+                "name": s.name,
+                "tower": s.tower,
+                "kind": s.kind,
+                "units": s.size,
+                "kept": len(plan.kept(s)),
+                "shared": len(plan.shared(s)),
+                "source": plan.share[s.name][0] if plan.shared(s) else None,
+            }
+            for s in structures
+        ],
+        "verified": asdict(proof) if proof else None,
+        "notes": compressor.notes(),
+        "search": {
+            **compressor.search.facts(),
+            **({"progress": compressor.progress} if compressor.search.needs_training else {}),
+        },
+        "search_history": compressor.search.history(),
+    }
+    if compressor.macs is not None:
+        report["macs"] = {
+            "before": compressor.macs.total,
+            "after": cost.macs_of(compressor.macs, structures, plan),
+            "not_counted": list(compressor.macs.not_counted),
+        }
+    return report
+
+
+def _budget(compressor: Compressor, plan: Plan, params_left: float) -> dict[str, Any]:
+    """What was asked and what was reached, in the budget's own currency."""
+    budget, prices = compressor.budget, compressor.prices
+    units = {s.name: plan.kept(s) for s in compressor.structures}
+    reached = params_left if budget.what == "params" else prices.cost(units) / prices.total
+    facts: dict[str, Any] = {"what": budget.what, "asked": budget.fraction, "reached": reached}
+    if budget.what == "latency":
+        dense = prices.total
+        seconds = {**compressor.conditions, "dense": dense, "expected": reached * dense}
+        if compressor.seconds is not None:
+            seconds["small"] = compressor.seconds
+            facts["reached"] = compressor.seconds / dense
+        facts["seconds"] = seconds
+    return facts
+
+
+def _groups(compressor: Compressor, plan: Plan) -> list[dict[str, Any]]:
+    """One row per tower and kind of structure."""
+    groups: dict[tuple[str, str], list[Structure]] = defaultdict(list)
+    for structure in compressor.structures:
+        groups[structure.tower, structure.kind].append(structure)
+    return [
+        {
+            "tower": tower,
+            "kind": kind,
+            "structures": len(members),
+            "units": sum(s.size for s in members),
+            "kept": sum(len(plan.kept(s)) for s in members),
+            "shared": sum(len(plan.shared(s)) for s in members),
+            "padded": sum(s.layout == "padded" for s in members),
+            "params": _cost(compressor.param_prices, members, plan),
+        }
+        for (tower, kind), members in groups.items()
+    ]
+
+
+def _cost(prices: Prices, members: Sequence[Structure], plan: Plan) -> dict[str, int]:
+    """What these structures cost before and after the cut."""
+    after = 0.0
+    for s in members:
+        borrowed = (prices.unit[s.name] - prices.borrowed[s.name]) * len(plan.shared(s))
+        after += float(prices.of(s.name)[list(plan.kept(s))].sum()) - borrowed
+    before = sum(prices.whole(s.name) for s in members)
+    return {"before": round(before), "after": round(after)}
+
+
+def _materialised(compressor: Compressor, plan: Plan, stored: int) -> int:
+    """Parameters of the small model when shared units are plain copies again."""
+    borrowed, unit = compressor.param_prices.borrowed, compressor.param_prices.unit
+    saved = sum(
+        (unit[s.name] - borrowed[s.name]) * len(plan.shared(s)) for s in compressor.structures
+    )
+    return stored + round(saved)

@@ -1,0 +1,136 @@
+"""A search that learns in turn with the weights: its half of each training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cutting.gates import evaluating, gated
+from ..cutting.sharing import mixed
+from ..device import device_of, moved_to, same_random_numbers
+from ..errors import UnsupportedError, VlpruneError
+from ..methods import Alternating
+from ..methods.vectors import Vectors, alignment, draw_near
+from ..structures.structure import Structure
+from .ranks import averaged, world
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """Lets an :class:`~vlprune.methods.Alternating` search look at held-out batches.
+
+    ``loss`` turns a batch into its loss; ``autocast`` is the dtype that training runs in, if any;
+    ``seen`` counts the batches looked at; ``reached`` are the structures whose vectors had an
+    effect on any of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: Sequence[Structure],
+        search: Alternating,
+        held_out: Sequence[Mapping[str, Any]],
+        loss: Callable[[Mapping[str, Any]], Tensor] | None,
+    ) -> None:
+        self.model, self.structures, self.search = model, structures, search
+        self.held_out, self.loss = held_out, loss or self._own_loss
+        self.autocast: torch.dtype | None = None
+        self.seen = 0
+        self.reached: set[str] = set()
+
+    def take(self, progress: float, weight_scale: float) -> None:
+        """After a backward pass: align the weights, and look at a held-out batch if it is time."""
+        self._align(progress, weight_scale)
+        if self.search.due(progress):
+            self._look(progress)
+
+    def _align(self, progress: float, scale: float) -> None:
+        """Draw the weights towards the wanted structure, by their gradients and directly."""
+        wanted = self.search.alignment(progress)
+        if wanted is None:
+            return
+        if wanted.strength > 0:
+            distance = alignment(self.model, self.structures, wanted.vectors)
+            if distance.requires_grad:
+                (wanted.strength * scale * distance).backward()
+        if wanted.factor < 1:
+            draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
+
+    def _look(self, progress: float) -> None:
+        """The loss of a held-out batch with and without the vectors; and let the search learn.
+
+        The weights are constants here, the model is in eval mode, and training's random numbers
+        are left alone.
+        """
+        batch = self._next_batch()
+        vectors = self.search.draw(progress)
+        learns = self.search.learns(progress)
+        keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
+        share = {
+            n: (source, values.detach().clone().requires_grad_(learns), units)
+            for n, (source, values, units) in vectors.share.items()
+        }
+        live = Vectors(keep, share)
+        with (
+            evaluating(self.model),
+            same_random_numbers(self.model),
+            self._autocast(),
+        ):
+            with torch.no_grad():
+                full = float(self.loss(batch))
+            with (
+                torch.set_grad_enabled(learns),
+                mixed(self.model, self.structures, live.share),
+                gated(self.model, self.structures, live.alive()),
+            ):
+                loss = self.loss(batch)
+            if learns:
+                leaves = [*keep.values(), *(values for _, values, _ in share.values())]
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        self.search.watch(progress, float(loss.detach()), full)
+        if not learns:
+            return
+        names = [*(f"keep/{n}" for n in keep), *(f"share/{n}" for n in share)]
+        found = averaged(
+            {
+                name: torch.zeros_like(leaf) if grad is None else grad.float()
+                for name, leaf, grad in zip(names, leaves, grads, strict=True)
+            }
+        )
+        self.reached |= {name.partition("/")[2] for name, grad in found.items() if grad.any()}
+        self.search.learn(
+            progress,
+            {n: found[f"keep/{n}"].cpu() for n in keep},
+            {n: found[f"share/{n}"].cpu() for n in share},
+        )
+
+    def _next_batch(self) -> Any:
+        """The next held-out batch, on the model's device; another one in every process."""
+        if not len(self.held_out):
+            raise VlpruneError(
+                "this method learns on batches that are not trained on: give "
+                "Compressor(..., held_out=[batch, ...]) some"
+            )
+        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
+            raise UnsupportedError(
+                "the weights are sharded (FSDP), which a method that learns in turn with them "
+                "cannot search yet: use DistributedDataParallel"
+            )
+        size, rank = world()
+        number = (self.seen * size + rank) % len(self.held_out)
+        self.seen += 1
+        return moved_to(self.model, self.held_out[number])
+
+    def _own_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        loss: Tensor = self.model(**batch)["loss"]
+        return loss
+
+    def _autocast(self) -> Any:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_of(self.model).type, dtype=self.autocast)
