@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlprune.commands import main as cli
+import vlprune
 
 TINY = [
     "data.train_items=12", "data.test_items=6", "train.steps=2", "search.steps=2",
@@ -12,4 +12,4 @@ TINY = [
     "budget.params=0.5", "model.width=32", "model.heads=2", "model.vision_layers=1",
     "model.image_size=32",
 ]  # fmt: skip
-DEMO = str(Path(cli.__file__).parent / "demo.yaml")
+DEMO = str(Path(vlprune.__file__).parent / "demo.yaml")

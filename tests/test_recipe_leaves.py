@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from vlprune.commands import main as cli
+import vlprune
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError
 from vlprune.methods import METHODS
 from vlprune.methods.upop import IMPORTANCE
@@ -30,7 +30,7 @@ from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training, load_reci
 from vlprune.tasks import TASKS
 from vlprune.tasks.grounders import GROUNDERS
 
-DEMO = Path(cli.__file__).parent / "demo.yaml"
+DEMO = Path(vlprune.__file__).parent / "demo.yaml"
 DOCS = Path(__file__).parent.parent / "docs"
 STRANGE: list[Any] = [
     math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**30, -(10**30), 1e308, 5e-324, 0.5, True, False,

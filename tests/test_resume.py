@@ -608,3 +608,15 @@ def test_kills_at_random_moments() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same bits" in done.stdout
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_note(tmp_path: Path) -> None:
+    note = tmp_path / earlier.DENSE_NOTE
+    left = tmp_path / f".{note.name}.0123abcd"
+    mine = tmp_path / f".{note.name}.backup"
+    for path in (left, mine):
+        path.write_text("{}")
+    earlier.remember(note, "key", {"metrics": {}})
+    assert note.exists()
+    assert mine.exists()
+    assert not left.exists()

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import reprlib
 import stat
 import uuid
@@ -32,6 +33,7 @@ __all__ = [
     "read_text",
     "reason",
     "shown",
+    "unfinished",
     "write_text",
 ]
 
@@ -216,3 +218,12 @@ def write_text(path: str | Path, text: str, kind: type[VlpruneError] = Checkpoin
             partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise kind(f"cannot write {plain(path)}: {reason(error)}") from None
+
+
+def unfinished(path: Path) -> list[Path]:
+    """What :func:`write_text` left beside ``path`` when it was killed.
+
+    Only who knows that nobody is writing the file may remove them.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}")
+    return [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RecipeError
-from ..files import plain
+from ..files import plain, unfinished
 from ..folders.notes import NO_NOTE, hashed, read_note, set_aside, write_note
 from ..recipe.spec import Recipe, Training
 from ..status import Progress
@@ -147,4 +147,6 @@ def remember(path: Path, key: str, body: Any) -> None:
     folder = path.parent
     models = path.name in (DENSE_NOTE, CUT_NOTE)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in unfinished(path):  # by a run that was killed: this one alone works here
+        left.unlink(missing_ok=True)
     write_note(path, key, body, fingerprint.model_files(folder) if models else ())
