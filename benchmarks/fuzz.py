@@ -41,6 +41,8 @@ from vlprune.files import plain
 LONGEST = 4000
 """Characters of a message: a file with twenty wrong values is told all of them."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SAYS_WHAT = r"model\.path|^there is no f|there is no such folder here"
+"""Of messages that name what a damaged recipe asks for, whatever the damage has made of it."""
 Finding = tuple[str, str]
 
 
@@ -106,7 +108,9 @@ def _message(case: cases.Case, seen: cell.Seen) -> Iterator[Finding]:
     if case.must:
         yield "a run that does not go on", start
     flat = "".join(message.split())
-    if not any("".join(plain(name).split())[:100] in flat for name in case.names if name):
+    if not re.search(SAYS_WHAT, message) and not any(
+        "".join(plain(name).split())[:100] in flat for name in case.names if name
+    ):
         yield "a message that names neither file nor key", start
 
 
@@ -267,7 +271,14 @@ def fuzz(options: argparse.Namespace, folder: Path) -> int:
     plan = shares(options.cases, chosen)
     for done, (surface, number) in enumerate(plan, 1):
         start = time.monotonic()
-        case, seen, found = run(surface, number, options.seed, folder, options.limit, options.sound)
+        try:
+            case, seen, found = run(
+                surface, number, options.seed, folder, options.limit, options.sound
+            )
+        except Exception as error:  # a fault of this program costs a case, not the night
+            print(f"{surface}:{number} was not made: {error!r}", file=sys.stderr, flush=True)
+            counts[surface]["unmade"] += 1
+            continue
         took = time.monotonic() - start
         count = counts[surface]
         good = seen.ended in ("returned", "accepted")
@@ -309,6 +320,8 @@ def _tell(counts: dict[str, Any], groups: dict[Finding, list[dict[str, Any]]]) -
         if number:
             print(_row(name, number, count))
     print(_row("all", int(total["done"] + total["refused"] + total["findings"]), total))
+    if unmade := sum(count["unmade"] for count in counts.values()):
+        print(f"{unmade} cases were not made, for faults of this program")
     for (kind, where), told in sorted(groups.items(), key=lambda one: -len(one[1])):
         print(_flat(f"{len(told)} x {kind}{': ' if where else ''}{where}"))
         for one in told[:3]:

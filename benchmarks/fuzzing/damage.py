@@ -164,8 +164,11 @@ def dump(tree: Any, form: str) -> str:
 
 def damage_text(rng: random.Random, path: Path, form: str, times: int) -> tuple[str, list[str]]:
     """Damage a JSON or YAML file as a tree."""
-    text = path.read_text(encoding="utf-8")
-    tree = yaml.safe_load(text) if form == "yaml" else json.loads(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text) if form == "yaml" else json.loads(text)
+    except (ValueError, OSError, yaml.YAMLError, RecursionError):  # damaged once already
+        return "left as it was", []
     more = tuple(f"@@{name}@@" for name in RAW_YAML) if form == "yaml" else ()
     done, keys = [], []
     for _ in range(times):

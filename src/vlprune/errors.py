@@ -78,5 +78,5 @@ class RecipeError(VlpruneError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known word, or an empty string."""
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = get_close_matches(word[:200], list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

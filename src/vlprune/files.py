@@ -55,7 +55,8 @@ def shown(value: object) -> str:
     if value is None:
         return "nothing"
     short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 60
+    short.maxstring = 100  # names of modules have up to 80
+    short.maxother = short.maxlong = 60
     try:
         return plain(short.repr(value)).replace("\n", "\\n")
     except Exception:  # an object that cannot print itself

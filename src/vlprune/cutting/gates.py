@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import PlanError, UnsupportedError, did_you_mean
+from ..files import shown
 from ..structures.plan import Plan
 from ..structures.structure import Gate, Structure
 from ..structures.units import spread
@@ -78,7 +79,7 @@ def gated(
     placed: dict[str, list[tuple[Gate, Tensor]]] = {}
     for name, gate_values in values.items():
         if name not in by_name:
-            raise PlanError(f"no structure is called {name!r}.{did_you_mean(name, by_name)}")
+            raise PlanError(f"no structure is called {shown(name)}.{did_you_mean(name, by_name)}")
         structure = by_name[name]
         if tuple(gate_values.shape) != (structure.size,):
             raise PlanError(

@@ -90,6 +90,8 @@ class Exported:
             runtime = _needs("onnxruntime")
             options["session_options"] = runtime.SessionOptions()
             options["session_options"].intra_op_num_threads = threads
+            # else its own log prints names of the file as they are; the error is raised as well
+            options["session_options"].log_severity_level = 4
             # else its threads wait in a busy loop, and slow down what is timed in turns with it
             options["session_options"].add_session_config_entry(
                 "session.intra_op.allow_spinning", "0"

@@ -77,32 +77,32 @@ class Plan:
         for name, units in self.keep.items():
             if name not in sizes:
                 raise PlanError(
-                    f"the plan names the structure {name!r}, which this model does not "
+                    f"the plan names the structure {shown(name)}, which this model does not "
                     f"have.{did_you_mean(name, sizes)}"
                 )
             if units[-1] >= sizes[name]:
                 raise PlanError(
-                    f"the plan keeps unit {units[-1]} of {name!r}, which has only "
+                    f"the plan keeps unit {units[-1]} of {shown(name)}, which has only "
                     f"{sizes[name]} units (0 to {sizes[name] - 1})"
                 )
         for name, (source, units, theirs) in self.share.items():
             for one in (name, source):
                 if one not in sizes:
                     raise PlanError(
-                        f"the plan shares with the structure {one!r}, which this model does not "
+                        f"the plan shares with the structure {shown(one)}, which this model does not "
                         f"have.{did_you_mean(one, sizes)}"
                     )
             for one, last in ((name, units[-1]), (source, max(theirs))):
                 if last >= sizes[one]:
                     raise PlanError(
-                        f"the plan shares units of {name!r} from {source!r} up to number {last}, "
-                        f"but {one!r} has only {sizes[one]} units (0 to {sizes[one] - 1})"
+                        f"the plan shares units of {shown(name)} from {shown(source)} up to number {last}, "
+                        f"but {shown(one)} has only {sizes[one]} units (0 to {sizes[one] - 1})"
                     )
         for structure in structures:
             if structure.name in self.share and not self.kept(structure):
                 raise PlanError(
-                    f"the plan leaves nothing of {structure.name!r}: every unit that stays is "
-                    f"shared from one of {self.share[structure.name][0]!r} that does not"
+                    f"the plan leaves nothing of {shown(structure.name)}: every unit that stays is "
+                    f"shared from one of {shown(self.share[structure.name][0])} that does not"
                 )
 
     def to_json(self) -> str:
@@ -196,22 +196,24 @@ def _units(name: str, units: Any) -> tuple[int, ...]:
     listed = sorted(_numbers(name, units))
     for unit, following in pairwise(listed):
         if unit == following:
-            raise PlanError(f"the plan lists unit {shown(unit)} of {name!r} more than once")
+            raise PlanError(f"the plan lists unit {shown(unit)} of {shown(name)} more than once")
     return tuple(listed)
 
 
 def _numbers(name: str, units: Any) -> list[int]:
     """``units`` as a list of unit numbers, at least one. Raises PlanError."""
     if isinstance(units, str | bytes | Mapping) or not hasattr(units, "__iter__"):
-        raise PlanError(f"the plan must list the units of {name!r}, not {shown(units)}")
+        raise PlanError(f"the plan must list the units of {shown(name)}, not {shown(units)}")
     listed = list(units)
     for unit in listed:
         if isinstance(unit, bool) or not isinstance(unit, int):
             raise PlanError(
-                f"the plan lists {shown(unit)} as a unit of {name!r}: units are integers"
+                f"the plan lists {shown(unit)} as a unit of {shown(name)}: units are integers"
             )
         if unit < 0:
-            raise PlanError(f"the plan lists unit {shown(unit)} of {name!r}: units count from 0")
+            raise PlanError(
+                f"the plan lists unit {shown(unit)} of {shown(name)}: units count from 0"
+            )
     if not listed:
-        raise PlanError(f"the plan keeps nothing of {name!r}: at least one unit must stay")
+        raise PlanError(f"the plan keeps nothing of {shown(name)}: at least one unit must stay")
     return listed
