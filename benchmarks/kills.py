@@ -128,6 +128,7 @@ def _wait(child: int, until: float) -> int | None:
 def _be_a_run(recipe: Path, out: Path, errors: Path, count: Path, stop: Stop | None) -> None:
     """The child: the command, its words in files, and never back into the caller."""
     code = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         for number, path in enumerate((os.devnull, os.devnull, str(errors))):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), number)
