@@ -168,12 +168,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     import vlprune
 
     for name in vlprune.__all__:
-        assert f'id="vlprune.{name}"' in api or name in (
-            "cost",
-            "errors",
-            "testing",
-            "VlpruneError",
-        ), name
+        modules = ("cost", "errors", "testing", "VlpruneError")
+        assert f'id="vlprune.{name}"' in api or name in modules, name
     home = (tmp_path / "site" / "index.html").read_text()
     outside = re.findall(r'<(?:link|script|img)[^>]+(?:href|src)="(https?://[^"]+)"', home)
     assert outside == []  # it opens without a network

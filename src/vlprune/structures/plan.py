@@ -89,14 +89,14 @@ class Plan:
             for one in (name, source):
                 if one not in sizes:
                     raise PlanError(
-                        f"the plan shares with the structure {shown(one)}, which this model does not "
-                        f"have.{did_you_mean(one, sizes)}"
+                        f"the plan shares with the structure {shown(one)}, which this model does "
+                        f"not have.{did_you_mean(one, sizes)}"
                     )
             for one, last in ((name, units[-1]), (source, max(theirs))):
                 if last >= sizes[one]:
                     raise PlanError(
-                        f"the plan shares units of {shown(name)} from {shown(source)} up to number {last}, "
-                        f"but {shown(one)} has only {sizes[one]} units (0 to {sizes[one] - 1})"
+                        f"the plan shares units of {shown(name)} from {shown(source)} up to number "
+                        f"{last}, but {shown(one)} has only {sizes[one]} units (0 to {sizes[one] - 1})"
                     )
         for structure in structures:
             if structure.name in self.share and not self.kept(structure):
