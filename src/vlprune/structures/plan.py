@@ -95,8 +95,8 @@ class Plan:
             for one, last in ((name, units[-1]), (source, max(theirs))):
                 if last >= sizes[one]:
                     raise PlanError(
-                        f"the plan shares units of {shown(name)} from {shown(source)} up to number "
-                        f"{last}, but {shown(one)} has only {sizes[one]} units (0 to {sizes[one] - 1})"
+                        f"the plan shares units of {shown(name)} from {shown(source)} up to "
+                        f"number {last}, but {shown(one)} has only {sizes[one]} units (0 to {sizes[one] - 1})"
                     )
         for structure in structures:
             if structure.name in self.share and not self.kept(structure):
