@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import vlprune
 from vlprune import JSP, Compressor, Magnitude, Plan, cost, discover, materialize, rewrite
-from vlprune.cutting.sharing import shareable
+from vlprune.cutting.sharing.rules import shareable
 from vlprune.measuring.bench import latencies
 from vlprune.models.set_loss import focal_loss, paired_giou
 from vlprune.recipe.spec import DataSpec, ModelSpec, Training
@@ -279,7 +279,7 @@ def costs(name: str, share: float, out: Path) -> str:
         folder = out / "small" / f"{name}-{method}-{share}"
         if folder.exists():
             models[method] = vlprune.load(folder)
-            if vlprune.cutting.sharing.is_shared(models[method]):
+            if vlprune.cutting.sharing.ties.is_shared(models[method]):
                 models[f"{method}, materialised"] = materialize(copy.deepcopy(models[method]))
     example = {k: v for k, v in task.example_inputs().items() if k not in ("labels", "answers")}
     seconds = latencies(

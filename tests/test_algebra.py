@@ -19,7 +19,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vlprune import Plan, cost, discover, rewrite, select
-from vlprune.cutting.sharing import shareable, tie, ties_in, ties_of, untie
+from vlprune.cutting.sharing.rules import shareable
+from vlprune.cutting.sharing.ties import (
+    tie,
+    ties_in,
+    ties_of,
+    untie,
+)
 from vlprune.errors import BudgetError, PlanError
 from vlprune.prices.budget import Floor, Prices, least
 from vlprune.structures.record import Record, read_record, record_of

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import vlprune.cutting.rewrite as cutting
 from vlprune.architectures import attention
+from vlprune.cutting import apply as surgery
+from vlprune.cutting.rewrite import rewrite
 from vlprune.testing import CHECKS, Sample, build, conformance
 
 discovery = import_module("vlprune.architectures.discover")  # beside the function of that name
@@ -24,14 +25,14 @@ def test_the_unbroken_code_passes() -> None:
 
 
 def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = cutting._narrow
+    cut = surgery._narrow
 
     def forgetful(model: Any, name: str, axes: Any, scale: float, log: Any) -> None:
         if name.endswith(".bias"):
             axes = {axis: (torch.arange(len(index)), n) for axis, (index, n) in axes.items()}
         cut(model, name, axes, scale, log)
 
-    monkeypatch.setattr(cutting, "_narrow", forgetful)
+    monkeypatch.setattr(surgery, "_narrow", forgetful)
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "clip"), "head_dim")
 
@@ -59,14 +60,14 @@ def test_a_forgotten_softmax_temperature(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_off_by_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    positions = cutting.positions
+    positions = surgery.positions
 
     def shifted(slot: Any, size: int, units: Any) -> torch.Tensor:
         if slot.axis == 1:  # columns of the second projection only
             units = [(unit + 1) % size for unit in units]
         return positions(slot, size, units)
 
-    monkeypatch.setattr(cutting, "positions", shifted)
+    monkeypatch.setattr(surgery, "positions", shifted)
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "clip"), "head_dim")
 
@@ -92,7 +93,7 @@ def test_a_small_model_that_answers_nan(
         return output
 
     def poisoned(model: Any, *args: Any, **kwargs: Any) -> Any:
-        small = cutting.rewrite(model, *args, **kwargs)
+        small = rewrite(model, *args, **kwargs)
         small.classifier.register_forward_hook(poison)
         return small
 

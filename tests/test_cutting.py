@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 import vlprune
-import vlprune.cutting.rewrite as cutting
 from vlprune import Plan, discover, rewrite
+from vlprune.cutting import apply as surgery
+from vlprune.cutting.difference import tensors_of
 from vlprune.cutting.padded import PaddedLinear
+from vlprune.cutting.rewrite import perform
+from vlprune.cutting.settle import settle
 from vlprune.errors import UnsupportedError, VerificationError
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
@@ -25,8 +28,8 @@ def half(description: Any) -> Plan:
 def test_the_proof_says_how_close_it_was() -> None:
     sample = build("blip_vqa")
     description = discover(sample.model)
-    cut = cutting.settle(sample.model, description, half(description))
-    proof = cutting.perform(sample.model, cut, sample.inputs)
+    cut = settle(sample.model, description, half(description))
+    proof = perform(sample.model, cut, sample.inputs)
     assert proof.dtype == "float64"
     assert proof.compared == 1.0
     assert proof.difference <= 1e-12 * max(1, proof.scale)
@@ -38,7 +41,7 @@ def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before_class = {n: type(m) for n, m in sample.model.named_modules()}
     before = copy.deepcopy(sample.model.state_dict())
     description = discover(sample.model)
-    monkeypatch.setattr(cutting, "_positions_that_stay", _shifted(cutting._positions_that_stay))
+    monkeypatch.setattr(surgery, "_positions_that_stay", _shifted(surgery._positions_that_stay))
     with pytest.raises(VerificationError, match="put back"):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     after = sample.model.state_dict()
@@ -66,7 +69,7 @@ def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = build("llava")
     description = discover(sample.model)
     before = copy.deepcopy(sample.model.state_dict())
-    monkeypatch.setattr(cutting, "_positions_that_stay", _shifted(cutting._positions_that_stay))
+    monkeypatch.setattr(surgery, "_positions_that_stay", _shifted(surgery._positions_that_stay))
     with pytest.raises(VerificationError):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     assert not any(isinstance(m, PaddedLinear) for m in sample.model.modules())
@@ -268,7 +271,7 @@ def test_fused_attention_still_gives_its_maps_to_who_asks(
         mapped = small(**inputs, output_attentions=True)
     maps = [name for name in mapped if "attentions" in name and mapped[name]]
     assert maps
-    for a, b in zip(cutting.tensors_of(plain), cutting.tensors_of(mapped), strict=True):
+    for a, b in zip(tensors_of(plain), tensors_of(mapped), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     for name in maps:
         for a, b in zip(masked[name], mapped[name], strict=True):

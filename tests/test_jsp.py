@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from vlprune.cutting.sharing.mixed import mixed
 
 import vlprune
 from alike import close
 from test_share import clip, inputs
 from vlprune import cost
 from vlprune.cutting.gates import gated
-from vlprune.cutting.sharing import mixed
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
 from vlprune.methods import Problem
 from vlprune.methods.vectors import Vectors, alignment, draw_near

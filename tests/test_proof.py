@@ -13,9 +13,11 @@ import transformers as T
 from torch import nn
 
 import vlprune
+from vlprune.cutting import apply as surgery
+from vlprune.cutting import proof
 from vlprune.cutting import rewrite as cutting
-from vlprune.cutting import sharing as share
 from vlprune.cutting.difference import difference, tensors_of
+from vlprune.cutting.sharing import ties
 from vlprune.errors import IncomparableError, PlanError, VerificationError
 from vlprune.structures import record
 from vlprune.structures.plan import Plan
@@ -67,7 +69,7 @@ def test_a_cut_that_makes_or_heals_nan_is_put_back(
 ) -> None:
     sample = build("vit")
     before = {name: t.clone() for name, t in sample.model.state_dict().items()}
-    real, runs = cutting._run, iter(["masked", "cut"])
+    real, runs = proof._run, iter(["masked", "cut"])
 
     def run(*args: Any) -> Any:
         outputs = real(*args)
@@ -75,7 +77,7 @@ def test_a_cut_that_makes_or_heals_nan_is_put_back(
             outputs[0][0, 0] = value
         return outputs
 
-    monkeypatch.setattr(cutting, "_run", run)
+    monkeypatch.setattr(proof, "_run", run)
     with pytest.raises(VerificationError, match="one side only"):
         vlprune.rewrite(sample.model, *halved(sample.model), verify=sample.inputs)
     after = sample.model.state_dict()
@@ -115,15 +117,15 @@ def test_a_millionth_in_one_weight_is_refused(family: str, monkeypatch: pytest.M
 # -- ended early -------------------------------------------------------------------------
 
 STAGES = {
-    "masked run": (cutting, "_masked"),
-    "swap": (cutting, "_swap_forwards"),
-    "narrow": (cutting, "_narrow"),
-    "pad": (cutting, "_pad"),
-    "follow": (cutting, "_follow"),
+    "masked run": (cutting, "run_masked"),
+    "swap": (surgery, "_swap_forwards"),
+    "narrow": (surgery, "_narrow"),
+    "pad": (surgery, "_pad"),
+    "follow": (surgery, "_follow"),
     "untie": (cutting, "untie"),
-    "tie": (cutting, "tie"),
-    "tie one": (share.parametrize, "register_parametrization"),
-    "cut run": (cutting, "_compared"),
+    "tie": (surgery, "tie"),
+    "tie one": (ties.parametrize, "register_parametrization"),
+    "cut run": (cutting, "compare"),
     "record": (cutting, "write_record"),
     "config": (record, "_own_config"),
 }

@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor, nn
+from vlprune.cutting.sharing.mixed import mixed
 
 import vlprune
 from alike import nearly, same_model
 from vlprune import Plan, cost, discover, materialize, rewrite
 from vlprune.cutting.gates import gated
-from vlprune.cutting.sharing import is_shared, mixed, shareable, similarity, ties_in
+from vlprune.cutting.sharing.rules import shareable, similarity
+from vlprune.cutting.sharing.ties import is_shared, ties_in
 from vlprune.errors import CheckpointError, PlanError, UnsupportedError
 from vlprune.structures.units import named_weights
 from vlprune.testing import build
@@ -276,12 +278,12 @@ def test_a_cut_by_one_method_then_sharing_then_another_cut(tmp_path: Path) -> No
 
 
 def test_a_failed_proof_puts_the_tied_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlprune.cutting.rewrite as cutting
+    from vlprune.cutting import rewrite as cutting
 
     model = clip()
     small = rewrite(model, discover(model), Plan(share=chain()))
     before, ties = copy.deepcopy(small), ties_in(small)
-    monkeypatch.setattr(cutting, "_compared", lambda *_: 1 / 0)
+    monkeypatch.setattr(cutting, "compare", lambda *_: 1 / 0)
     plan = Plan(keep={TX.format(0): tuple(range(10))})
     with pytest.raises(ZeroDivisionError):
         rewrite(small, discover(small), plan, verify=inputs())

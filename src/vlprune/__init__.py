@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .architectures import discover
     from .cutting.gates import gated
     from .cutting.rewrite import rewrite
-    from .cutting.sharing import materialize
+    from .cutting.sharing.materialize import materialize
     from .errors import VlpruneError
     from .folders.checkpoint import load, save
     from .folders.ordinary import ordinary
@@ -64,7 +64,7 @@ _HOME = {
     "architectures": ("discover",),
     "cutting.gates": ("gated",),
     "cutting.rewrite": ("rewrite",),
-    "cutting.sharing": ("materialize",),
+    "cutting.sharing.materialize": ("materialize",),
     "errors": ("VlpruneError",),
     "folders.checkpoint": ("load", "save"),
     "folders.ordinary": ("ordinary",),

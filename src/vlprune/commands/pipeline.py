@@ -23,7 +23,8 @@ from torch import nn
 from .. import __version__
 from ..architectures import discover
 from ..cutting.gates import evaluating
-from ..cutting.sharing import is_shared, materialize
+from ..cutting.sharing.materialize import materialize
+from ..cutting.sharing.ties import is_shared
 from ..device import choose, device_name, place
 from ..errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError
 from ..files import is_full, plain, reason, write_text

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..architectures import discover
-from ..cutting.rewrite import apply_plan
+from ..cutting.apply import apply_plan
 from ..cutting.wrappers import uncompiled
 from ..errors import CheckpointError, VlpruneError
 from ..files import plain, read_json, reason, write_text

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..architectures import discover
-from ..cutting.sharing import is_shared
+from ..cutting.sharing.ties import is_shared
 from ..errors import UnsupportedError
 from ..structures.record import read_record
 from ..structures.structure import Structure

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..cutting.sharing import pairing, slot_pairs, unit_weights
+from ..cutting.sharing.mixed import pairing
+from ..cutting.sharing.rules import slot_pairs, unit_weights
 from ..prices.budget import Prices
 from ..structures.plan import Plan
 from ..structures.structure import Structure

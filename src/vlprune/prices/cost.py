@@ -20,7 +20,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ..cutting.gates import Gates, evaluating
 from ..cutting.padded import is_linear
-from ..cutting.sharing import settled, ties_in, ties_of
+from ..cutting.sharing.rules import settled
+from ..cutting.sharing.ties import ties_in, ties_of
 from ..device import moved_to
 from ..structures.plan import Plan
 from ..structures.structure import Structure

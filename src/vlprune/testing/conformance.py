@@ -29,7 +29,10 @@ from ..architectures import discover
 from ..cutting.difference import difference, tensors_of
 from ..cutting.gates import gated, has_gates, ones, plan_gates
 from ..cutting.rewrite import rewrite
-from ..cutting.sharing import materialize, mixed, shareable, ties_in
+from ..cutting.sharing.materialize import materialize
+from ..cutting.sharing.mixed import mixed
+from ..cutting.sharing.rules import shareable
+from ..cutting.sharing.ties import ties_in
 from ..errors import PlanError, VerificationError
 from ..folders.checkpoint import load, save
 from ..prices import cost

@@ -17,8 +17,16 @@ from transformers import TrainerCallback
 
 from ..architectures import discover
 from ..cutting.gates import evaluating
-from ..cutting.rewrite import Verification, check_plain, perform, settle
-from ..cutting.sharing import is_shared, settled, shareable, similarity, with_followers
+from ..cutting.proof import Verification
+from ..cutting.rewrite import perform
+from ..cutting.settle import check_plain, settle
+from ..cutting.sharing.rules import (
+    settled,
+    shareable,
+    similarity,
+    with_followers,
+)
+from ..cutting.sharing.ties import is_shared
 from ..cutting.wrappers import unwrapped
 from ..device import device_of, moved_to
 from ..errors import BudgetError, UnsupportedError, VlpruneError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cutting.gates import evaluating, gated
-from ..cutting.sharing import mixed
+from ..cutting.sharing.mixed import mixed
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alternating

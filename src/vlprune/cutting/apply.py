@@ -1,0 +1,190 @@
+"""Surgery: smaller parameters in the modules of a model, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..structures.plan import Plan
+from ..structures.structure import Structure
+from ..structures.units import owner_of, positions, span
+from .native import native_forward
+from .padded import PaddedLinear, expect_index, is_linear, linear_axes
+from .sharing.ties import (
+    Tie,
+    moved,
+    tie,
+    ties_of,
+    untie,
+)
+
+__all__ = ["apply_plan"]
+
+
+def apply_plan(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    plan: Plan,
+    undo: ExitStack | None = None,
+    ties: Sequence[Tie] = (),
+) -> None:
+    """Cut and share without any check. Works on meta tensors, which is how loading uses it.
+
+    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are those
+    that the model had before and that go on. ``undo`` takes the calls that put back what was
+    there before; without it old weights are freed one by one.
+    """
+    undo = undo if undo is not None else _Forget()
+    kept = {s.name: plan.kept(s) for s in structures}
+    cut = [s for s in structures if len(kept[s.name]) < s.size]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ties = [*ties, *ties_of(structures, plan, shapes)]
+    index = _positions_that_stay(model, cut, kept)
+    scale = {
+        param: math.sqrt(len(kept[s.name]) / s.size)
+        for s in cut
+        if s.layout == "native"
+        for param in s.folds
+    }
+    _swap_forwards(model, cut, undo)
+    for name, axes in index.items():
+        _narrow(model, name, axes, scale.get(name, 1.0), undo)
+    _pad(model, cut, index, undo)
+    _follow(model, cut, kept, undo)
+    if ties:
+        undo.callback(untie, model)
+        tie(model, moved(ties, index, scale))
+
+
+class _Forget(ExitStack):
+    """An undo list that keeps nothing."""
+
+    def callback(self, callback: Any, /, *_args: Any, **_kwds: Any) -> Any:
+        """Drop the call."""
+        return callback
+
+
+Axes = Mapping[int, tuple[Tensor, int]]
+"""{axis: (positions that stay, old length)} of one parameter."""
+
+
+def _positions_that_stay(
+    model: nn.Module, cut: Sequence[Structure], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Axes]:
+    """For every parameter to be cut."""
+    masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for structure in cut:
+        for slot in structure.slots:
+            length = model.get_parameter(slot.param).shape[slot.axis]
+            mask = masks[slot.param].setdefault(
+                slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
+            )
+            mask[slot.start : slot.start + span(slot, structure.size)] = False
+            mask[positions(slot, structure.size, kept[structure.name])] = True
+    return {
+        name: {axis: (mask.nonzero().reshape(-1), mask.numel()) for axis, mask in axes.items()}
+        for name, axes in masks.items()
+    }
+
+
+def _swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
+    """Give modules our forward where the stock one does not take narrower weights."""
+    for structure in cut:
+        if structure.swap is None:
+            continue
+        path, key = structure.swap
+        module: Any = model.get_submodule(path)
+        target = native_forward(key)
+        if not isinstance(module, target):
+            undo.callback(_become, module, type(module), dict(module.__dict__))
+            module.__class__ = target
+            module.adopt()
+
+
+def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+    module.__class__ = cls
+    module.__dict__.clear()
+    module.__dict__.update(attributes)
+
+
+@torch.no_grad()
+def _narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
+    """Replace one parameter by its kept rows and columns, times ``scale``."""
+    path, leaf = owner_of(name)
+    module = model.get_submodule(path)
+    old = module._parameters[leaf]
+    if old is None:
+        raise PlanError(f"the model has no parameter {name!r}")
+    data = old.detach()
+    for axis, (index, _length) in axes.items():
+        data = data.index_select(axis, index.to(data.device))
+    if scale != 1.0:
+        data = data * scale
+    undo.callback(module._parameters.__setitem__, leaf, old)
+    module._parameters[leaf] = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
+    if leaf == "weight" and is_linear(module):
+        out_axis, in_axis = linear_axes(module)
+        names = ("nf", "nx") if out_axis == 1 else ("out_features", "in_features")
+        for attr, width in zip(names, (data.shape[out_axis], data.shape[in_axis]), strict=True):
+            if hasattr(module, attr):
+                _set(module, attr, width, undo)
+
+
+def _pad(
+    model: nn.Module, cut: Sequence[Structure], index: Mapping[str, Axes], undo: ExitStack
+) -> None:
+    """Wrap cut projections so that their outside keeps the old width, where none is native."""
+    padded: dict[str, dict[int, tuple[Tensor, int]]] = defaultdict(dict)
+    for structure in cut:
+        for slot in structure.slots if structure.layout == "padded" else ():
+            path, leaf = owner_of(slot.param)
+            if leaf == "weight":
+                padded[path][slot.axis] = index[slot.param][slot.axis]
+    for path, axes in padded.items():
+        module: Any = model.get_submodule(path)
+        device = module.weight.device
+        out_axis, in_axis = linear_axes(module)
+        rows, columns = axes.get(out_axis), axes.get(in_axis)
+        layer = PaddedLinear(
+            module.weight,
+            module.bias,
+            rows[0].to(device) if rows else None,
+            columns[0].to(device) if columns else None,
+            full_out=rows[1] if rows else module.weight.shape[out_axis],
+            full_in=columns[1] if columns else module.weight.shape[in_axis],
+            transposed=out_axis == 1,
+        )
+        if device.type == "meta":
+            for name, kept in (("rows", rows), ("columns", columns)):
+                if kept:
+                    expect_index(layer, name, kept[0])
+        layer.train(module.training)
+        parent_path, leaf = owner_of(path)
+        parent = model.get_submodule(parent_path)
+        undo.callback(parent._modules.__setitem__, leaf, module)
+        setattr(parent, leaf, layer)
+
+
+def _follow(
+    model: nn.Module,
+    cut: Sequence[Structure],
+    kept: Mapping[str, Sequence[int]],
+    undo: ExitStack,
+) -> None:
+    """Let the numbers that forwards read follow the cut."""
+    for structure in cut:
+        for attr in structure.attrs if structure.layout == "native" else ():
+            module = model.get_submodule(attr.module)
+            _set(module, attr.name, attr.per_unit * len(kept[structure.name]), undo)
+
+
+def _set(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
+    undo.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)

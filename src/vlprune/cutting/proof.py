@@ -1,0 +1,208 @@
+"""The proof of a cut: masked and cut model give the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..device import device_of, same_random_numbers
+from ..errors import IncomparableError, VerificationError
+from ..structures.units import plain_name
+from .difference import Difference, difference, tensors_of
+from .first_batch import run_inputs
+from .gates import gated
+from .settle import Cut
+from .sharing.mixed import mixed
+from .sharing.ties import (
+    remember_ties,
+    untie,
+)
+
+__all__ = ["Verification", "compare", "run_masked"]
+
+
+SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Relative difference of masked and cut model that is rounding."""
+
+
+HALF_TOLERANCE = 5e-2
+"""The same where a kernel knows only half precision."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How the cut was proved.
+
+    The largest ``difference`` between masked and cut model, the outputs' ``scale``, the ``dtype``
+    it was measured in, the fraction of all values that was ``compared`` (the others are infinite
+    or NaN on both sides), and the attention ``kernel`` that ran, "" for the model's own.
+    """
+
+    difference: float
+    scale: float
+    dtype: str
+    compared: float = 1.0
+    kernel: str = ""
+
+
+def run_masked(
+    model: nn.Module, cut: Cut, inputs: Mapping[str, Any], setting: ExitStack
+) -> tuple[list[Tensor], Mapping[str, Any], torch.dtype, str]:
+    """The masked model's outputs, the inputs and dtype of that pass, and the kernel that ran.
+
+    Tried are the wide dtype with the kernels that the model has, then without labels (a loss may
+    hold numbers of another dtype), with other kernels that may know that dtype (flash attention
+    does not), and last the model's own dtype. ``setting`` keeps what worked until the cut model
+    has run in it, too.
+    """
+    problems: list[str] = []
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    (first, *others) = [(inputs, dtype, kernel) for dtype, kernel in _settings(model)]
+    labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
+    for inputs, dtype, kernel in (first, *labelled, *others):
+        with ExitStack() as tried:
+            try:
+                if kernel:
+                    tried.enter_context(_kernels(model, kernel))
+                tried.enter_context(_in_dtype(model, dtype))
+                with (
+                    _untied(model),
+                    mixed(model, cut.structures, cut.plan),
+                    gated(model, cut.description.structures, cut.plan),
+                ):
+                    outputs = _run(model, inputs, dtype)
+                difference(outputs, outputs)
+            except Exception as error:
+                problems.append(f"{str(dtype).removeprefix('torch.')}: {_first_line(error)}")
+                continue
+            setting.enter_context(tried.pop_all())
+            return outputs, inputs, dtype, kernel
+    raise IncomparableError(
+        f"the masked model could not be run for the proof ({'; '.join(dict.fromkeys(problems))}), "
+        "so nothing was cut: give other example_inputs, or cut without proof by "
+        "finish(verify=False)"
+    )
+
+
+def compare(
+    model: nn.Module, masked: Sequence[Tensor], inputs: Mapping[str, Any], dtype: torch.dtype
+) -> Difference:
+    """How far the cut model is from the masked one. Raises VerificationError."""
+    advice = (
+        "the model was put back as it was: report this architecture, or, if you know better, "
+        "cut without proof by finish(verify=False)"
+    )
+    try:
+        found = _run(model, inputs, dtype)
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run ({_first_line(error)}); {advice}"
+        ) from error
+    try:
+        apart = difference(masked, found)
+    except VerificationError as error:
+        raise VerificationError(f"masked and cut model differ: {error}; {advice}") from None
+    if not apart.relative <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+        raise VerificationError(
+            f"masked and cut model differ by {apart.largest:.2g} on outputs up to "
+            f"{apart.scale:.2g}; {advice}"
+        )
+    return apart
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
+    """Dtypes and kernels to try the proof in, best first."""
+    count = sum(p.numel() for p in model.parameters())
+    wide = torch.float64 if count <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
+    yield wide, ""
+    if hasattr(model, "set_attn_implementation"):
+        yield wide, "sdpa"
+        yield wide, "eager"
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), wide)
+    if own != wide:
+        yield own, ""
+
+
+@contextmanager
+def _kernels(model: Any, name: str) -> Iterator[None]:
+    """The model with other attention kernels, and plain ones for experts, while the block runs."""
+    fields = ("_attn_implementation_internal", "_experts_implementation_internal")
+    before = {
+        place: (config, {f: config.__dict__[f] for f in fields if f in config.__dict__})
+        for place, config in _configs(model).items()
+    }
+    try:
+        model.set_attn_implementation(name)
+        with suppress(Exception):  # only models with experts can
+            model.set_experts_implementation("eager")
+        yield
+    finally:
+        now = _configs(model)  # those of a cut model are new ones
+        for place, (config, values) in before.items():
+            config.__dict__.update(values)
+            now.get(place, config).__dict__.update(values)
+
+
+def _configs(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """{(module, sub-config): config} of all configs that the model refers to."""
+    found = {}
+    for path, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "model_type"):
+            found[path, ""] = config
+            parts = {name: getattr(config, name, None) for name in config.sub_configs}
+            found |= {(path, n): part for n, part in parts.items() if hasattr(part, "model_type")}
+    return found
+
+
+@contextmanager
+def _untied(model: nn.Module) -> Iterator[None]:
+    """The model with whole weights in place of shared ones while the block runs."""
+    tie_again = remember_ties(model)
+    try:
+        untie(model)
+        yield
+    finally:
+        tie_again()
+
+
+@contextmanager
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model in another dtype while the block runs; widening and back is lossless.
+
+    Parameters cut inside the block come back in the dtype they had.
+    """
+    before = {plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype}
+    try:
+        if before:
+            model.to(dtype)
+        yield
+    finally:
+        for name, tensor in _floating(model):
+            if plain_name(name) in before:
+                tensor.data = tensor.data.to(before[plain_name(name)])
+
+
+def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """Every floating tensor of one forward pass."""
+    with same_random_numbers(model):
+        torch.manual_seed(0)
+        return tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))

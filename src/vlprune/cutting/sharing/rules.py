@@ -1,0 +1,191 @@
+"""Which units can take their weights from which, and what follows from what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PlanError
+from ...structures.plan import Plan
+from ...structures.record import Record, read_record
+from ...structures.structure import Slot, Structure
+from ...structures.units import named_weights, positions
+
+__all__ = [
+    "check_shares",
+    "settled",
+    "shareable",
+    "similarity",
+    "slot_pairs",
+    "unit_weights",
+    "with_followers",
+]
+
+
+def shareable(target: Structure, source: Structure, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Why units of ``target`` cannot take the weights of ``source``; empty if they can.
+
+    The weights of a unit must be laid out alike: the same slots in the same order, and the same
+    width across them. Biases are never shared.
+    """
+    ours, theirs = _weights(target, shapes), _weights(source, shapes)
+    if target.name == source.name:
+        return "a structure cannot share with itself"
+    if len(ours) != len(theirs):
+        return f"{target.name} has {len(ours)} weights a unit, {source.name} {len(theirs)}"
+    for a, b in zip(ours, theirs, strict=True):
+        same = (a.axis, a.repeat, a.inner) == (b.axis, b.repeat, b.inner)
+        widths = [_across(slot, shapes) for slot in (a, b)]
+        if not same:
+            return f"the units of {target.name} are laid out unlike those of {source.name}"
+        if widths[0] != widths[1]:
+            return (
+                f"the units of {target.name} are {_times(widths[0])} wide, those of {source.name} "
+                f"{_times(widths[1])}"
+            )
+    return ""
+
+
+def check_shares(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> None:
+    """Raise PlanError unless everything that the plan shares can be shared."""
+    if not plan.share:
+        return
+    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+    by_name = {s.name: s for s in structures}
+    record = read_record(model)
+    known = _shared_now(record) if record is not None else {}
+    for name, (source, units, _) in plan.share.items():
+        before, pairs = known.get(name, (source, {}))
+        again = sorted(set(units) & pairs.keys())
+        if before != source or again:
+            raise PlanError(
+                f"{name} takes weights from {before} already"
+                + (f", unit {again[0]} among them" if again else "")
+                + ": share only units that have weights of their own, from the same source"
+            )
+        problem = shareable(by_name[name], by_name[source], shapes)
+        if _folded(by_name[name], record) != _folded(by_name[source], record):
+            problem = "an earlier cut folded another softmax temperature into one of them"
+        if problem:
+            raise PlanError(
+                f"{name} cannot take weights from {source}: {problem}; share only where units "
+                "are alike"
+            )
+
+
+def _folded(structure: Structure, record: Record | None) -> float:
+    """What earlier cuts have multiplied into the query weights of a structure, squared."""
+    if record is None or not structure.folds or structure.name not in record.plan.keep:
+        return 1.0
+    return len(record.plan.keep[structure.name]) / record.sizes[structure.name]
+
+
+def _weights(structure: Structure, shapes: Mapping[str, Sequence[int]]) -> list[Slot]:
+    """The slots that are shared: those of weights, not of biases."""
+    return [slot for slot in structure.slots if len(shapes[slot.param]) > 1]
+
+
+def _across(slot: Slot, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    return tuple(n for axis, n in enumerate(shapes[slot.param]) if axis != slot.axis)
+
+
+def _times(widths: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in widths)
+
+
+def slot_pairs(
+    target: Structure, source: Structure, weights: Mapping[str, Any]
+) -> list[tuple[Slot, Slot]]:
+    """The slots of two structures that are shared with each other.
+
+    ``weights`` are parameters, or their shapes, by name.
+    """
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in weights.items()}
+    return list(zip(_weights(target, shapes), _weights(source, shapes), strict=True))
+
+
+def unit_weights(
+    structure: Structure, units: Tensor, parameters: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The weights of some units, one matrix a slot: (units, numbers of a unit) each."""
+    found = []
+    for slot in structure.slots:
+        weight = parameters[slot.param]
+        if weight.dim() < 2:
+            continue
+        ordered = positions(slot, structure.size, units.cpu()).to(weight.device)
+        part = weight.index_select(slot.axis, ordered).movedim(slot.axis, 0)
+        part = part.reshape(slot.repeat, len(units), slot.inner, -1)
+        found.append(part.transpose(0, 1).reshape(len(units), -1))
+    return found
+
+
+@torch.no_grad()
+def similarity(model: nn.Module, target: Structure, source: Structure) -> Tensor:
+    """Cosine between every unit of two structures, over all their weights: (target, source)."""
+    weights = named_weights(model)
+    sides = []
+    for structure in (target, source):
+        every = torch.arange(structure.size)
+        whole = torch.cat(unit_weights(structure, every, weights), dim=1).float()
+        sides.append(nn.functional.normalize(whole, dim=1))
+    return (sides[0] @ sides[1].T).cpu()
+
+
+def settled(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> Plan:
+    """The plan with what follows from the sharing that the model has already.
+
+    A unit whose weights are stored in one that goes, goes with it.
+    """
+    record = read_record(model)
+    if record is None or not record.plan.share:
+        return plan
+    sizes = {s.name for s in structures}
+    share = dict(plan.share)
+    for name, (source, pairs) in _shared_now(record).items():
+        if name in sizes and source in sizes:
+            more = dict(zip(*plan.share[name][1:], strict=True)) if name in plan.share else {}
+            both = {**pairs, **more}
+            share[name] = (source, [*both], [*both.values()])
+    whole = replace(plan, share=share)
+    keep = {s.name: whole.kept(s) for s in structures if s.name in share or s.name in plan.keep}
+    empty = next((name for name, units in keep.items() if not units), "")
+    if empty:
+        raise PlanError(
+            f"the plan leaves nothing of {empty!r}: the units it keeps are stored in "
+            f"{share[empty][0]!r}, where they go; keep one of them there"
+        )
+    return replace(plan, keep=keep)
+
+
+def _shared_now(record: Record) -> dict[str, tuple[str, dict[int, int]]]:
+    """What a model shares already, in units as they are numbered now."""
+    alive = record.alive()
+    found = {}
+    for name, (source, units, theirs) in record.plan.share.items():
+        now, there = ({u: i for i, u in enumerate(alive[n])} for n in (name, source))
+        pairs = zip(units, theirs, strict=True)
+        found[name] = (source, {now[u]: there[v] for u, v in pairs})
+    return found
+
+
+def with_followers(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates where a unit whose weights are stored in another is no more open than that one.
+
+    The cut takes such a unit away with its source, so a search must fade both.
+    """
+    record = read_record(model)
+    followed = dict(gates)
+    shares = _shared_now(record) if record is not None and record.plan.share else {}
+    for _ in shares:  # as often as a chain of sources can be long
+        for name, (source, pairs) in shares.items():
+            if name in followed and source in followed:
+                units, theirs = [*pairs], [*pairs.values()]
+                values = followed[name].clone()
+                values[units] = torch.minimum(values[units], followed[source][theirs])
+                followed[name] = values
+    return followed
