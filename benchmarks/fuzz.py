@@ -194,10 +194,11 @@ def use_once(folder: Path, chosen: Sequence[str], count: int) -> None:
 
 def load_models(folder: Path) -> None:
     """The models that plans cut."""
-    from vlprune.folders.checkpoint import open_model
 
     for name in ("small", "shared"):
         if (folder / name / "dense").exists():
+            from vlprune.folders.opening import open_model
+
             folders.DENSE[name] = open_model(str(folder / name / "dense"))
 
 

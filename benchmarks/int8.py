@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from vlprune.commands.pipeline import compress, evaluate_folder, export_folder, make_task
-from vlprune.folders.exported import Exported
+from vlprune.folders.exported.model import Exported
 from vlprune.measuring.bench import seconds_exported
-from vlprune.prices.latency import seconds_of, take_turns
+from vlprune.prices.clock import seconds_of, take_turns
 from vlprune.recipe.spec import load_recipe
 
 RECIPE = """

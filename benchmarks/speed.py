@@ -27,10 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from vlprune import Plan, cost, discover, rewrite, select
 from vlprune.cutting.native import native_forward
-from vlprune.folders.exported import Exported, export
+from vlprune.folders.exported.model import Exported
+from vlprune.folders.exported.write import export
 from vlprune.measuring.bench import seconds_exported
 from vlprune.measuring.inputs import made_up_inputs
-from vlprune.prices.latency import seconds_of, take_turns
+from vlprune.prices.clock import seconds_of, take_turns
 
 BATCH, SHARE = 8, 0.5
 

@@ -138,7 +138,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     """A clock that counts work in linear layers and activations, in place of time."""
-    from vlprune.prices import latency
+    from vlprune.prices import clock
 
     work = {"done": 0.0}
     linear = nn.Linear.forward
@@ -154,6 +154,6 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     handle = nn.modules.module.register_module_forward_hook(count)
-    monkeypatch.setattr(latency._Clock, "now", lambda self: work["done"])
+    monkeypatch.setattr(clock.Clock, "now", lambda self: work["done"])
     yield work
     handle.remove()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import transformers
 
-from vlprune.folders import exported as export
+from vlprune.folders.exported import write
 
 
 def _leave(what: str) -> Any:
@@ -31,5 +31,5 @@ def quick_lane() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", _leave("a process"))
         patch.setattr(transformers.Trainer, "__init__", _leave("a Trainer"))
-        patch.setattr(export, "_transformers_exporters", _leave("an export"))
+        patch.setattr(write, "transformers_exporters", _leave("an export"))
         yield

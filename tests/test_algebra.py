@@ -27,7 +27,7 @@ from vlprune.cutting.sharing.ties import (
     untie,
 )
 from vlprune.errors import BudgetError, PlanError
-from vlprune.prices.budget import Floor, Prices, least
+from vlprune.prices.prices import Floor, Prices, least
 from vlprune.structures.record import Record, read_record, record_of
 from vlprune.structures.structure import Description, Structure
 from vlprune.structures.units import named_weights

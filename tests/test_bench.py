@@ -12,10 +12,10 @@ import torch
 
 import vlprune
 from vlprune.errors import VlpruneError
-from vlprune.folders.exported import export
+from vlprune.folders.exported.write import export
 from vlprune.measuring import bench as benching
 from vlprune.measuring.inputs import made_up_inputs
-from vlprune.prices import latency
+from vlprune.prices import clock
 from vlprune.testing import build
 
 
@@ -80,7 +80,7 @@ def test_models_take_turns_and_warm_up() -> None:
 
         return run
 
-    timed = latency.take_turns({"a": timer("a"), "b": timer("b")}, rounds=2, warm_up=1)
+    timed = clock.take_turns({"a": timer("a"), "b": timer("b")}, rounds=2, warm_up=1)
     assert order == ["a", "b"] * 3
     assert timed == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
 

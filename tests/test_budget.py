@@ -8,7 +8,8 @@ import pytest
 
 from vlprune import select
 from vlprune.errors import BudgetError
-from vlprune.prices.budget import Prices, least, parse_budget
+from vlprune.prices.budget import parse_budget
+from vlprune.prices.prices import Prices, least
 
 # 10 fixed + 4 units at 5 + 4 units at 10 = 70
 PRICES = Prices("params", {"a": 5.0, "b": 10.0}, {"a": 4, "b": 4}, 10.0)

@@ -166,7 +166,7 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
 
 
 def test_a_corrupt_image_stops_before_training_is_lost(run: Any, tmp_path: Path) -> None:
-    from vlprune.data.shapes import write_shapes
+    from vlprune.data.shapes.write import write_shapes
 
     root = write_shapes(tmp_path / "s", train=12, test=6)
     notes = root / "annotations"

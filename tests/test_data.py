@@ -15,7 +15,9 @@ from vlprune.data.captions import read_coco_captions, read_karpathy
 from vlprune.data.files import open_image, read_jsonl
 from vlprune.data.pairs import read_nlvr2
 from vlprune.data.questions import read_easy_vqa, read_vqav2
-from vlprune.data.shapes import SHAPES, draw, make_scene, questions, write_shapes
+from vlprune.data.shapes.scene import SHAPES, draw, make_scene
+from vlprune.data.shapes.words import questions
+from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import DataError
 
 

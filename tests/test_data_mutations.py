@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from vlprune.data import captions, files, kinds, pairs, questions, regions
-from vlprune.data.shapes import write_shapes
+from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import DataError
 
 SOURCE = Path(files.__file__).parent

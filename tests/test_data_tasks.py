@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from small_runs import DEMO, TINY
-from vlprune.data.shapes import write_shapes
+from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import DataError
 from vlprune.recipe.spec import DataSpec, ModelSpec
 from vlprune.tasks import (

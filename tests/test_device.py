@@ -24,7 +24,7 @@ from vlprune import device
 from vlprune.commands import pipeline as pipeline
 from vlprune.device import available, choose, device_of, moved_to, placed
 from vlprune.errors import RecipeError, UnsupportedError, VlpruneError
-from vlprune.folders.exported import export
+from vlprune.folders.exported.write import export
 from vlprune.measuring import bench
 from vlprune.measuring.inputs import made_up_inputs
 from vlprune.recipe.spec import Training, load_recipe
@@ -236,7 +236,7 @@ def test_the_host_stands_for_a_device_of_its_own() -> None:
 def test_every_input_of_a_run_is_moved_to_the_model(
     method: str, nothing_moved: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlprune.prices.latency.MULTIPLES", (1,))
+    monkeypatch.setattr("vlprune.prices.round_to.MULTIPLES", (1,))
     out = tmp_path / "out"
     more = ["teacher={logits: 1}", f"method={method}", "budget={macs: 0.6}", "device=cpu"]
     recipe = load_recipe(DEMO, [*TINY, *more])

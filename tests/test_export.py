@@ -20,8 +20,9 @@ from vlprune.errors import (
     VerificationError,
     VlpruneError,
 )
-from vlprune.folders import exported as exporting
-from vlprune.folders.exported import Exported, export
+from vlprune.folders.exported import runtimes
+from vlprune.folders.exported.model import Exported
+from vlprune.folders.exported.write import export
 from vlprune.measuring.inputs import made_up_inputs
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
@@ -210,7 +211,7 @@ def test_mistakes_get_one_sentence(
     code, stdout, stderr = run("export", str(tmp_path / "deit"), "--to", "tflite")
     assert (code, stdout) == (2, "")
     assert "onnx, torch-export, openvino, not to 'tflite'" in stderr
-    monkeypatch.setattr(exporting, "version", lambda name: (_ for _ in ()).throw(ImportError))
+    monkeypatch.setattr(runtimes, "version", lambda name: (_ for _ in ()).throw(ImportError))
     with pytest.raises(UnsupportedError, match=r"pip install 'vlprune\[export\]'"):
         export(traced, samples(traced), "onnx", tmp_path / "out")
 

@@ -145,8 +145,8 @@ def test_export(to: str, small: Path) -> None:
 
 PLACES = """
 import json, torch, vlprune
-from vlprune.prices import latency
-from vlprune.folders.exported import export
+from vlprune.prices import round_to
+from vlprune.folders.exported.write import export
 from vlprune.measuring.inputs import made_up_inputs
 from vlprune.testing import build
 
@@ -157,7 +157,7 @@ model = sample.model.to("cuda").eval()
 assert vlprune.cost.measure_macs(model, structures, sample.inputs) == here
 prices = vlprune.latency_prices(model, structures, sample.inputs)
 assert prices.total > 0
-assert vlprune.best_round_to(model, structures, sample.inputs) in latency.MULTIPLES
+assert vlprune.best_round_to(model, structures, sample.inputs) in round_to.MULTIPLES
 plan = vlprune.Plan(keep={s.name: range(max(1, s.size // 2)) for s in structures})
 small = vlprune.rewrite(model, vlprune.discover(model), plan, verify=sample.inputs)
 export(small, [made_up_inputs(small, size) for size in (2, 3)], "torch-export", "exported")

@@ -20,7 +20,7 @@ from vlprune.data.regions import (
     read_nlvr1_objects,
     read_refer,
 )
-from vlprune.data.shapes import write_shapes
+from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import DataError, RecipeError
 from vlprune.models.atss import suppress
 from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training

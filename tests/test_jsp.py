@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from vlprune.cutting.sharing.mixed import mixed
 
 import vlprune
 from alike import close
 from test_share import clip, inputs
 from vlprune import cost
 from vlprune.cutting.gates import gated
+from vlprune.cutting.sharing.mixed import mixed
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
 from vlprune.methods import Problem
 from vlprune.methods.vectors import Vectors, alignment, draw_near
-from vlprune.prices.budget import Prices
+from vlprune.prices.prices import Prices
 from vlprune.structures.structure import Structure
 
 

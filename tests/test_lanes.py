@@ -14,7 +14,7 @@ from lanes import quick_lane
 from small_runs import DEMO, TINY
 from test_conformance import QUICK
 from vlprune.commands.pipeline import compress
-from vlprune.folders.exported import export
+from vlprune.folders.exported.write import export
 from vlprune.recipe.spec import load_recipe
 from vlprune.testing import FAMILIES, build
 

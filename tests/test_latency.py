@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlprune
 from vlprune.errors import BudgetError, VlpruneError
-from vlprune.prices import latency
-from vlprune.prices.budget import Prices, least, select
+from vlprune.prices import clock, latency
+from vlprune.prices.prices import Prices, least
+from vlprune.prices.select import select
 from vlprune.testing import build
 
 FAMILIES = ["clip", "blip_vqa", "bert", "detr", "llava"]
@@ -31,16 +32,18 @@ def test_what_the_table_expects_is_what_the_cut_model_takes(
     description = vlprune.discover(sample.model, attention)  # type: ignore[arg-type]
     inputs = sample.inputs
     prices = vlprune.latency_prices(sample.model, description.structures, inputs, attention)
-    before = latency.seconds_of(sample.model.eval(), inputs)
+    before = clock.seconds_of(sample.model.eval(), inputs)
     assert prices.total == pytest.approx(before)
     assert any(len(set(curve)) > 2 for curve in prices.curve.values())
     keep = {
-        s.name: range(latency._width(s.size, 0.5)) for s in description if prices.curve[s.name][-1]
+        s.name: range(latency.width_of(s.size, 0.5))
+        for s in description
+        if prices.curve[s.name][-1]
     }
     plan = vlprune.Plan(keep=keep, attention=attention)
     small = vlprune.rewrite(copy.deepcopy(sample.model), description.structures, plan)
     expected = prices.cost({name: len(units) for name, units in keep.items()})
-    assert latency.seconds_of(small.eval(), inputs) == pytest.approx(expected, rel=0.02)
+    assert clock.seconds_of(small.eval(), inputs) == pytest.approx(expected, rel=0.02)
 
 
 class Twice(nn.Module):
@@ -133,7 +136,7 @@ def test_the_stopwatch_times_the_kernels_that_run_without_it(family: str, cut: b
     if cut:
         plan = vlprune.Plan(keep={s.name: range(max(1, s.size // 2)) for s in structures})
         vlprune.rewrite(model, description, plan)
-    watch = latency._Stopwatch(model, structures)
+    watch = clock.Stopwatch(model, structures)
 
     def calls() -> Counter[str]:
         with torch.no_grad(), Kernels() as kernels:
@@ -167,7 +170,7 @@ def test_the_stopwatch_keeps_a_forward_that_somebody_else_has_put_there() -> Non
         return plain(inputs)
 
     layer.forward = mine
-    with latency._Stopwatch(sample.model, structures).running():
+    with clock.Stopwatch(sample.model, structures).running():
         sample.model(**sample.inputs)
     assert calls == [1]
     assert layer.forward is mine
@@ -183,7 +186,7 @@ def test_a_search_goes_on_with_the_table_it_began_with(
         )
 
     first = compressor()
-    monkeypatch.setattr(latency._Clock, "now", lambda self: 3 * worked["done"])  # a slower machine
+    monkeypatch.setattr(clock.Clock, "now", lambda self: 3 * worked["done"])  # a slower machine
     second = compressor()
     assert first.prices.curve != second.prices.curve  # measured anew
     second.restore(first.state())

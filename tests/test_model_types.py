@@ -15,7 +15,7 @@ from transformers.models.auto import configuration_auto
 
 from vlprune import Plan, discover, load, rewrite, save
 from vlprune.folders import hook as transformers_hook
-from vlprune.folders.checkpoint import model_class, open_config, open_model
+from vlprune.folders.opening import model_class, open_config, open_model
 from vlprune.models import MODEL_TYPES, MODELS, PREFIX
 from vlprune.testing import build
 

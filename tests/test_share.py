@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor, nn
-from vlprune.cutting.sharing.mixed import mixed
 
 import vlprune
 from alike import nearly, same_model
 from vlprune import Plan, cost, discover, materialize, rewrite
 from vlprune.cutting.gates import gated
+from vlprune.cutting.sharing.mixed import mixed
 from vlprune.cutting.sharing.rules import shareable, similarity
 from vlprune.cutting.sharing.ties import is_shared, ties_in
 from vlprune.errors import CheckpointError, PlanError, UnsupportedError

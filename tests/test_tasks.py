@@ -179,7 +179,7 @@ def test_real_formats_need_their_files(tmp_path: Path) -> None:
 
 
 def test_vqav2_and_karpathy_through_the_tasks(tmp_path: Path) -> None:
-    from vlprune.data.shapes import write_shapes
+    from vlprune.data.shapes.write import write_shapes
 
     root = write_shapes(tmp_path / "s", train=6, test=4)
     notes = root / "annotations"

@@ -24,8 +24,9 @@ from mutations import check_message, mutated
 from test_checkpoint import small
 from vlprune.commands.pipeline import compress
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
-from vlprune.folders.checkpoint import check_result, open_config, open_model, open_processor
+from vlprune.folders.opening import open_config, open_model, open_processor
 from vlprune.folders.place import check_file, check_place, staging, swap
+from vlprune.folders.save import check_result
 from vlprune.recipe.spec import load_recipe
 from vlprune.reports.report import read_report, story
 from vlprune.testing import build
@@ -441,7 +442,7 @@ def test_files_that_a_result_would_overwrite_are_refused_early(
 
 
 def test_a_load_during_a_save_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vlprune.folders.checkpoint as checkpoint
+    from vlprune.folders import load
 
     folder = tmp_path / "m"
     vlprune.save(small(), tmp_path / "done")
@@ -449,10 +450,10 @@ def test_a_load_during_a_save_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with staging(folder) as staged:
         for path in (tmp_path / "done").iterdir():
             (staged / path.name).write_bytes(path.read_bytes())
-        monkeypatch.setattr(checkpoint.time, "sleep", slept.append)
+        monkeypatch.setattr(load.time, "sleep", slept.append)
         refused(lambda: vlprune.load(folder), "is being saved by another process")
-        assert slept == list(checkpoint.WAITS)
-        monkeypatch.setattr(checkpoint.time, "sleep", lambda _seconds: swap(staged))
+        assert slept == list(load.WAITS)
+        monkeypatch.setattr(load.time, "sleep", lambda _seconds: swap(staged))
         vlprune.load(folder)
 
 

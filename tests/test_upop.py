@@ -14,7 +14,8 @@ from vlprune.errors import BudgetError, RecipeError, VlpruneError
 from vlprune.methods import Problem
 from vlprune.methods.base import standardised
 from vlprune.methods.schedule import removed_share
-from vlprune.prices.budget import Floor, Prices, least, select
+from vlprune.prices.prices import Floor, Prices, least
+from vlprune.prices.select import select
 from vlprune.structures.structure import Structure
 from vlprune.testing import build
 

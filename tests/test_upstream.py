@@ -21,6 +21,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlprune
+from vlprune.folders import save
+from vlprune.folders.exported import runtimes
 from vlprune.testing import build
 
 SOURCE = Path(vlprune.__file__).parent
@@ -384,15 +386,14 @@ def test_accelerates_state_is_empty_before_a_trainer_is_made() -> None:
 
 def test_the_exporters_are_called_what_we_call_them() -> None:
     """export: they are asked for by name, and loading them all here would take long."""
-    from vlprune.folders import exported as export
 
     exporters = pytest.importorskip("transformers.exporters")
-    names = {name for *pair, _ in export._EXPORTERS.values() for name in pair}
-    names |= {name for name, _ in export._QUANTIZERS.values()} | {"OnnxRuntimeDynamicConfig"}
+    names = {name for *pair, _ in runtimes.EXPORTERS.values() for name in pair}
+    names |= {name for name, _ in runtimes.QUANTIZERS.values()} | {"OnnxRuntimeDynamicConfig"}
     assert names <= set(dir(exporters))
     base = importlib.import_module("transformers.exporters.base")
     assert hasattr(base.ExportedModel, "from_pretrained")
-    assert export.MANIFEST in inspect.getsource(base)
+    assert save.MANIFEST in inspect.getsource(base)
     assert "export_format" in inspect.getsource(base)
 
 

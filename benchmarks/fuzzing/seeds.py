@@ -89,7 +89,7 @@ FORMATS = [(task, form) for task, takes in TASK_OPTIONS.items() for form in take
 
 def scenes(folder: Path) -> None:
     """Every format that a task reads, on a few generated scenes."""
-    from vlprune.data.shapes import write_shapes
+    from vlprune.data.shapes.write import write_shapes
 
     write_shapes(folder, TRAIN_ITEMS, TEST_ITEMS)
     pictures = sorted((folder / "images" / "train2014").iterdir())

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from .cutting.rewrite import rewrite
     from .cutting.sharing.materialize import materialize
     from .errors import VlpruneError
-    from .folders.checkpoint import load, save
+    from .folders.load import load
     from .folders.ordinary import ordinary
+    from .folders.save import save
     from .methods import JSP, Magnitude, Random, Taylor, UPop
     from .prices import cost
-    from .prices.budget import select
-    from .prices.latency import best_round_to, latency_prices
+    from .prices.latency import latency_prices
+    from .prices.round_to import best_round_to
+    from .prices.select import select
     from .structures.plan import Plan
     from .structures.structure import Attr, Description, Gate, Slot, Structure
     from .training.compressor import Compressor
@@ -66,11 +68,13 @@ _HOME = {
     "cutting.rewrite": ("rewrite",),
     "cutting.sharing.materialize": ("materialize",),
     "errors": ("VlpruneError",),
-    "folders.checkpoint": ("load", "save"),
+    "folders.load": ("load",),
+    "folders.save": ("save",),
     "folders.ordinary": ("ordinary",),
     "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
-    "prices.budget": ("select",),
-    "prices.latency": ("best_round_to", "latency_prices"),
+    "prices.latency": ("latency_prices",),
+    "prices.round_to": ("best_round_to",),
+    "prices.select": ("select",),
     "structures.plan": ("Plan",),
     "structures.structure": ("Attr", "Description", "Gate", "Slot", "Structure"),
     "training.compressor": ("Compressor",),

@@ -1,23 +1,23 @@
-"""From a model to its description: match the table, measure the shapes, say what is left."""
+"""Finding structures in any model: by the names and shapes of a module's children."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import get_args
 
 import torch
 from torch import nn
 
+from ..architectures import layouts
 from ..cutting.padded import PaddedLinear, is_linear, linear_axes
 from ..cutting.wrappers import uncompiled
 from ..errors import UnsupportedError, did_you_mean
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of
-from . import layouts
 from .attention import UNITS, Leave, join, measure_multihead, measure_projected
 from .layouts import ATTENTION, FFN
+from .towers import child_of, default_tower, in_order, tower_of
 
 __all__ = ["discover"]
 
@@ -49,12 +49,12 @@ class _Discovery:
         self.dense: dict[str, str] = {}
         self.taken: set[str] = set()
         self.shared = _shared_parameters(model)
-        self.default_tower = _default_tower(model)
+        self.default_tower = default_tower(model)
 
     def run(self) -> Description:
         structures: list[Structure] = []
         order: dict[str, int] = {}
-        for path, module in _in_order(self.model):
+        for path, module in in_order(self.model):
             order[path] = len(order)
             for match in (self._attention, self._ffn):
                 structures += match(path, module)
@@ -88,7 +88,7 @@ class _Discovery:
     def _free(self, path: str, module: nn.Module, names: list[str]) -> bool:
         """Whether the module has these children and none of them is part of a block already."""
         return all(
-            _child(module, name) is not None and join(path, name) not in self.taken
+            child_of(module, name) is not None and join(path, name) not in self.taken
             for name in names
         )
 
@@ -216,84 +216,6 @@ class _Discovery:
             if any(path.startswith(taken + ".") for taken in self.taken if taken):
                 continue
             self.dense[path or "(model)"] = _reason(module)
-
-
-def tower_of(path: str) -> str:
-    """``vision``, ``text``, ``cross``, ``fusion`` or ``decoder``, read off a module path."""
-    for pattern, tower in _TOWERS:
-        if re.search(pattern, path):
-            return tower
-    return ""
-
-
-_TOWERS = (
-    (r"cross_?att|encoder_attn|cross_modal", "cross"),
-    (r"fusion|multimodal_model|qformer|text_enhancer|deformable_layer|connector", "fusion"),
-    (r"vision|visual|image_model|image_encoder|backbone\.conv_encoder|backbone\.model", "vision"),
-    (r"text_decoder", "decoder"),
-    (r"text|language_model|transformer\.resblocks", "text"),
-    (r"(^|\.)decoder\.", "decoder"),
-    (r"(^|\.)model\.encoder\.", "encoder"),
-)
-
-
-def _default_tower(model: nn.Module) -> str:
-    return {"pixel_values": "vision", "input_ids": "text"}.get(
-        str(getattr(model, "main_input_name", "")), "model"
-    )
-
-
-# Blocks whose children are defined in another order than they run.
-_ORDER = {
-    "GroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
-    "MMGroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
-    "GroundingDinoDecoderLayer": ("self_attn", "encoder_attn_text", "encoder_attn"),
-    "MMGroundingDinoDecoderLayer": ("self_attn", "encoder_attn_text", "encoder_attn"),
-    "CLIPModel": ("vision_model", "text_model"),
-    "SiglipModel": ("vision_model", "text_model"),
-    "Siglip2Model": ("vision_model", "text_model"),
-    "FlavaModel": ("image_model", "text_model", "multimodal_model"),
-    "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
-}
-
-
-# Lists of layers that run in turn: one of each, then the next of each.
-_IN_TURN = {"BridgeTowerModel": ("cross_modal_text_layers", "cross_modal_image_layers")}
-
-
-def _in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules once, parents first, children in the order in which they run."""
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path, module
-        first = _ORDER.get(type(module).__name__, ())
-        children = dict(module.named_children())
-        lists = [n for n in _IN_TURN.get(type(module).__name__, ()) if n in children]
-        for name in [
-            *(n for n in first if n in children),
-            *(n for n in children if n not in first),
-        ]:
-            if name not in lists:
-                yield from walk(join(path, name), children[name])
-            elif name == lists[0]:
-                for layers in zip(*(children[n].named_children() for n in lists), strict=False):
-                    for list_name, (number, layer) in zip(lists, layers, strict=True):
-                        yield from walk(join(path, f"{list_name}.{number}"), layer)
-
-    yield from walk("", model)
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    for part in name.split("."):
-        found = module._modules.get(part)
-        if found is None:
-            return None
-        module = found
-    return module
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:

@@ -84,7 +84,8 @@ def inspect(
 
     Example: vlprune inspect openai/clip-vit-base-patch32
     """
-    from ..folders.checkpoint import open_model
+
+    from ..folders.opening import open_model
     from ..measuring.inputs import made_up_inputs
     from .pipeline import describe
 

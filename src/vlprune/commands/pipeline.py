@@ -28,27 +28,27 @@ from ..cutting.sharing.ties import is_shared
 from ..device import choose, device_name, place
 from ..errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError
 from ..files import is_full, plain, reason, write_text
-from ..folders.checkpoint import (
+from ..folders.exported.model import Exported, is_export
+from ..folders.exported.write import check_export_place, export
+from ..folders.notes import NO_NOTE, hashed, note_text
+from ..folders.opening import guarded, open_model
+from ..folders.ordinary import ordinary
+from ..folders.place import check_file
+from ..folders.save import (
     PLAN_FILE,
     RECIPE_FILE,
     REPORT_FILE,
     check_result,
-    check_weights,
-    open_model,
     save,
 )
-from ..folders.exported import Exported, check_export_place, export, is_export
-from ..folders.notes import NO_NOTE, hashed, note_text
-from ..folders.opening import guarded
-from ..folders.ordinary import ordinary
-from ..folders.place import check_file
+from ..folders.weights import check_weights
 from ..measuring.bench import latencies
 from ..measuring.inputs import made_up_inputs
 from ..measuring.sensitivity import SHARES, scan
 from ..methods import METHODS, Alternating, Method
 from ..prices import cost
-from ..prices.budget import least
-from ..prices.latency import best_round_to
+from ..prices.prices import least
+from ..prices.round_to import best_round_to
 from ..recipe.machine import need_logger
 from ..recipe.spec import Recipe, Training
 from ..reports.report import model_card
@@ -542,7 +542,7 @@ def export_folder(
     recipe: Recipe | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Export the model in ``folder``; see :func:`vlprune.folders.exported.export`.
+    """Export the model in ``folder``; see :func:`vlprune.folders.exported.write.export`.
 
     With a ``recipe`` it is traced and checked on batches of its test data and calibrated on
     training data, else all on made-up inputs; on the CPU, whatever device the recipe names.

@@ -76,7 +76,7 @@ def _generated(split: str, subtype: str, pairs: str, part: str, classes: str) ->
 _TRAIN = _generated("train", "train2014", "train", "training", "train")
 _TEST = _generated("test", "val2014", "dev", "validation", "val")
 GENERATED: dict[str, tuple[Split, Split]] = {name: (_TRAIN[name], _TEST[name]) for name in _TRAIN}
-"""What :func:`vlprune.data.shapes.write_shapes` writes: (train, test), paths below its folder."""
+"""What :func:`vlprune.data.shapes.write.write_shapes` writes: (train, test), paths below it."""
 
 
 def splits(layout: tuple[Split, Split], root: Path) -> tuple[dict[str, str], dict[str, str]]:

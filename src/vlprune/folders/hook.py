@@ -123,7 +123,7 @@ def _register_quantizer(auto: Any) -> None:
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            rebuild = importlib.import_module("vlprune.folders.checkpoint").rebuild_shapes
+            rebuild = importlib.import_module("vlprune.folders.rebuild").rebuild_shapes
             section, files = self.quantization_config.to_dict(), kwargs.get("checkpoint_files")
             self.record = rebuild(model, section, files)
             return model

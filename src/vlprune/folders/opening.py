@@ -1,4 +1,4 @@
-"""The one door through which configs, models and processors come in: nobody else's code runs.
+"""The one door through which models and processors come in: nobody else's code runs.
 
 A folder or a hub name may be a stranger's. transformers would ask on stdin whether to run code that
 the config names, read pickles, fetch kernels, and build whatever sizes a config states. Here the
@@ -22,10 +22,10 @@ from ..errors import CheckpointError, UnsupportedError, VlpruneError
 from ..files import MiB, plain, read_json
 from ..models import MODELS, PREFIX
 from ..structures.record import METHOD
+from .configs import check_config, read_config
 from .weights import check_weights, weight_files
 
 __all__ = [
-    "check_config",
     "check_memory",
     "from_folder",
     "guarded",
@@ -33,27 +33,15 @@ __all__ = [
     "open_config",
     "open_model",
     "open_processor",
-    "read_config",
 ]
 
-MOST_LAYERS = 1000
-MOST = 2**20
-"""The largest number that any config needs, except for what follows."""
-MOST_WORDS = 2**24
-"""The same for vocabularies and positions."""
-MOST_UNITS = 2**26
-"""Layers times the widest one: their prices alone take half a gigabyte."""
+
 SPARE = 2**28
 """Elements that a model may have beyond what its files hold: a new head, tables of positions."""
-DEEPEST = 40
-_LAYERS = re.compile(r"(layers?|blocks|depths?|stages)$")
-_NO_SIZE = re.compile(
-    r"seed|_ids?$|^id|token|length|window|flos|theta|base|bytes|version|params|index$"
-)
-_WORDS = re.compile(r"vocab|positions|max_seq")
+
+
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 """OWNER/NAME or NAME."""
-_FACTOR = re.compile(r"ratio|factor|multipl|expan")
 
 
 @contextlib.contextmanager
@@ -87,103 +75,6 @@ def _why(error: Exception, where: object) -> str:
     first = text.partition(". ")[0][:300] or "no reason given"
     known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
     return plain(first if known else f"{type(error).__name__}: {first}")
-
-
-# -- configs -------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, checked. Raises CheckpointError, UnsupportedError."""
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {plain(folder)}")
-    path = folder / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{plain(folder)} holds no config.json: it is not a model")
-    config = read_json(path, most=16 * MiB)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{plain(path)} is not a JSON object")
-    check_config(config, path)
-    return config
-
-
-def check_config(config: Mapping[str, Any], where: object) -> None:
-    """Raise CheckpointError for numbers that no model has, UnsupportedError for foreign code.
-
-    Building a million layers takes minutes and gigabytes even without weights.
-    """
-    names = config.get("architectures")
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        raise CheckpointError(f"{plain(where)}: architectures must be a list of class names")
-    section = config.get("quantization_config")
-    if section is not None and not isinstance(section, dict):
-        raise CheckpointError(f"{plain(where)}: quantization_config must be an object")
-    _check_part(config, plain(where), "", 0)
-
-
-def _check_part(part: Mapping[str, Any], where: str, above: str, depth: int) -> None:
-    """One object of a config and those inside."""
-    if depth > DEEPEST:
-        raise CheckpointError(f"{where}: {plain(above[:80])} is nested too deeply for a config")
-    layers, widest, experts = 0, 0, 1
-    for key, value in part.items():
-        if key == "quantization_config":
-            continue
-        path = f"{above}{key}"
-        values = value if isinstance(value, list) else [value]
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        _check_numbers(key, numbers, where, path)
-        if "implementation" in key:
-            _check_kernels(value, where, path)
-        whole = [n for n in numbers if isinstance(n, int)]
-        if whole and not _NO_SIZE.search(key):
-            most = max(whole)
-            if _LAYERS.search(key):
-                layers = max(layers, sum(whole))
-            elif "expert" in key:
-                experts = max(experts, most)
-            elif not _WORDS.search(key):
-                widest = max(widest, most)
-        for inner in values:
-            if isinstance(inner, list):
-                inner = {"list": inner}
-            if isinstance(inner, dict):
-                _check_part(inner, where, f"{path}.", depth + 1)
-    if layers > MOST_LAYERS or layers * widest > MOST_UNITS or layers * experts > 200 * MOST_LAYERS:
-        raise CheckpointError(
-            f"{where}: {plain(above)}{layers:,} layers of up to {widest:,} units are more than any "
-            "model has: the config is damaged, or no config of a model"
-        )
-
-
-def _check_numbers(key: str, numbers: list[Any], where: str, path: str) -> None:
-    most: float = MOST
-    if _LAYERS.search(key):
-        most = MOST_LAYERS
-    elif _WORDS.search(key):
-        most = MOST_WORDS
-    for number in numbers:
-        if isinstance(number, float):
-            bad = bool(_FACTOR.search(key)) and not abs(number) <= 1e5
-        else:
-            bad = not _NO_SIZE.search(key) and abs(number) > most
-        if bad:
-            shown = f"{float(number):.3g}" if abs(number) < 1e300 else "a huge number"
-            raise CheckpointError(
-                f"{where}: {plain(path)} is {shown}, more than any model has: the config is "
-                "damaged, or no config of a model"
-            )
-
-
-def _check_kernels(value: object, where: str, path: str) -> None:
-    """A name with a slash is a repository whose code would be fetched and run."""
-    values = value.values() if isinstance(value, dict) else [value]
-    if any(isinstance(one, str) and "/" in one for one in values):
-        raise UnsupportedError(
-            f"{where}: {plain(path)} names a kernel of a repository, whose code would run: remove "
-            "this entry, or load the model yourself and use the library"
-        )
 
 
 def _config_dict(name: str | Path) -> dict[str, Any]:
@@ -230,9 +121,6 @@ def model_class(config: Mapping[str, Any], where: object) -> Any:
             "transformers does not have: update transformers, or load it with its own class"
         )
     return cls
-
-
-# -- models --------------------------------------------------------------------------------
 
 
 def from_folder(

@@ -20,10 +20,11 @@ import torch
 from ..architectures import discover
 from ..device import choose, device_of, moved_to, place
 from ..errors import CheckpointError, UnsupportedError, VlpruneError
-from ..folders.checkpoint import check_weights, open_model, open_processor
-from ..folders.exported import Exported, export_folders, is_export
+from ..folders.exported.model import Exported, export_folders, is_export
+from ..folders.opening import open_model, open_processor
+from ..folders.weights import check_weights
 from ..prices import cost
-from ..prices.latency import conditions, seconds_of, take_turns
+from ..prices.clock import conditions, seconds_of, take_turns
 from ..recipe.machine import Timing
 from ..status import Progress
 from .inputs import TEXT_TOKENS, made_up_inputs

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..prices.budget import Prices, least, select
+from ..prices.prices import Prices, least
+from ..prices.select import select
 from ..recipe.options import OneShotOptions
 from ..structures.structure import Structure
 from .vectors import Vectors

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError, VlpruneError, did_you_mean
-from ..prices.budget import Floor, Prices, least, select
+from ..prices.prices import Floor, Prices, least
+from ..prices.select import select
 from ..recipe.options import UPopOptions
 from .base import Method, Problem, Search, family, standardised
 from .schedule import removed_share

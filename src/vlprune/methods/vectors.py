@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..cutting.sharing.mixed import pairing
 from ..cutting.sharing.rules import slot_pairs, unit_weights
-from ..prices.budget import Prices
+from ..prices.prices import Prices
 from ..structures.plan import Plan
 from ..structures.structure import Structure
 from ..structures.units import positions

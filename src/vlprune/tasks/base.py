@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..data.files import Left, listed, open_image
 from ..data.layouts import GENERATED, STANDARD, splits
-from ..data.shapes import write_shapes
+from ..data.shapes.write import write_shapes
 from ..errors import DataError, RecipeError, did_you_mean
 from ..files import plain
-from ..folders.checkpoint import from_folder, model_class, open_config, open_processor
+from ..folders.opening import from_folder, model_class, open_config, open_processor
 from ..recipe.options import TaskOptions
 from ..recipe.spec import DataSpec, ModelSpec
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.files import Left
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
-from ..folders.checkpoint import from_folder, open_config
+from ..folders.opening import from_folder, open_config
 from ..recipe.options import ReasoningOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor

@@ -20,7 +20,7 @@ from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
 from ..errors import DataError
 from ..files import plain
-from ..folders.checkpoint import from_folder, open_config
+from ..folders.opening import from_folder, open_config
 from ..recipe.options import SegmentationOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import vit_processor, vit_settings

@@ -34,7 +34,8 @@ from ..cutting.sharing.mixed import mixed
 from ..cutting.sharing.rules import shareable
 from ..cutting.sharing.ties import ties_in
 from ..errors import PlanError, VerificationError
-from ..folders.checkpoint import load, save
+from ..folders.load import load
+from ..folders.save import save
 from ..prices import cost
 from ..structures.plan import Plan
 from ..structures.structure import AttentionUnit, Description, Structure

@@ -32,8 +32,11 @@ from ..device import device_of, moved_to
 from ..errors import BudgetError, UnsupportedError, VlpruneError
 from ..methods import Alternating, Method, Problem, Search
 from ..prices import cost
-from ..prices.budget import Prices, parse_budget, select
-from ..prices.latency import conditions, latency_prices, seconds_of, take_turns
+from ..prices.budget import parse_budget
+from ..prices.clock import conditions, seconds_of, take_turns
+from ..prices.latency import latency_prices
+from ..prices.prices import Prices
+from ..prices.select import select
 from ..structures.plan import Plan
 from ..structures.record import read_record
 from ..structures.structure import AttentionUnit, Structure

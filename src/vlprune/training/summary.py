@@ -8,7 +8,7 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..prices import cost
-from ..prices.budget import Prices
+from ..prices.prices import Prices
 from ..structures.plan import Plan
 from ..structures.structure import Structure
 

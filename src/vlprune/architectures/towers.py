@@ -1,0 +1,90 @@
+"""Which tower a module belongs to, and in which order modules run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from .attention import join
+
+__all__ = ["child_of", "default_tower", "in_order"]
+
+
+def tower_of(path: str) -> str:
+    """``vision``, ``text``, ``cross``, ``fusion`` or ``decoder``, read off a module path."""
+    for pattern, tower in _TOWERS:
+        if re.search(pattern, path):
+            return tower
+    return ""
+
+
+_TOWERS = (
+    (r"cross_?att|encoder_attn|cross_modal", "cross"),
+    (r"fusion|multimodal_model|qformer|text_enhancer|deformable_layer|connector", "fusion"),
+    (r"vision|visual|image_model|image_encoder|backbone\.conv_encoder|backbone\.model", "vision"),
+    (r"text_decoder", "decoder"),
+    (r"text|language_model|transformer\.resblocks", "text"),
+    (r"(^|\.)decoder\.", "decoder"),
+    (r"(^|\.)model\.encoder\.", "encoder"),
+)
+
+
+def default_tower(model: nn.Module) -> str:
+    return {"pixel_values": "vision", "input_ids": "text"}.get(
+        str(getattr(model, "main_input_name", "")), "model"
+    )
+
+
+# Blocks whose children are defined in another order than they run.
+_ORDER = {
+    "GroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
+    "MMGroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
+    "GroundingDinoDecoderLayer": ("self_attn", "encoder_attn_text", "encoder_attn"),
+    "MMGroundingDinoDecoderLayer": ("self_attn", "encoder_attn_text", "encoder_attn"),
+    "CLIPModel": ("vision_model", "text_model"),
+    "SiglipModel": ("vision_model", "text_model"),
+    "Siglip2Model": ("vision_model", "text_model"),
+    "FlavaModel": ("image_model", "text_model", "multimodal_model"),
+    "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
+}
+
+
+# Lists of layers that run in turn: one of each, then the next of each.
+_IN_TURN = {"BridgeTowerModel": ("cross_modal_text_layers", "cross_modal_image_layers")}
+
+
+def in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules once, parents first, children in the order in which they run."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        first = _ORDER.get(type(module).__name__, ())
+        children = dict(module.named_children())
+        lists = [n for n in _IN_TURN.get(type(module).__name__, ()) if n in children]
+        for name in [
+            *(n for n in first if n in children),
+            *(n for n in children if n not in first),
+        ]:
+            if name not in lists:
+                yield from walk(join(path, name), children[name])
+            elif name == lists[0]:
+                for layers in zip(*(children[n].named_children() for n in lists), strict=False):
+                    for list_name, (number, layer) in zip(lists, layers, strict=True):
+                        yield from walk(join(path, f"{list_name}.{number}"), layer)
+
+    yield from walk("", model)
+
+
+def child_of(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        found = module._modules.get(part)
+        if found is None:
+            return None
+        module = found
+    return module

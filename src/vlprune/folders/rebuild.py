@@ -1,0 +1,102 @@
+"""Rebuilding: a freshly built model is cut to the shapes that a folder holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..architectures import discover
+from ..cutting.apply import apply_plan
+from ..errors import CheckpointError, VlpruneError
+from ..files import plain
+from ..structures.record import Record
+from ..structures.structure import Structure
+from .opening import (
+    check_memory,
+)
+from .place import CONFIG
+from .weights import check_digest, is_weights
+
+__all__ = ["naming", "rebuild_shapes"]
+
+
+def rebuild_shapes(
+    model: Any, section: Mapping[str, Any], files: Sequence[str | Path] | None = None
+) -> Record:
+    """Cut a freshly built, still empty model to the shapes that ``section`` describes.
+
+    Returns the record in the names that this model has for its structures. ``files`` are those the
+    weights will be read from; they must have the digest that the section states, if any. Raises
+    CheckpointError if section, model and weights do not belong together.
+    """
+    paths = [Path(file) for file in files or ()]
+    with naming(paths[0].parent / CONFIG if paths else Path(CONFIG)):
+        cut, record = _matched(model, Record.from_section(section))
+        apply_plan(model, cut, record.plan)
+    if paths and all(is_weights(path.name) for path in paths):  # others are variants, with a dtype
+        check_memory(model, sum(path.stat().st_size for path in paths), paths[0].parent)
+        if section.get("weights"):
+            check_digest(paths, section["weights"])
+    return record
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors name the file that they are about."""
+    try:
+        yield
+    except VlpruneError as error:
+        raise type(error)(f"{plain(path)}: {error}") from error
+
+
+def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
+    """The model's structures that the record cut, and the record in the model's own names.
+
+    A folder may be opened by a class one level up or down (AutoModel on a folder written by
+    a head class), whose module names lack or gain the base model's prefix.
+    """
+    description = discover(model, attention=record.plan.attention)  # type: ignore[arg-type]
+    own = {structure.name: structure for structure in description}
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    cut, keep, unknown = [], {}, []
+
+    def find(name: str) -> Structure | None:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        return next((own[c] for c in candidates if c in own), None)
+
+    for name, units in record.plan.keep.items():
+        found = find(name)
+        if found is None:
+            unknown.append(name)
+            continue
+        if found.size != record.sizes[name]:
+            raise CheckpointError(
+                f"describes {name} with {found.size} units, its vlprune section with "
+                f"{record.sizes[name]}: the folder mixes files of two models, copy it again"
+            )
+        cut.append(replace(found, layout=record.layouts[name]))  # type: ignore[arg-type]
+        keep[found.name] = units
+    if unknown and type(model).__name__ in (getattr(model.config, "architectures", None) or []):
+        raise CheckpointError(
+            f"its vlprune section cuts {plain(repr(unknown[0]))}, which a {type(model).__name__} "
+            "does not have: the file is damaged, or was written by another version of "
+            "transformers or vlprune; use that one"
+        )
+    share: dict[str, tuple[Any, ...]] = {}
+    for name, (source, *paired) in record.plan.share.items():
+        target, giver = find(name), find(source)
+        if target is not None and giver is None:
+            raise CheckpointError(
+                f"{name} takes weights from {source}, which a {type(model).__name__} does not "
+                "have: load the whole model, call vlprune.materialize on it, and save that"
+            )
+        if target is not None and giver is not None:
+            share[target.name] = (giver.name, *paired)
+    return cut, Record(
+        replace(record.plan, keep=keep, share=share),
+        {structure.name: structure.size for structure in cut},
+        {structure.name: structure.layout for structure in cut},
+    )

@@ -1,0 +1,165 @@
+"""Saving: a whole model into a folder, all at once or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..cutting.wrappers import uncompiled
+from ..errors import CheckpointError, VlpruneError
+from ..files import plain, read_json, reason, write_text
+from ..structures.record import METHOD, gather_record
+from .place import CONFIG, check_place, is_being_saved, staging, swap
+from .weights import digest, is_weights, weight_files
+
+__all__ = ["check_result", "files_of_export", "save"]
+
+
+PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
+
+
+BENCH_FILE, EXPORT_FILE, MANIFEST = "bench.json", "vlprune-export.json", "export.json"
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    extras: Mapping[str, str] | None = None,
+    processor: Any = None,
+) -> Path:
+    """The folder, which plain ``from_pretrained`` loads after ``import vlprune``.
+
+    Holds the stock ``config.json`` and ``model.safetensors``, ``plan.json``, the files of
+    ``processor`` (anything with ``save_pretrained``) and ``extras`` {file name: text}. All is
+    written into a hidden folder inside and moved into place at the end: a kill at any moment
+    leaves the old or the new model, a full disk the old one. Files that vlprune did not write
+    survive, unless they have the name of a new one.
+
+    Raises CheckpointError if the folder cannot be written.
+    """
+    folder, model = Path(folder), uncompiled(model)
+    record = gather_record(model)
+    check_place(folder)
+    staged = folder
+    try:
+        with staging(folder) as staged:
+            model.save_pretrained(staged)
+            if processor is not None:
+                processor.save_pretrained(staged)
+            if record is not None:
+                write_text(staged / PLAN_FILE, record.plan.to_json() + "\n")
+            for name, text in (extras or {}).items():
+                write_text(staged / name, text)
+            _seal(staged)
+            swap(staged, stale=_stale(folder, {p.name for p in staged.iterdir()}))
+    except VlpruneError as error:
+        raise CheckpointError(f"cannot save to {plain(folder)}: {_after(staged, error)}") from error
+    except (OSError, SafetensorError) as error:
+        problem = reason(error)
+        raise CheckpointError(
+            f"cannot save to {plain(folder)}: {_after(staged, problem)}"
+        ) from error
+    return folder
+
+
+def _after(staged: Path, problem: object) -> str:
+    """The problem, and what a failed save has left."""
+    if staged.name.startswith(".vlprune-") and staged.is_dir():
+        return f"{problem}; the new model can be loaded already, save again to finish it"
+    return f"{problem}; what was there before is unchanged"
+
+
+def _seal(staged: Path) -> None:
+    """Write the digest of the weights into the config, where it says that the model was cut."""
+    path = staged / CONFIG
+    config = read_json(path)
+    section = config.get("quantization_config")
+    if isinstance(section, dict) and section.get("quant_method") == METHOD:
+        section["weights"] = digest(weight_files(staged))
+        write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def _stale(folder: Path, new: set[str]) -> list[Path]:
+    """What would speak of the model before: its weights, plan, report, timings and exports."""
+    if not (folder / CONFIG).is_file():
+        return []
+    try:
+        config = read_json(folder / CONFIG)
+    except CheckpointError:
+        config = None
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    ours = isinstance(section, dict) and section.get("quant_method") == METHOD
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.name not in new
+        and not path.is_dir()
+        and (is_weights(path.name) or (path.name in _MARKS and (ours or _is_our_own(path))))
+    ]
+    return found + [path for export in folder.iterdir() for path in files_of_export(export)]
+
+
+_MARKS = {PLAN_FILE: {"format", "keep"}, REPORT_FILE: {"budget"}, BENCH_FILE: {"runs", "faster"}}
+"""Keys that tell a file of ours from another of that name."""
+
+
+def _is_our_own(path: Path) -> bool:
+    try:
+        body = read_json(path)
+    except CheckpointError:
+        return False
+    return isinstance(body, dict) and _MARKS[path.name] <= body.keys()
+
+
+def files_of_export(folder: Path) -> list[Path]:
+    """The files that ``vlprune export`` wrote into a folder; none if it wrote none there."""
+    note = folder / EXPORT_FILE
+    if folder.is_symlink() or not note.is_file():
+        return []
+    try:
+        body = read_json(note)
+    except CheckpointError:
+        return []
+    names = body.get("files") if isinstance(body, dict) else None
+    listed = [name for name in names or () if isinstance(name, str) and Path(name).name == name]
+    paths = [folder / MANIFEST, *(folder / name for name in listed), note]
+    return [path for path in dict.fromkeys(paths) if path.is_file()]
+
+
+def check_result(folder: str | Path, need: int = 0) -> None:
+    """Raise CheckpointError unless a whole result can be written to ``folder``, now.
+
+    Besides :func:`vlprune.folders.place.check_place`: files of the user that a result would
+    overwrite are refused, such as a README.md or a model of his own in the working folder.
+    """
+    folder = Path(folder)
+    check_place(folder, need)
+    if not folder.is_dir() or _is_result(folder):
+        return
+    names = [CONFIG, *_MARKS, RECIPE_FILE, "README.md"]
+    names += [p.name for p in folder.iterdir() if is_weights(p.name)]
+    taken = [name for name in names if (folder / name).exists()]
+    if (folder / "dense" / CONFIG).exists():  # one of ours has a note beside it
+        taken.append("dense")
+    if taken:
+        raise CheckpointError(
+            f"{plain(folder)} holds files that vlprune did not write and the result would "
+            f"overwrite: {plain(', '.join(sorted(set(taken))))}. Choose another folder "
+            "with -o"
+        )
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether a run of vlprune filled the folder, or began to, or :func:`save` did."""
+    if (folder / REPORT_FILE).is_file() and _is_our_own(folder / REPORT_FILE):
+        return True
+    if is_being_saved(folder) is not None:
+        return True
+    if (folder / PLAN_FILE).is_file() and _is_our_own(folder / PLAN_FILE):
+        return True
+    return (folder / "dense" / "vlprune-dense.json").is_file()

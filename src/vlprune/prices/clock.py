@@ -1,0 +1,171 @@
+"""Clocks: seconds of forward passes, side by side, and of parts of a running model."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cutting.padded import linear_axes
+from ..device import device_name, device_of
+from ..structures.structure import Structure
+from ..structures.units import owner_of
+
+__all__ = ["Clock", "Stopwatch", "conditions", "reads", "seconds_of", "take_turns"]
+
+
+PATIENCE = 4.0
+"""Seconds that the measurements of one width should take, as far as two rounds allow."""
+
+
+def conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a measured time depends on: device, threads, dtype, shapes. Plain values."""
+    weight = next(model.parameters())
+    return {
+        "device": device_name(weight.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shapes": {n: list(v.shape) for n, v in inputs.items() if isinstance(v, torch.Tensor)},
+    }
+
+
+class Clock:
+    """Moments in time, comparable after :meth:`wait`: GPU events where the model is on one.
+
+    On accelerators other than CUDA's every moment waits for all that was launched before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on_gpu = device, device.type == "cuda"
+
+    def now(self) -> Any:
+        """A moment."""
+        if not self.on_gpu:
+            self.wait()
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds from one moment to a later one."""
+        if not self.on_gpu:
+            return float(end - start)
+        return float(start.elapsed_time(end)) / 1000
+
+
+@torch.no_grad()
+def seconds_of(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Seconds of one forward pass, launched alone and waited for."""
+    clock = Clock(device_of(model))
+    clock.wait()
+    start = clock.now()
+    model(**inputs)
+    end = clock.now()
+    clock.wait()
+    return clock.between(start, end)
+
+
+def take_turns(
+    timers: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """What each timer said, ``rounds`` times: {name: (rounds,)}.
+
+    They take turns, so that a busy moment of the machine falls on all of them; the first
+    ``warm_up`` rounds are not counted.
+    """
+    timed: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in range(rounds + warm_up):
+        for name, timer in timers.items():
+            seconds = timer()
+            if turn >= warm_up:
+                timed[name].append(seconds)
+    return timed
+
+
+class Stopwatch:
+    """Seconds inside each structure of a running model, from its first projection to its last.
+
+    It stands around the ``forward`` of the projections and sets no hook: attention forwards look
+    for hooks, and where they find one they spell attention out for it, in place of the fused
+    kernel that is to be timed.
+    """
+
+    def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
+        self.clock = Clock(device_of(model))
+        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.opened: dict[str, Any] = {}
+        self.members: dict[nn.Module, dict[str, bool]] = defaultdict(dict)
+        for structure in structures:
+            ends: dict[str, bool] = {}
+            for slot in structure.slots:
+                path, leaf = owner_of(slot.param)
+                module = model.get_submodule(path)
+                parent = owner_of(path)[0]
+                if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+                    path, module = parent, model.get_submodule(parent)  # never calls out_proj
+                inward = leaf == "weight" and reads(module, slot.axis)
+                inward = inward or isinstance(module, nn.MultiheadAttention)
+                ends[path] = ends.get(path, False) or inward
+            for path, closes in ends.items():
+                self.members[model.get_submodule(path)][structure.name] = closes
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Times what runs inside the block."""
+        with ExitStack() as stack:
+            for module, names in self.members.items():
+                stack.callback(self._stand_around(module, names))
+            yield
+
+    def read(self) -> dict[str, float]:
+        """Seconds a structure since it was last read."""
+        self.clock.wait()
+        seconds = {
+            name: sum(self.clock.between(a, b) for a, b in spans)
+            for name, spans in self.spans.items()
+        }
+        self.spans.clear()
+        self.opened.clear()
+        return seconds
+
+    def _stand_around(self, module: nn.Module, names: Mapping[str, bool]) -> Callable[[], None]:
+        """Time a module's forward for {structure: whether it ends there}; returns the undoing."""
+        before, forward = module.__dict__.get("forward"), module.forward
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            for name in names:
+                if name not in self.opened:
+                    self.opened[name] = self.clock.now()
+            output = forward(*args, **kwargs)
+            for name, closes in names.items():
+                start = self.opened.pop(name, None) if closes else None
+                if start is not None:
+                    self.spans[name].append((start, self.clock.now()))
+            return output
+
+        def undo() -> None:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+
+        module.__dict__["forward"] = timed
+        return undo
+
+
+def reads(module: nn.Module, axis: int) -> bool:
+    """Whether this axis of the module's weight is its input."""
+    return len(getattr(module, "weight", torch.empty(0)).shape) == 2 and (
+        axis == linear_axes(module)[1]
+    )

@@ -1,0 +1,184 @@
+"""MACs: of a model, under a plan or gates, and of one unit. One multiply-add counts 1."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from ..cutting.gates import Gates, evaluating
+from ..cutting.padded import is_linear
+from ..device import moved_to
+from ..structures.plan import Plan
+from ..structures.structure import Structure
+from ..structures.units import named_weights
+from .params import kept_of
+from .prices import Prices
+
+__all__ = ["MacsProfile", "macs", "macs_of", "measure_macs"]
+
+
+@dataclass(frozen=True)
+class MacsProfile:
+    """MACs of one forward pass of the dense model, split so that any cut can be priced.
+
+    ``total`` is everything; ``unit`` what one unit of a structure adds; ``not_counted``
+    names operations that did arithmetic we cannot price.
+    """
+
+    total: int
+    unit: Mapping[str, float]
+    sizes: Mapping[str, int]
+    not_counted: tuple[str, ...]
+
+    @property
+    def prices(self) -> Prices:
+        """The profile as a price list."""
+        fixed = self.total - sum(self.unit[n] * self.sizes[n] for n in self.unit)
+        return Prices("macs", self.unit, self.sizes, fixed, self.unit)
+
+
+def macs(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    example_inputs: Mapping[str, Any],
+    plan_or_gates: Plan | Gates | None = None,
+) -> int | Tensor:
+    """Multiply-adds of one forward pass on ``example_inputs`` after the cut.
+
+    An int for a plan, a differentiable scalar for gates. The dense model runs once.
+    """
+    return macs_of(measure_macs(model, structures, example_inputs), structures, plan_or_gates)
+
+
+def macs_of(
+    profile: MacsProfile, structures: Sequence[Structure], choice: Plan | Gates | None
+) -> int | Tensor:
+    """As :func:`macs`, from a profile measured before."""
+    total: Any = float(profile.total)
+    for structure in structures:
+        total = total - profile.unit[structure.name] * (structure.size - kept_of(structure, choice))
+    return total if isinstance(total, Tensor) else round(total)
+
+
+# torch's flop registry has no formula for the fused attention kernel that CPUs use, and says
+# nothing when it meets it.
+def _sdpa_cpu(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+_EXTRA_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_cpu
+}
+
+
+_UNPRICED = ("grid_sampler", "fft", "cdist", "_native_multi_head")
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the multiply-adds of every operation, in total and inside the open cores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.core: dict[str, int] = defaultdict(int)
+        self.open: list[str] = []
+        self.unpriced: set[str] = set()
+
+    def watch(self, path: str, module: nn.Module) -> list[Any]:
+        """Hooks that open the core ``path`` while ``module`` runs."""
+        return [
+            module.register_forward_pre_hook(lambda _m, _a: self.open.append(path)),
+            module.register_forward_hook(lambda _m, _a, _o: self.open.remove(path)),
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        packet = func._overloadpacket
+        formula = _EXTRA_FORMULAS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            done = formula(*args, **kwargs, out_val=output) // 2
+            self.total += done
+            for path in self.open:
+                self.core[path] += done
+        elif not str(packet).startswith(("aten.", "prim")) or any(
+            name in str(packet) for name in _UNPRICED
+        ):
+            self.unpriced.add(str(packet))
+        return output
+
+
+@torch.no_grad()
+def measure_macs(
+    model: nn.Module, structures: Sequence[Structure], example_inputs: Mapping[str, Any]
+) -> MacsProfile:
+    """Run the dense model once, where it lies, and split its MACs by structure."""
+    inputs = moved_to(model, example_inputs)
+    linear_macs: dict[str, int] = defaultdict(int)
+    hooks = []
+
+    def count(path: str, width_in: int, width_out: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+            tokens = args[0].numel() // args[0].shape[-1]
+            linear_macs[path] += tokens * width_in * width_out
+
+        return hook
+
+    def count_mha(path: str, module: Any) -> Callable[..., None]:
+        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _o: Any) -> None:
+            given = [*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :])]
+            tokens = [x.numel() // x.shape[-1] for x in given[:3]]
+            third = module.in_proj_weight.shape[0] // 3
+            for part, count in enumerate(tokens):  # q, k and v may see different lengths
+                key = f"{path}.in_proj_weight@{part * third}"
+                linear_macs[key] += count * module.in_proj_weight.numel() // 3
+            linear_macs[f"{path}.out_proj.weight"] += tokens[0] * module.out_proj.weight.numel()
+
+        return hook
+
+    for path, module in model.named_modules():
+        if is_linear(module):
+            rows, columns = module.weight.shape
+            hooks.append(module.register_forward_hook(count(f"{path}.weight", rows, columns)))
+        elif isinstance(module, nn.MultiheadAttention):
+            hook = count_mha(path, module)
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    counter = _Counter()
+    for core in {s.core for s in structures if s.core}:
+        hooks += counter.watch(core, model.get_submodule(core))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel has no formula
+    try:
+        with evaluating(model), counter:
+            model(**inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in hooks:
+            handle.remove()
+
+    core_macs = {
+        core: done - sum(n for path, n in linear_macs.items() if path.startswith(core + "."))
+        for core, done in counter.core.items()
+    }
+    shapes = {name: tuple(p.shape) for name, p in named_weights(model).items()}
+    unit = {}
+    for structure in structures:
+        price = 0.0
+        for slot in structure.slots:
+            rows = shapes[slot.param][slot.axis]
+            done = linear_macs.get(slot.param, 0)
+            if done == 0 and f"{slot.param}@{slot.start}" in linear_macs:
+                done, rows = linear_macs[f"{slot.param}@{slot.start}"], rows // 3
+            price += done * slot.repeat * slot.inner / rows
+        if structure.core and structure.layout == "native":
+            price += core_macs.get(structure.core, 0) * structure.core_share / structure.size
+        unit[structure.name] = price
+    sizes = {s.name: s.size for s in structures}
+    return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))

@@ -1,0 +1,126 @@
+"""What one unit of each structure costs, and what always stays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Floor", "Prices", "floor_cost", "least", "whole_number"]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price list of a model: ``fixed`` for what always stays, ``unit`` for each unit.
+
+    ``what`` is one of ``CURRENCIES``; ``sizes`` are the units of each structure. A unit whose
+    weights are stored elsewhere (sharing) costs ``borrowed`` instead; ``elsewhere`` lists those of
+    a model that shares already. Where prices are no sum over units, ``curve`` says what 0, 1, ...
+    units of a structure cost together, and ``unit`` is the average.
+    """
+
+    what: str
+    unit: Mapping[str, float]
+    sizes: Mapping[str, int]
+    fixed: float
+    borrowed: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    curve: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of(self, name: str) -> np.ndarray[Any, Any]:
+        """What each unit of a structure costs: (size,)."""
+        prices = np.full(self.sizes[name], self.unit[name], dtype=np.float64)
+        if name in self.elsewhere:
+            prices[list(self.elsewhere[name])] = self.borrowed[name]
+        return prices
+
+    def whole(self, name: str) -> float:
+        """What all units of a structure cost together."""
+        if name in self.curve:
+            return self.curve[name][-1]
+        return float(self.of(name).sum())
+
+    def ranked(self, name: str, order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """What each unit saves when they go in this order, those before it being gone: (size,)."""
+        if name in self.curve:
+            return -np.diff(np.asarray(self.curve[name])[::-1])
+        return self.of(name)[order]
+
+    def fixing(self, names: Collection[str]) -> Prices:
+        """The same prices where these structures stay whole, and so count as fixed."""
+        if not names:
+            return self
+
+        def others(table: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in table.items() if name not in names}
+
+        whole = sum(self.whole(name) for name in self.unit if name in names)
+        return Prices(
+            self.what,
+            others(self.unit),
+            others(self.sizes),
+            self.fixed + whole,
+            others(self.borrowed),
+            others(self.elsewhere),
+            others(self.curve),
+        )
+
+    @property
+    def total(self) -> float:
+        """What the uncut model costs."""
+        return self.fixed + sum(self.whole(name) for name in self.unit)
+
+    def cost(self, kept: Mapping[str, int | Sequence[int]]) -> float:
+        """What the model costs when these units of each structure stay (absent: all).
+
+        A number of units stands for any so many of a structure whose units cost the same.
+        """
+        total = self.fixed
+        for name, price in self.unit.items():
+            units = kept.get(name, self.sizes[name])
+            if name in self.curve:
+                total += self.curve[name][units if isinstance(units, int) else len(units)]
+            elif isinstance(units, int):
+                total += price * units if name not in self.elsewhere else self.whole(name)
+            else:
+                total += float(self.of(name)[list(units)].sum())
+        return total
+
+
+@dataclass(frozen=True)
+class Floor:
+    """At least ``share`` of what the units of ``structures`` cost together must stay."""
+
+    name: str
+    structures: tuple[str, ...]
+    share: float
+
+
+def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> float:
+    """The smallest fraction that is reached whatever the scores: one block of each structure stays.
+
+    Where units of a structure differ in price, that is its dearest block. With ``floors`` a lower
+    bound: units are whole, so a plan may have to stay above it.
+    """
+    last = {
+        name: prices.curve[name][min(max(1, round_to), size)]
+        if name in prices.curve
+        else float(np.sort(prices.of(name))[-max(1, round_to) :].sum())
+        for name, size in prices.sizes.items()
+    }
+    lowest = prices.fixed + sum(last.values())
+    for floor in floors:
+        own = sum(last[name] for name in floor.structures)
+        lowest += max(0.0, floor_cost(floor, prices) - own)
+    # floors of 1 add up to the whole, which may round above the total
+    return min(1.0, lowest / prices.total)
+
+
+def whole_number(names: Sequence[str], prices: Prices) -> float:
+    return sum(prices.whole(name) for name in names)
+
+
+def floor_cost(floor: Floor, prices: Prices) -> float:
+    return floor.share * whole_number(floor.structures, prices)

@@ -1,0 +1,161 @@
+"""The one solver: which units stay, for scores, prices and a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..errors import BudgetError
+from .prices import Floor, Prices, least, whole_number
+
+__all__ = ["select"]
+
+
+def select(
+    scores: Mapping[str, Sequence[float]],
+    prices: Prices,
+    budget: float,
+    round_to: int = 1,
+    floors: Sequence[Floor] = (),
+    groups: Mapping[str, str] | None = None,
+    closest: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """The units that stay: {structure: units, ascending}.
+
+    All units of all structures compete in one ranking; the lowest scores go first until the
+    model costs at most ``budget`` times its total. Every structure keeps at least one unit.
+    With ``round_to=8`` units go in blocks, so that every cut structure keeps a multiple of
+    8 (a block's score is the mean of its units). A block whose removal would break one of the
+    ``floors`` stays; no two floors share a structure. Equal scores are settled by the order of
+    ``scores`` and then by unit, so the result depends on nothing else. Structures of one of the
+    ``groups`` {structure: group} (of the same size, under the same floor) keep equally many units,
+    each its own best: what goes first in all of them is then ranked by the mean of their scores.
+    A larger budget keeps all that a smaller one keeps: which block goes next depends on no budget.
+
+    Raises BudgetError if the budget cannot be reached (``closest``: what comes nearest to it is
+    returned instead), or a score is not a number.
+    """
+    if groups:
+        return _select_groups(scores, prices, budget, round_to, floors, groups, closest)
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise BudgetError(f"round_to must be a whole number of at least 1, not {round_to!r}")
+    lowest = least(prices, round_to, floors)
+    if budget < lowest and not closest:
+        raise _unreachable(prices, budget, lowest, round_to, floors)
+    orders: dict[str, np.ndarray[Any, Any]] = {}
+    block_scores, block_structure, block_size, block_price = [], [], [], []
+    for number, (name, values) in enumerate(scores.items()):
+        array = np.asarray(values, dtype=np.float64)
+        if array.shape != (prices.sizes[name],):
+            raise BudgetError(f"{name} has {prices.sizes[name]} units but {array.size} scores")
+        if not np.isfinite(array).all():
+            raise BudgetError(f"a score of {name} is not a finite number: did the loss become NaN?")
+        order = orders[name] = np.argsort(array, kind="stable")
+        first = array.size % round_to or round_to
+        edges = [0, *range(first, array.size, round_to)]
+        ascending, costs = array[order], prices.ranked(name, order)
+        highest = -math.inf
+        for start, stop in pairwise(edges):  # the last block always stays
+            # rounding can put the mean of equal scores below that of the block before
+            highest = max(highest, float(ascending[start:stop].mean()))
+            block_scores.append(highest)
+            block_structure.append(number)
+            block_size.append(stop - start)
+            block_price.append(float(costs[start:stop].sum()))
+    names = list(scores)
+    cost, target = prices.total, budget * prices.total * (1 + 1e-12)
+    removed = dict.fromkeys(names, 0)
+    room = {floor.name: _room(floor, prices) for floor in floors}
+    guarded = {name: floor.name for floor in floors for name in floor.structures}
+    closed: set[str] = set()
+    for block in np.argsort(np.asarray(block_scores), kind="stable"):
+        if cost <= target:
+            break
+        name = names[block_structure[block]]
+        price = block_price[block]
+        floor_name = guarded.get(name)
+        if name in closed or (floor_name is not None and price > room[floor_name]):
+            closed.add(name)  # its higher-scored blocks stay as well
+            continue
+        if floor_name is not None:
+            room[floor_name] -= price
+        removed[name] += block_size[block]
+        cost -= price
+    if cost > target * (1 + 1e-9) and not closest:  # beyond what subtracting many prices rounds
+        raise _unreachable(prices, budget, cost / prices.total, round_to, floors)
+    return {
+        name: tuple(sorted(int(unit) for unit in orders[name][removed[name] :])) for name in names
+    }
+
+
+def _select_groups(
+    scores: Mapping[str, Sequence[float]],
+    prices: Prices,
+    budget: float,
+    round_to: int,
+    floors: Sequence[Floor],
+    groups: Mapping[str, str],
+    closest: bool,
+) -> dict[str, tuple[int, ...]]:
+    """As :func:`select`, on one stand-in a group, whose nth unit is the nth best of each member."""
+    if prices.elsewhere:
+        raise BudgetError(
+            "a model that shares weights cannot get one width a tower: call vlprune.materialize "
+            "on it first"
+        )
+    members: dict[str, list[str]] = {}
+    for name in scores:
+        members.setdefault(groups.get(name, name), []).append(name)
+    for group, names in members.items():
+        if len({prices.sizes[name] for name in names}) > 1:
+            raise BudgetError(f"the structures of the group {group!r} have different sizes")
+    ranked = {
+        group: np.mean([np.sort(np.asarray(scores[n], dtype=np.float64)) for n in names], axis=0)
+        for group, names in members.items()
+    }
+    together = Prices(
+        prices.what,
+        {group: sum(prices.unit[n] for n in names) for group, names in members.items()},
+        {group: prices.sizes[names[0]] for group, names in members.items()},
+        prices.fixed,
+        curve={
+            group: tuple(np.sum([prices.curve[n] for n in names], axis=0).tolist())
+            for group, names in members.items()
+            if names[0] in prices.curve
+        },
+    )
+    merged = [
+        Floor(f.name, tuple(dict.fromkeys(groups.get(n, n) for n in f.structures)), f.share)
+        for f in floors
+    ]
+    plain = {group: values.tolist() for group, values in ranked.items()}
+    chosen = select(plain, together, budget, round_to, merged, closest=closest)
+    kept = {}
+    for group, names in members.items():
+        count = len(chosen[group])
+        for name in names:
+            order = np.argsort(np.asarray(scores[name], dtype=np.float64), kind="stable")
+            kept[name] = tuple(sorted(int(unit) for unit in order[order.size - count :]))
+    return {name: kept[name] for name in scores}
+
+
+def _room(floor: Floor, prices: Prices) -> float:
+    """How much of a floor's structures may go, with room for rounding."""
+    whole = whole_number(floor.structures, prices)
+    return (1 - floor.share) * whole + 1e-9 * whole
+
+
+def _unreachable(
+    prices: Prices, budget: float, lowest: float, round_to: int, floors: Sequence[Floor]
+) -> BudgetError:
+    left = "unit" if round_to == 1 else f"block of {round_to} units"
+    guards = "".join(f", {floor.share:.4g} of {floor.name}" for floor in floors)
+    return BudgetError(
+        f"a budget of {budget:.4g} of the {prices.what} cannot be reached: with one {left} left in "
+        f"every structure{guards}, {lowest:.4g} remains (embeddings, norms and heads always stay); "
+        f"ask for at least {math.ceil(lowest * 1000) / 1000:.3f}"
+    )
