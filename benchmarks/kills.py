@@ -108,8 +108,9 @@ def run(recipe: Path, out: Path, stop: Stop | None = None, limit: float = 300) -
     else:
         os.waitpid(child, 0)
     events = int(count.read_text()) if count.exists() else 0
-    ran = Ran(1000 if code is None else code, time.monotonic() - began, events, errors.read_text())
-    errors.unlink()
+    said = errors.read_text() if errors.exists() else ""  # killed before it could say anything
+    ran = Ran(1000 if code is None else code, time.monotonic() - began, events, said)
+    errors.unlink(missing_ok=True)
     count.unlink(missing_ok=True)
     return ran
 
