@@ -1,7 +1,7 @@
 """One model twice: after a folder, in another class, copied.
 
 Its weights are the same bits. Its outputs need not be: kernels sum in another order where the
-weights lie at another place in memory (tests/test_moved.py), so they are compared nearly.
+weights lie at another place in memory (tests/training/test_moved.py), so they are compared nearly.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Runs are compared to the last bit, so they compute on the CPU wherever the tests run. The GPUs
-# are left to the commands that tests/test_gpu.py starts.
+# are left to the commands that tests/commands/test_gpu.py starts.
 os.environ.setdefault("VLPRUNE_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -18,7 +18,7 @@ import torch
 
 from small_runs import DEMO, TINY
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 STEPS = ["train.steps=20", "search.steps=10", "retrain.steps=5"]
 
 

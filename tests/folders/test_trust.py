@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import vlprune
 from mutations import check_message, mutated
-from test_checkpoint import small
+from small_models import small
 from vlprune.commands.pipeline import compress
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
 from vlprune.folders.opening import open_config, open_model, open_processor
@@ -461,13 +461,13 @@ def test_two_saves_at_once_leave_one_whole_model(tmp_path: Path, python: Any) ->
     code = """
 import sys
 from mutations import check_message, mutated
-from test_checkpoint import small
+from small_models import small
 import os, vlprune
 model = small(seed=int(os.environ["SEED"]))
 for _ in range(8):
     vlprune.save(model, sys.argv[1])
 """
-    folder, path = tmp_path / "m", [Path(__file__).parent]
+    folder, path = tmp_path / "m", [Path(__file__).parent.parent]
     env = [{"SEED": 0}, {"SEED": 1}]
     for done in python.together([code, code], folder, path=path, env=env):
         assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import torch
 
 import vlprune
 from alike import close
-from test_share import clip, inputs
+from small_models import clip, inputs
 from vlprune import cost
 from vlprune.cutting.gates import gated
 from vlprune.cutting.sharing.mixed import mixed

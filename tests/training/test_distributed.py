@@ -77,7 +77,7 @@ JSP = """
 import json, os, sys
 import torch, torch.distributed as dist
 import vlprune
-from test_share import clip
+from small_models import clip
 
 how, folder = sys.argv[1], sys.argv[2]
 torch.set_num_threads(1)
@@ -128,7 +128,9 @@ def launch(
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-    done = python.together([code] * processes, how, folder, path=[Path(__file__).parent], env=ranks)
+    done = python.together(
+        [code] * processes, how, folder, path=[Path(__file__).parent.parent], env=ranks
+    )
     for one in done:
         assert one.returncode == 0, one.stderr[-3000:]
     return [json.loads((folder / f"{how}-{r}.json").read_text()) for r in range(processes)]

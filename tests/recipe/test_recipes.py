@@ -10,7 +10,7 @@ import vlprune
 from vlprune.commands.pipeline import compress
 from vlprune.recipe.spec import load_recipe
 
-FOLDER = Path(__file__).parent.parent / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted((FOLDER / "upop").glob("*.yaml")) + sorted((FOLDER / "jsp").glob("*.yaml"))
 
 

@@ -16,16 +16,10 @@ import transformers
 from torch import nn
 
 import vlprune
+from small_models import small
 from vlprune.errors import CheckpointError
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
-
-
-def small(family: str = "clip", seed: int = 0, **options: Any) -> Any:
-    sample = build(family, seed)
-    description = vlprune.discover(sample.model, **options)
-    plan = make_plan(description, lambda size: max(1, size // 2), seed)
-    return vlprune.rewrite(sample.model, description, plan)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -176,7 +170,7 @@ def test_a_full_disk_leaves_the_old_folder(
 KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from test_checkpoint import small
+from small_models import small
 import torch, vlprune
 from vlprune.errors import CheckpointError
 
@@ -243,7 +237,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_model(
     folder = tmp_path / "m"
     vlprune.save(small(seed=0), folder)
     (folder / ".m.old").write_text("the user's")
-    path = [Path(__file__).parent]
+    path = [Path(__file__).parent.parent]
     done = python.run(KILLED, folder, 1, json.dumps(options), path=path)
     seen = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(seen) > 15

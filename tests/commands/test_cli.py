@@ -260,7 +260,7 @@ def test_scan_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
 
 
 def test_toy_needs_nothing_of_what_a_recipe_names(run: Any, tmp_path: Path) -> None:
-    recipe = Path(__file__).parent.parent / "recipes" / "upop" / "nlvr2.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "upop" / "nlvr2.yaml"
     code, _, stderr = run("compress", str(recipe), "-o", str(tmp_path / "o"))
     assert code == 2
     assert "$BLIP_NLVR, which is not set" in stderr

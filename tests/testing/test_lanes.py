@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import transformers
+from test_conformance import QUICK
 
 from lanes import quick_lane
 from small_runs import DEMO, TINY
-from test_conformance import QUICK
 from vlprune.commands.pipeline import compress
 from vlprune.folders.exported.write import export
 from vlprune.recipe.spec import load_recipe

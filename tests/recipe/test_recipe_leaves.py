@@ -31,7 +31,7 @@ from vlprune.tasks import TASKS
 from vlprune.tasks.grounders import GROUNDERS
 
 DEMO = Path(vlprune.__file__).parent / "demo.yaml"
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 STRANGE: list[Any] = [
     math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**30, -(10**30), 1e308, 5e-324, 0.5, True, False,
     None, "", "1e400", "nan", "x" * 10**5, "\x1b[2J", "\0", "\ud800", [], {}, [[]], {"": 1},

@@ -602,7 +602,7 @@ with stoppable():
 
 @pytest.mark.slow
 def test_kills_at_random_moments() -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "kills.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "kills.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "20"], capture_output=True, text=True
     )

@@ -9,7 +9,7 @@ import pytest
 from vlprune.errors import BudgetError, RecipeError
 from vlprune.recipe.spec import load_recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = "task: vqa\nbudget: {params: 0.5}\ntrain: {steps: 10, learning_rate: 1e-3}\n"
 
 
