@@ -91,6 +91,24 @@ def test_every_module_says_what_it_is(path: Path) -> None:
         assert hasattr(module, public), f"{name}.__all__ names {public!r}, which is not there"
 
 
+@pytest.mark.parametrize("package", sorted({p.parent for p in MODULES} - {SOURCE}), ids=str)
+def test_every_package_names_its_files(package: Path) -> None:
+    """In its README, or in that of the package around it."""
+    told = next(p / "README.md" for p in (package, package.parent) if (p / "README.md").exists())
+    assert len(told.read_text().splitlines()) < 45
+    for path in package.iterdir():
+        if path.suffix in (".py", ".html", ".css", ".js") and path.name != "__init__.py":
+            assert f"`{path.name}`" in told.read_text(), f"{told} does not name {path.name}"
+
+
+def test_no_underscore_name_is_imported_across_packages() -> None:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level > 1:
+                private = [one.name for one in node.names if one.name.startswith("_")]
+                assert set(private) <= {"__version__"}, f"{path} imports {private}"
+
+
 def test_no_file_is_called_utils() -> None:
     names = {p.stem.lower() for p in MODULES}
     assert not names & {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
