@@ -68,7 +68,7 @@ def test_every_private_attribute_is_stated_here() -> None:
 
 
 def test_the_registry_of_quantizers() -> None:
-    """transformers_hook: shapes are rebuilt by a quantizer, registered under our name."""
+    """hook: shapes are rebuilt by a quantizer, registered under our name."""
     auto = importlib.import_module("transformers.quantizers.auto")
     assert "vlprune" in auto.AUTO_QUANTIZER_MAPPING
     assert "vlprune" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -77,7 +77,7 @@ def test_the_registry_of_quantizers() -> None:
 
 
 def test_a_quantizer_is_called_around_the_loading_of_weights() -> None:
-    """transformers_hook: before it we cut the empty model, after it we take the flags away."""
+    """hook: before it we cut the empty model, after it we take the flags away."""
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -112,14 +112,14 @@ def test_a_quantizer_is_called_around_the_loading_of_weights() -> None:
     "name", ["is_serializable", "is_trainable", "is_qat_trainable", "is_compileable"]
 )
 def test_what_a_quantizer_is_asked(name: str) -> None:
-    """transformers_hook: our answers let the small model save, train and compile."""
+    """hook: our answers let the small model save, train and compile."""
     from transformers.quantizers.base import HfQuantizer
 
     assert hasattr(HfQuantizer, name)
 
 
 def test_the_flag_hf_quantizer_is_what_saving_and_half_look_at() -> None:
-    """transformers_hook: deleting the attribute makes the model an ordinary one again."""
+    """hook: deleting the attribute makes the model an ordinary one again."""
     for method in (transformers.PreTrainedModel.save_pretrained, transformers.PreTrainedModel.half):
         assert re.search(r"hf_quantizer|is_quantized", inspect.getsource(method))
 
@@ -136,7 +136,7 @@ def test_a_config_names_its_sub_configs() -> None:
 
 
 def test_a_stand_in_can_be_registered_as_a_config() -> None:
-    """transformers_hook: AutoConfig takes anything, so our config classes are imported late."""
+    """hook: AutoConfig takes anything, so our config classes are imported late."""
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
     mapping, stand_in = type(auto.CONFIG_MAPPING)({"bert": "BertConfig"}), object()
     mapping.register("vlprune_new", stand_in, exist_ok=True)

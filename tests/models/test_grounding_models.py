@@ -22,7 +22,6 @@ from vlprune.models.mdetr_weights import convert_mdetr
 from vlprune.models.set_loss import (
     SetWeights,
     assign,
-    corners,
     focal_loss,
     focal_set_losses,
     paired_giou,
@@ -523,8 +522,3 @@ def test_focal_matching_prefers_what_fits() -> None:
     silent = torch.full_like(logits, -4.0)
     bad = focal_set_losses(silent, boxes, targets, mask, SetWeights(), 1.0)
     assert float(good["tokens"]) < 0.1 * float(bad["tokens"])
-
-
-def test_corners_by_hand() -> None:
-    found = corners(torch.tensor([0.5, 0.4, 0.2, 0.4])).tolist()
-    assert found == pytest.approx([0.4, 0.2, 0.6, 0.6])

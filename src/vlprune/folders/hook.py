@@ -10,13 +10,10 @@ AutoModel learn the models of :mod:`vlprune.models`.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import wrapt
 
 from ..models import MODEL_TYPES, PREFIX
 
@@ -25,42 +22,8 @@ __all__ = ["install"]
 
 def install() -> None:
     """Register now, or the moment the module that holds each registry is imported."""
-    waiting = {}
     for name, register in REGISTRIES.items():
-        if name in sys.modules:
-            register(sys.modules[name])
-        else:
-            waiting[name] = register
-    if waiting and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(waiting))
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function right after a module has been imported; steps aside when all were."""
-
-    def __init__(self, waiting: dict[str, Callable[[Any], None]]) -> None:
-        self.waiting = waiting
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec, with the call added."""
-        register = self.waiting.pop(name, None)
-        if register is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        if not self.waiting:
-            sys.meta_path.remove(self)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_and_register(module: ModuleType) -> None:
-            execute(module)
-            register(module)
-
-        spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
-        return spec
+        wrapt.register_post_import_hook(register, name)
 
 
 def _register_configs(auto: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from ..architectures import discover
@@ -314,12 +315,8 @@ def _report_alone(folder: Path, batch_size: int, device: torch.device) -> None:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
+    """Bytes of this process in memory."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class _Peak:

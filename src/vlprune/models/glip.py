@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoModel, PreTrainedModel
+from transformers.image_transforms import center_to_corners_format
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoFusionLayer
@@ -28,7 +29,7 @@ from transformers.utils.generic import ModelOutput
 from .atss import anchors, assign_places, centerness, decode
 from .configs import GlipConfig
 from .dynamic_head import DynamicBlock
-from .set_loss import corners, focal_loss, paired_giou
+from .set_loss import focal_loss, paired_giou
 
 __all__ = ["GlipForGrounding", "GlipOutput"]
 
@@ -251,7 +252,7 @@ class GlipForGrounding(PreTrainedModel):
         goal = torch.zeros_like(logits, dtype=torch.float32)
         image, place, wanted = [], [], []
         for number, target in enumerate(labels):
-            pixels = corners(target["boxes"].float()) * side[number].float()
+            pixels = center_to_corners_format(target["boxes"].float()) * side[number].float()
             owner = assign_places(grid, pixels.cpu(), self.config.atss_candidates)
             at = (owner >= 0).nonzero()[:, 0]
             which = owner[at].to(logits.device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from ..errors import UnsupportedError
@@ -21,7 +22,6 @@ from ..errors import UnsupportedError
 __all__ = [
     "SetWeights",
     "assign",
-    "corners",
     "focal_loss",
     "focal_set_losses",
     "paired_giou",
@@ -72,22 +72,20 @@ def assign(
         cost = (
             -weights.tokens * own @ target["tokens"].float().T
             + weights.l1 * torch.cdist(found, wanted, p=1)
-            - weights.giou * generalized_box_iou(corners(found), corners(wanted))
+            - weights.giou
+            * generalized_box_iou(center_to_corners_format(found), center_to_corners_format(wanted))
         )
         queries, matched = linear_sum_assignment(cost.nan_to_num(1e6).cpu().numpy())
         pairs.append((torch.as_tensor(queries), torch.as_tensor(matched)))
     return pairs
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """(centre x, centre y, width, height) as (left, top, right, bottom): (..., 4)."""
-    half = boxes[..., 2:] / 2
-    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
-
-
 def paired_giou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU of boxes one by one: (n, 4) and (n, 4) to (n,)."""
-    a, b = corners(first), corners(second)
+    """Generalised IoU of boxes one by one: (n, 4) and (n, 4) to (n,).
+
+    That of transformers compares all with all, which takes n times the memory.
+    """
+    a, b = center_to_corners_format(first), center_to_corners_format(second)
     overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
     around = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
     inter, hull = overlap.prod(1), around.prod(1)

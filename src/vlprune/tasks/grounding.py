@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import box_iou
 
 from ..data.files import Left
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..device import moved_to
 from ..errors import DataError
-from ..models.set_loss import corners
 from ..recipe.options import GroundingOptions, RegionOptions, TaskOptions
 from .base import Advance, Task
 from .grounders import Grounder, grounder_of
@@ -191,7 +191,7 @@ def as_fractions(boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:
 
 def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Fractions (centre x, centre y, width, height) as (left, top, right, bottom) in pixels."""
-    return corners(boxes) * torch.tensor([*size, *size], dtype=boxes.dtype)
+    return center_to_corners_format(boxes) * torch.tensor([*size, *size], dtype=boxes.dtype)
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
