@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -107,6 +110,28 @@ def test_no_underscore_name_is_imported_across_packages() -> None:
             if isinstance(node, ast.ImportFrom) and node.level > 1:
                 private = [one.name for one in node.names if one.name.startswith("_")]
                 assert set(private) <= {"__version__"}, f"{path} imports {private}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_every_public_function_is_documented(path: Path) -> None:
+    """By itself, or by the method it overrides; a tested family is documented by its name."""
+    name = ".".join(["vlprune", *path.relative_to(SOURCE).with_suffix("").parts])
+    module = importlib.import_module(name.removesuffix(".__init__"))
+    silent = [where for where, value in public(module) if not inspect.getdoc(value)]
+    assert not silent or path.name == "families.py", silent
+
+
+def public(module: ModuleType) -> Iterator[tuple[str, object]]:
+    """The public classes and functions that a module defines, and their methods."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", "") != module.__name__:
+            continue
+        if inspect.isfunction(value) or inspect.isclass(value):
+            yield name, value
+        for own, method in vars(value).items() if inspect.isclass(value) else ():
+            named = inspect.isfunction(method) and method.__name__ != "<lambda>"  # else a field
+            if named and not own.startswith("_"):
+                yield f"{name}.{own}", method
 
 
 def test_no_file_is_called_utils() -> None:

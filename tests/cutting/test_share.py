@@ -209,7 +209,7 @@ def test_unlike_layers_are_refused_with_the_reason() -> None:
     with pytest.raises(PlanError, match=r"36 wide, those of .* 24"):
         rewrite(model, discover(model), Plan(share=share))
     model = clip()
-    with pytest.raises(PlanError, match=r"laid out unlike|weights a unit"):
+    with pytest.raises(PlanError, match=r"laid out unlike|weights per unit"):
         rewrite(model, discover(model), Plan(share={V.format(0): (VA.format(0), (0,))}))
     assert not is_shared(model)
     # unequal sizes share the block that both have

@@ -87,6 +87,7 @@ class _FusedForward:
     projection: nn.Linear
 
     def adopt(self) -> None:
+        """Set what the stock module does not have; called once, when it becomes this class."""
         self.value_dim = self.head_dim
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -227,6 +228,7 @@ class CutMultiheadAttention(nn.MultiheadAttention):
     scale: float
 
     def adopt(self) -> None:
+        """Set what the stock module does not have; called once, when it becomes this class."""
         self.scale = self.head_dim**-0.5
         self.value_dim = self.head_dim
 

@@ -32,6 +32,7 @@ _TOWERS = (
 
 
 def default_tower(model: nn.Module) -> str:
+    """The tower of a model that is one tower: vision, text, or just model."""
     return {"pixel_values": "vision", "input_ids": "text"}.get(
         str(getattr(model, "main_input_name", "")), "model"
     )
@@ -82,6 +83,7 @@ def in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The child at a dotted path below ``module``; None where there is none."""
     for part in name.split("."):
         found = module._modules.get(part)
         if found is None:

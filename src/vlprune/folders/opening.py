@@ -105,14 +105,14 @@ def open_config(name: str | Path) -> Any:
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` names a model of ours, not one of the same name elsewhere."""
+    """Whether a ``config.json`` names a model of vlprune, not one of the same name elsewhere."""
     name = (config.get("architectures") or [""])[0]
     prefixed = str(config.get("model_type", "")).startswith(PREFIX)
     return name in MODELS and (prefixed or not hasattr(transformers, name))
 
 
 def model_class(config: Mapping[str, Any], where: object) -> Any:
-    """The class a ``config.json`` names, ours or transformers'. Never runs code from the folder."""
+    """The class that a ``config.json`` names, of vlprune or transformers; runs no code of it."""
     names = config.get("architectures") or [""]
     cls: Any = MODELS[names[0]] if _is_ours(config) else getattr(transformers, names[0], None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):

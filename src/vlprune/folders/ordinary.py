@@ -3,7 +3,7 @@
 Serving engines and plain transformers build every layer of a tower alike, from one number in
 the config. A plan with one width a tower (``uniform=True``) may fit that. Which number it is is
 not looked up in a table but found: it is changed, the architecture is built without weights, and
-the shapes are compared. Ours.
+the shapes are compared. Not from either paper.
 """
 
 from __future__ import annotations

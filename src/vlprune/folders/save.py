@@ -105,7 +105,7 @@ def _stale(folder: Path, new: set[str]) -> list[Path]:
 
 
 _MARKS = {PLAN_FILE: {"format", "keep"}, REPORT_FILE: {"budget"}, BENCH_FILE: {"runs", "faster"}}
-"""Keys that tell a file of ours from another of that name."""
+"""Keys that tell a file of vlprune from another of that name."""
 
 
 def _is_our_own(path: Path) -> bool:

@@ -37,7 +37,8 @@ def scan(
     A part is all attention or all FFN of a tower; ``"whole"`` is everything. Units are ranked
     by |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are
     masked, and the loss is measured on as many test batches: no training, so what is shown is
-    the damage before any repair. ``advance(1)`` is called after each measurement. Ours.
+    the damage before any repair. ``advance(1)`` is called after each measurement.
+    Not from the papers.
     """
     structures = discover(model, attention).structures  # type: ignore[arg-type]
     prices = cost.param_prices(model, structures)

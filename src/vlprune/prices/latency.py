@@ -40,7 +40,7 @@ def latency_prices(
     inputs: Mapping[str, Any],
     attention: str = "head_dim",
 ) -> Prices:
-    """Seconds of one forward pass on ``inputs``, as a price list with a curve a structure.
+    """Seconds of one forward pass on ``inputs``, as a price list with one curve per structure.
 
     Copies of the model are cut to :data:`WIDTHS`, one after the other, and timed in turns with
     the model itself; structures of one shape and tower are averaged. Between measured widths the

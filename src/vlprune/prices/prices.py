@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Floor", "Prices", "floor_cost", "least", "whole_number"]
+__all__ = ["Floor", "Prices", "floor_cost", "least", "whole_cost"]
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,11 @@ def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> fl
     return min(1.0, lowest / prices.total)
 
 
-def whole_number(names: Sequence[str], prices: Prices) -> float:
+def whole_cost(names: Sequence[str], prices: Prices) -> float:
+    """What all units of these structures cost together."""
     return sum(prices.whole(name) for name in names)
 
 
 def floor_cost(floor: Floor, prices: Prices) -> float:
-    return floor.share * whole_number(floor.structures, prices)
+    """What must stay at least, in the currency of the prices."""
+    return floor.share * whole_cost(floor.structures, prices)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BudgetError
-from .prices import Floor, Prices, least, whole_number
+from .prices import Floor, Prices, least, whole_cost
 
 __all__ = ["select"]
 
@@ -145,7 +145,7 @@ def _select_groups(
 
 def _room(floor: Floor, prices: Prices) -> float:
     """How much of a floor's structures may go, with room for rounding."""
-    whole = whole_number(floor.structures, prices)
+    whole = whole_cost(floor.structures, prices)
     return (1 - floor.share) * whole + 1e-9 * whole
 
 

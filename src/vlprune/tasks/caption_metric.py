@@ -17,7 +17,7 @@ __all__ = ["caption_scores"]
 
 
 def caption_scores(said: Sequence[str], truths: Sequence[Sequence[str]]) -> dict[str, float]:
-    """CIDEr and BLEU-4 of one caption an image against all of that image's.
+    """CIDEr and BLEU-4 of one caption per image against all captions of that image.
 
     SPICE joins them where Java and the parser models that it downloads once are there. COCO's
     tokenizer needs Java as well; without it words are split plainly, which moves the figures a

@@ -28,7 +28,7 @@ LONGEST_PROMPT = 15
 class CaptioningTask(Task):
     """COCO captions with a BlipForConditionalGeneration; ``cider`` counts.
 
-    Trained on one random caption an image, after a prompt that costs no loss; evaluated on
+    Trained on one random caption per image, after a prompt that costs no loss; evaluated on
     captions found by beam search, as BLIP does (3 beams, 5 to 20 tokens).
     """
 

@@ -25,7 +25,7 @@ __all__ = ["BlipRetrievalTask", "RetrievalTask", "recalls"]
 class RetrievalTask(Task):
     """Find the caption of an image and the image of a caption, with a CLIPModel.
 
-    Trained on one random caption an image, with CLIP's contrastive loss, or, with a ``queue``,
+    Trained on one random caption per image, with CLIP's contrastive loss, or, with a ``queue``,
     with momentum features and soft targets (:class:`MomentumContrast`). Evaluated by recall
     among all test images and captions, both ways; ``recall_mean`` is the mean of the six.
     Options: ``queue`` (entries, 0 = none), ``momentum``, ``alpha`` (weight of soft targets).

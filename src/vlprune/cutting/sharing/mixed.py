@@ -26,7 +26,7 @@ def mixed(
 ) -> Iterator[nn.Module]:
     """The model with shared weights while the block runs.
 
-    ``shares`` maps a structure to its source, to one number a unit, 1 where the unit takes the
+    ``shares`` maps a structure to its source, to one number per unit, 1 where the unit takes the
     source's weights and 0 where it keeps its own, and to the source's unit that it would take
     (both (size,)); or it is a plan. A source that shares is mixed first. The mixture is made once,
     on entering, and is differentiable in the numbers and in the weights of both. Gates

@@ -36,7 +36,7 @@ def shareable(target: Structure, source: Structure, shapes: Mapping[str, Sequenc
     if target.name == source.name:
         return "a structure cannot share with itself"
     if len(ours) != len(theirs):
-        return f"{target.name} has {len(ours)} weights a unit, {source.name} {len(theirs)}"
+        return f"{target.name} has {len(ours)} weights per unit, {source.name} {len(theirs)}"
     for a, b in zip(ours, theirs, strict=True):
         same = (a.axis, a.repeat, a.inner) == (b.axis, b.repeat, b.inner)
         widths = [_across(slot, shapes) for slot in (a, b)]
@@ -111,7 +111,7 @@ def slot_pairs(
 def unit_weights(
     structure: Structure, units: Tensor, parameters: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """The weights of some units, one matrix a slot: (units, numbers of a unit) each."""
+    """The weights of some units, one matrix per slot: (units, numbers per unit) each."""
     found = []
     for slot in structure.slots:
         weight = parameters[slot.param]

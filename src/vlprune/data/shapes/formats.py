@@ -98,6 +98,7 @@ def mask_of(scene: Scene) -> Image.Image:
 def karpathy_entry(
     image_id: int, name: str, subtype: str, split: str, said: list[str]
 ) -> dict[str, Any]:
+    """An image of the Karpathy split JSON, with its captions."""
     return {
         "imgid": image_id,
         "cocoid": image_id,
@@ -112,6 +113,7 @@ def karpathy_entry(
 
 
 def instance(thing: Thing, image_id: int, number: int) -> dict[str, Any]:
+    """A shape as an object of COCO's instances JSON."""
     points = [(round(x, 2), round(y, 2)) for x, y in thing.outline()]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     pairs = zip(points, points[1:] + points[:1], strict=True)
@@ -130,6 +132,7 @@ def instance(thing: Thing, image_id: int, number: int) -> dict[str, Any]:
 def vqa_annotation(
     key: int, image_id: int, question: str, answer: str, kind: str
 ) -> dict[str, Any]:
+    """The ten answers to a question, as in VQAv2's annotations JSON."""
     return {
         "question_id": key,
         "image_id": image_id,
@@ -143,6 +146,7 @@ def vqa_annotation(
 
 
 def reference(image_id: int, number: int, text: str, split: str, key: int) -> dict[str, Any]:
+    """A referring expression, as in RefCOCO's references."""
     return {
         "ref_id": key,
         "ann_id": image_id * 10 + number,

@@ -82,6 +82,7 @@ def transformers_exporters() -> Any:
 
 
 def needs(package: str) -> Any:
+    """The package. Raises UnsupportedError, with how to install it, where it is missing."""
     try:
         version(package)
         return import_module(package)
