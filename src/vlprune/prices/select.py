@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +12,8 @@ from ..errors import BudgetError
 from .prices import Floor, Prices, least, whole_cost
 
 __all__ = ["select"]
+
+Array = np.ndarray[Any, Any]
 
 
 def select(
@@ -46,50 +47,87 @@ def select(
     lowest = least(prices, round_to, floors)
     if budget < lowest and not closest:
         raise _unreachable(prices, budget, lowest, round_to, floors)
-    orders: dict[str, np.ndarray[Any, Any]] = {}
-    block_scores, block_structure, block_size, block_price = [], [], [], []
-    for number, (name, values) in enumerate(scores.items()):
-        array = np.asarray(values, dtype=np.float64)
-        if array.shape != (prices.sizes[name],):
-            raise BudgetError(f"{name} has {prices.sizes[name]} units but {array.size} scores")
-        if not np.isfinite(array).all():
-            raise BudgetError(f"a score of {name} is not a finite number: did the loss become NaN?")
-        order = orders[name] = np.argsort(array, kind="stable")
-        first = array.size % round_to or round_to
-        edges = [0, *range(first, array.size, round_to)]
-        ascending, costs = array[order], prices.ranked(name, order)
-        highest = -math.inf
-        for start, stop in pairwise(edges):  # the last block always stays
-            # rounding can put the mean of equal scores below that of the block before
-            highest = max(highest, float(ascending[start:stop].mean()))
-            block_scores.append(highest)
-            block_structure.append(number)
-            block_size.append(stop - start)
-            block_price.append(float(costs[start:stop].sum()))
-    names = list(scores)
-    cost, target = prices.total, budget * prices.total * (1 + 1e-12)
-    removed = dict.fromkeys(names, 0)
-    room = {floor.name: _room(floor, prices) for floor in floors}
-    guarded = {name: floor.name for floor in floors for name in floor.structures}
-    closed: set[str] = set()
-    for block in np.argsort(np.asarray(block_scores), kind="stable"):
-        if cost <= target:
-            break
-        name = names[block_structure[block]]
-        price = block_price[block]
-        floor_name = guarded.get(name)
-        if name in closed or (floor_name is not None and price > room[floor_name]):
-            closed.add(name)  # its higher-scored blocks stay as well
-            continue
-        if floor_name is not None:
-            room[floor_name] -= price
-        removed[name] += block_size[block]
-        cost -= price
+    ranked = {name: _ranked(name, values, prices, round_to) for name, values in scores.items()}
+    target = budget * prices.total * (1 + 1e-12)
+    removed, cost = _removed(ranked, prices, target, floors)
     if cost > target * (1 + 1e-9) and not closest:  # beyond what subtracting many prices rounds
         raise _unreachable(prices, budget, cost / prices.total, round_to, floors)
     return {
-        name: tuple(sorted(int(unit) for unit in orders[name][removed[name] :])) for name in names
+        name: tuple(np.sort(blocks.order[removed[name] :]).tolist())
+        for name, blocks in ranked.items()
     }
+
+
+class _Blocks(NamedTuple):
+    """Units of one structure in blocks, worst first; all but the last, which always stays."""
+
+    order: Array
+    """All units, worst first."""
+    scores: Array
+    sizes: Array
+    prices: Array
+
+
+def _ranked(name: str, values: Sequence[float], prices: Prices, round_to: int) -> _Blocks:
+    """The blocks of one structure. Raises BudgetError for scores that rank nothing."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != (prices.sizes[name],):
+        raise BudgetError(f"{name} has {prices.sizes[name]} units but {array.size} scores")
+    if not np.isfinite(array).all():
+        raise BudgetError(f"a score of {name} is not a finite number: did the loss become NaN?")
+    order = np.argsort(array, kind="stable")
+    first = array.size % round_to or round_to
+
+    def sums(of: Array) -> Array:
+        whole = of[first:].reshape(-1, round_to).sum(axis=1)
+        return np.concatenate([[of[:first].sum()], whole])[:-1]
+
+    sizes = np.full(array.size // round_to + 1, round_to)[: len(range(first, array.size, round_to))]
+    sizes[:1] = first
+    # rounding can put the mean of equal scores below that of the block before
+    means = np.maximum.accumulate(sums(array[order]) / sizes)
+    return _Blocks(order, means, sizes, sums(prices.ranked(name, order)))
+
+
+def _removed(
+    ranked: Mapping[str, _Blocks], prices: Prices, target: float, floors: Sequence[Floor]
+) -> tuple[dict[str, int], float]:
+    """How many units go of each structure until ``target`` is met, and what is left costs."""
+    blocks = list(ranked.values())
+    structure = np.repeat(np.arange(len(blocks)), [len(one.sizes) for one in blocks])
+    sequence = np.argsort(np.concatenate([one.scores for one in blocks]), kind="stable")
+    structure = structure[sequence]
+    sizes = np.concatenate([one.sizes for one in blocks])[sequence]
+    price = np.concatenate([one.prices for one in blocks])[sequence]
+    goes = _leaving_floors(structure, price, list(ranked), prices, floors)
+    structure, sizes, price = structure[goes], sizes[goes], price[goes]
+    left = np.subtract.accumulate(np.concatenate([[prices.total], price]))
+    # prices may be 0 or rise again by rounding, so this is the first time, not a bisection
+    count = int(np.argmax(left <= target)) if (left <= target).any() else len(price)
+    gone = np.bincount(structure[:count], sizes[:count], minlength=len(blocks))
+    return dict(zip(ranked, gone.astype(int).tolist(), strict=True)), float(left[count])
+
+
+def _leaving_floors(
+    structure: Array,
+    price: Array,
+    names: Sequence[str],
+    prices: Prices,
+    floors: Sequence[Floor],
+) -> Array:
+    """Which blocks of a ranking may go: those that break no floor, nor follow one that does."""
+    goes = np.ones(len(price), dtype=bool)
+    numbers = {name: number for number, name in enumerate(names)}
+    for floor in floors:
+        under = np.isin(structure, [numbers[name] for name in floor.structures if name in numbers])
+        room, closed = _room(floor, prices), set()
+        for place in np.nonzero(under)[0]:
+            if structure[place] in closed or price[place] > room:
+                closed.add(structure[place])  # its higher-scored blocks stay as well
+                goes[place] = False
+            else:
+                room -= price[place]
+    return goes
 
 
 def _select_groups(
