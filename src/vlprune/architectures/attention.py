@@ -238,57 +238,15 @@ def measure_projected(
 
     Raises Leave if it cannot be measured.
     """
-    first = row.qkv or row.q or row.v[0]
-    core_path = owner_of(join(path, first))[0]
+    core_path = owner_of(join(path, row.qkv or row.q or row.v[0]))[0]
     core = modules[core_path]
     name = stock_name(core)
     for child in (row.q, row.k, row.qkv, *row.v, *row.o):
         if child and not is_linear(modules[join(path, child)]):
             kind = type(modules[join(path, child)]).__name__
             raise Leave(f"its projection {child} is a {kind}, not a Linear")
-
-    def part(child: str, start: int = 0) -> Part:
-        module: Any = modules[join(path, child)]
-        params = [(join(path, f"{child}.weight"), linear_axes(module)[0])]
-        if module.bias is not None:
-            params.append((join(path, f"{child}.bias"), 0))
-        return Part(tuple(params), start, join(path, child))
-
-    def height(child: str) -> int:
-        module: Any = modules[join(path, child)]
-        return int(module.weight.shape[linear_axes(module)[0]])
-
-    rows = height(first)
-    q: tuple[Part, ...]
-    k: tuple[Part, ...]
-    v: tuple[Part, ...]
-    if row.qkv:
-        timm = type(core).__module__.startswith("timm.") and name == "Attention"
-        if not timm and name not in layouts.FUSED_ORDER_KNOWN:
-            raise Leave(f"the row order of the fused projection in {name} is not known")
-        value_size = getattr(core, "value_dim", None)
-        heads = _number(core, layouts.HEAD_COUNTS)
-        size = _number(core, layouts.HEAD_SIZES) or (rows // 3 // heads if heads else 0)
-        if not heads or not size or heads * (2 * size + (value_size or size)) != rows:
-            raise Leave(f"its fused projection has {rows} rows, not q, k and v of its heads")
-        kv, value_size = heads, value_size or size
-        q = (part(row.qkv),)
-        k = (part(row.qkv, heads * size),)
-        v = (part(row.qkv, 2 * heads * size),)
-    else:
-        size = _number(core, layouts.HEAD_SIZES)
-        counted = _number(core, layouts.HEAD_COUNTS)
-        if not size:
-            if not counted or rows % counted:
-                raise Leave(f"{name} does not say how many heads it has")
-            size = rows // counted
-        value_rows = height(row.v[0])
-        if rows % size or value_rows % size or rows % value_rows:
-            raise Leave(f"{rows} query and {value_rows} value rows are not heads of {size}")
-        heads, kv, value_size = rows // size, value_rows // size, size
-        q = (part(row.q),) if row.q else ()
-        k = (part(row.k),) if row.k else ()
-        v = tuple(part(child) for child in row.v)
+    measure = _measure_fused if row.qkv else _measure_apart
+    q, k, v, numbers = measure(path, row, modules, core)
     native = _native(core, name)
     return Block(
         path=path,
@@ -297,10 +255,6 @@ def measure_projected(
         stock_name=name,
         native=native,
         tower=tower,
-        heads=heads,
-        kv=kv,
-        size=size,
-        value_size=value_size,
         q=q,
         k=k,
         v=v,
@@ -308,7 +262,68 @@ def measure_projected(
             (join(path, f"{o}.weight"), linear_axes(modules[join(path, o)])[1]) for o in row.o
         ),
         folds=tuple(name for x in q for name, _ in x.params) if native.fold else (),
+        **numbers,
     )
+
+
+Parts = tuple["Part", ...]
+Measured = tuple[Parts, Parts, Parts, dict[str, int]]
+"""q, k, v, and the block's ``heads``, ``kv`` heads, ``size`` and ``value_size`` of a head."""
+
+
+def _part(path: str, child: str, modules: Mapping[str, nn.Module], start: int = 0) -> Part:
+    """The rows of a projection, from ``start`` on."""
+    module: Any = modules[join(path, child)]
+    params = [(join(path, f"{child}.weight"), linear_axes(module)[0])]
+    if module.bias is not None:
+        params.append((join(path, f"{child}.bias"), 0))
+    return Part(tuple(params), start, join(path, child))
+
+
+def _rows(path: str, child: str, modules: Mapping[str, nn.Module]) -> int:
+    module: Any = modules[join(path, child)]
+    return int(module.weight.shape[linear_axes(module)[0]])
+
+
+def _measure_fused(
+    path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], core: nn.Module
+) -> Measured:
+    """q, k and v one below the other in one projection."""
+    name, rows = stock_name(core), _rows(path, row.qkv, modules)
+    timm = type(core).__module__.startswith("timm.") and name == "Attention"
+    if not timm and name not in layouts.FUSED_ORDER_KNOWN:
+        raise Leave(f"the row order of the fused projection in {name} is not known")
+    value_size = getattr(core, "value_dim", None)
+    heads = _number(core, layouts.HEAD_COUNTS)
+    size = _number(core, layouts.HEAD_SIZES) or (rows // 3 // heads if heads else 0)
+    if not heads or not size or heads * (2 * size + (value_size or size)) != rows:
+        raise Leave(f"its fused projection has {rows} rows, not q, k and v of its heads")
+    starts = (0, heads * size, 2 * heads * size)
+    q, k, v = ((_part(path, row.qkv, modules, start),) for start in starts)
+    numbers = {"heads": heads, "kv": heads, "size": size, "value_size": value_size or size}
+    return q, k, v, numbers
+
+
+def _measure_apart(
+    path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], core: nn.Module
+) -> Measured:
+    """Projections of their own; some blocks have values only."""
+    name, rows = stock_name(core), _rows(path, row.q or row.v[0], modules)
+    size = _number(core, layouts.HEAD_SIZES)
+    if not size:
+        counted = _number(core, layouts.HEAD_COUNTS)
+        if not counted or rows % counted:
+            raise Leave(f"{name} does not say how many heads it has")
+        size = rows // counted
+    value_rows = _rows(path, row.v[0], modules)
+    if rows % size or value_rows % size or rows % value_rows:
+        raise Leave(f"{rows} query and {value_rows} value rows are not heads of {size}")
+    q, k, v = (
+        tuple(_part(path, child, modules) for child in children if child)
+        for children in ((row.q,), (row.k,), row.v)
+    )
+    numbers = {"heads": rows // size, "kv": value_rows // size, "size": size, "value_size": size}
+    return q, k, v, numbers
 
 
 def measure_multihead(path: str, module: Any, tower: str) -> Block:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.hooks import RemovableHandle
 
 from ..cutting.gates import Gates, evaluating
 from ..cutting.padded import is_linear
@@ -120,65 +122,75 @@ def measure_macs(
     model: nn.Module, structures: Sequence[Structure], example_inputs: Mapping[str, Any]
 ) -> MacsProfile:
     """Run the dense model once, where it lies, and split its MACs by structure."""
-    inputs = moved_to(model, example_inputs)
-    linear_macs: dict[str, int] = defaultdict(int)
-    hooks = []
+    counter, by_projection = _Counter(), defaultdict[str, int](int)
+    with ExitStack() as hooks:
+        for handle in _projection_hooks(model, by_projection):
+            hooks.callback(handle.remove)
+        for core in {s.core for s in structures if s.core}:
+            for handle in counter.watch(core, model.get_submodule(core)):
+                hooks.callback(handle.remove)
+        # its fused kernel has no formula
+        hooks.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        with evaluating(model), counter:
+            model(**moved_to(model, example_inputs))
+    by_core = {
+        core: done - sum(n for path, n in by_projection.items() if path.startswith(core + "."))
+        for core, done in counter.core.items()
+    }
+    shapes = {name: tuple(p.shape) for name, p in named_weights(model).items()}
+    unit = {s.name: _macs_per_unit(s, shapes, by_projection, by_core) for s in structures}
+    sizes = {s.name: s.size for s in structures}
+    return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))
 
-    def count(path: str, width_in: int, width_out: int) -> Callable[..., None]:
+
+def _projection_hooks(model: nn.Module, macs: dict[str, int]) -> Iterator[RemovableHandle]:
+    """Hooks that add up, by weight, the MACs of every projection that runs."""
+
+    def linear(path: str, width_in: int, width_out: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
             tokens = args[0].numel() // args[0].shape[-1]
-            linear_macs[path] += tokens * width_in * width_out
+            macs[path] += tokens * width_in * width_out
 
         return hook
 
-    def count_mha(path: str, module: Any) -> Callable[..., None]:
+    def multihead(path: str, module: Any) -> Callable[..., None]:
         def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _o: Any) -> None:
             given = [*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :])]
             tokens = [x.numel() // x.shape[-1] for x in given[:3]]
             third = module.in_proj_weight.shape[0] // 3
             for part, count in enumerate(tokens):  # q, k and v may see different lengths
                 key = f"{path}.in_proj_weight@{part * third}"
-                linear_macs[key] += count * module.in_proj_weight.numel() // 3
-            linear_macs[f"{path}.out_proj.weight"] += tokens[0] * module.out_proj.weight.numel()
+                macs[key] += count * module.in_proj_weight.numel() // 3
+            macs[f"{path}.out_proj.weight"] += tokens[0] * module.out_proj.weight.numel()
 
         return hook
 
     for path, module in model.named_modules():
         if is_linear(module):
             rows, columns = module.weight.shape
-            hooks.append(module.register_forward_hook(count(f"{path}.weight", rows, columns)))
+            yield module.register_forward_hook(linear(f"{path}.weight", rows, columns))
         elif isinstance(module, nn.MultiheadAttention):
-            hook = count_mha(path, module)
-            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-    counter = _Counter()
-    for core in {s.core for s in structures if s.core}:
-        hooks += counter.watch(core, model.get_submodule(core))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel has no formula
-    try:
-        with evaluating(model), counter:
-            model(**inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in hooks:
-            handle.remove()
+            yield module.register_forward_hook(multihead(path, module), with_kwargs=True)
 
-    core_macs = {
-        core: done - sum(n for path, n in linear_macs.items() if path.startswith(core + "."))
-        for core, done in counter.core.items()
-    }
-    shapes = {name: tuple(p.shape) for name, p in named_weights(model).items()}
-    unit = {}
-    for structure in structures:
-        price = 0.0
-        for slot in structure.slots:
-            rows = shapes[slot.param][slot.axis]
-            done = linear_macs.get(slot.param, 0)
-            if done == 0 and f"{slot.param}@{slot.start}" in linear_macs:
-                done, rows = linear_macs[f"{slot.param}@{slot.start}"], rows // 3
-            price += done * slot.repeat * slot.inner / rows
-        if structure.core and structure.layout == "native":
-            price += core_macs.get(structure.core, 0) * structure.core_share / structure.size
-        unit[structure.name] = price
-    sizes = {s.name: s.size for s in structures}
-    return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))
+
+def _macs_per_unit(
+    structure: Structure,
+    shapes: Mapping[str, Sequence[int]],
+    by_projection: Mapping[str, int],
+    by_core: Mapping[str, int],
+) -> float:
+    """A unit's part of its projections and, where the cut reaches it, of the attention core."""
+    price = 0.0
+    for slot in structure.slots:
+        rows = shapes[slot.param][slot.axis]
+        done = by_projection.get(slot.param, 0)
+        part = f"{slot.param}@{slot.start}"
+        if done == 0 and part in by_projection:
+            done, rows = by_projection[part], rows // 3
+        price += done * slot.repeat * slot.inner / rows
+    if structure.core and structure.layout == "native":
+        price += by_core.get(structure.core, 0) * structure.core_share / structure.size
+    return price
