@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlprune.errors import CheckpointError, DataError, PlanError
-from vlprune.files import plain, read_json, read_text, write_text
+from vlprune.files import plain, read_json, read_text, reason, write_text
 
 
 def test_what_is_no_small_regular_file_is_refused_at_once(tmp_path: Path) -> None:
@@ -82,3 +82,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_names_print_as_text() -> None:
     assert plain("a\x1b[31mb\r\u202ec") == "a\\x1b[31mb\\r\\u202ec"
     assert plain("naïve 猫\n") == "naïve 猫\n"
+
+
+def test_a_librarys_long_error_is_shortened() -> None:
+    assert reason(ValueError("short")) == "short"
+    assert len(reason(ValueError("x" * 100_000))) < 300
+    text = reason(ValueError("begins here " + "x" * 100_000 + " ends here"))
+    assert text.startswith("begins here")
+    assert text.endswith("ends here")

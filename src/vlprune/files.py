@@ -64,8 +64,12 @@ def shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why the system refused, without the path that the message names anyway."""
-    return plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
+    """Why the system or a library refused, in some 300 characters.
+
+    Without the path, which the message names anyway; a library may quote all of a damaged file.
+    """
+    text = plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"
 
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import CheckpointError, UnsupportedError
 from ..facts import Section, check_facts
-from ..files import plain
+from ..files import plain, reason
 from .plan import Plan
 from .structure import Description, Structure
 
@@ -135,7 +135,7 @@ class Record:
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise CheckpointError(
-                f"the vlprune section is damaged ({plain(error)}): {again}"
+                f"the vlprune section is damaged ({reason(error)}): {again}"
             ) from None
         return cls(
             plan,
