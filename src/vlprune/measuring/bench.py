@@ -112,27 +112,19 @@ def bench(
     for engine, callables in engines.items():
         for batch_size in batch_sizes:
             progress.phase(f"timing {engine}, batch {batch_size}")
-            batch = example(batch_size)
+            batch, where = example(batch_size), {"engine": engine, "batch": batch_size}
             try:
                 timers = {n: _timer(run, models[n], batch) for n, run in callables.items()}
                 timed = _steady(timers, seconds, f"{engine}, batch {batch_size}")
             except VlpruneError:
                 raise
             except Exception as error:
-                reason = " ".join(str(error).split())[:200]
-                runs.append({"engine": engine, "batch": batch_size, "failed": reason})
+                runs.append(where | {"failed": " ".join(str(error).split())[:200]})
                 continue
             for name, values in sorted(timed.items()):  # dense, small
                 runs.append(_summary(engine, batch_size, name, values))
             if len(timed) == 2:
-                ratios = np.asarray(timed["dense"]) / np.asarray(timed["small"])
-                low, times, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-                row = {"engine": engine, "batch": batch_size, "times": times}
-                row |= {"low": low, "high": high}
-                if facts["dense"]["macs"] and facts["small"]["macs"]:
-                    row["ideal"] = facts["dense"]["macs"] / facts["small"]["macs"]
-                    row["of_ideal"] = times / row["ideal"]
-                faster.append(row)
+                faster.append(where | _times_as_fast(timed, facts))
     told = conditions(models["small"], example(largest))
     return {
         "folders": {name: str(path) for name, path in folders.items()},
@@ -141,6 +133,19 @@ def bench(
         "runs": runs,
         "faster": faster,
     }
+
+
+def _times_as_fast(
+    timed: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """Dense over small, round by round; and how much of what the MACs promise that is."""
+    ratios = np.asarray(timed["dense"]) / np.asarray(timed["small"])
+    low, times, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    row = {"times": times, "low": low, "high": high}
+    if facts["dense"]["macs"] and facts["small"]["macs"]:
+        row["ideal"] = facts["dense"]["macs"] / facts["small"]["macs"]
+        row["of_ideal"] = times / row["ideal"]
+    return row
 
 
 def _opened(folder: Path) -> Any:
