@@ -1,6 +1,6 @@
 """Pruning and int8 together: accuracy and speed of one trained model, four ways.
 
-    python benchmarks/int8.py [-o FOLDER]
+    python benchmarks/int8.py -o FOLDER
 
 A ViT (DeiT's architecture) learns to classify generated scenes, is cut by UPop to a third of its
 parameters and retrained; then dense and small are exported to ONNX, and to ONNX with int8 by ONNX
@@ -10,8 +10,8 @@ evaluated on the same test data and timed, dense and small in turns, batch 16, t
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,4 +81,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[sys.argv.index("-o") + 1] if "-o" in sys.argv else "int8-run"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder for the runs")
+    main(parser.parse_args().output)
