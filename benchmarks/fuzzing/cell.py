@@ -174,7 +174,9 @@ def _settle(room: Room, files: dict[str, Path], stdin: int) -> None:
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(room.cwd)
-    os.environ.update(HOME=str(room.home), TMPDIR=str(room.tmp), COLUMNS="100")
+    os.environ.update(
+        HOME=str(room.home), TMPDIR=str(room.tmp), COLUMNS="100", PATH="/none"
+    )  # without Java
     tempfile.tempdir = None
     sys.dont_write_bytecode = True
 

@@ -24,7 +24,7 @@ from mutations import check_message, mutated
 from small_models import small
 from vlprune.commands.pipeline import compress
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
-from vlprune.folders.opening import open_config, open_model, open_processor
+from vlprune.folders.opening import guarded, open_config, open_model, open_processor
 from vlprune.folders.place import check_file, check_place, staging, swap
 from vlprune.folders.save import check_result
 from vlprune.recipe.spec import load_recipe
@@ -556,3 +556,16 @@ def test_a_processor_that_does_not_fit_is_one_message(
         assert "Traceback" not in stderr
         assert stderr.strip().splitlines()[-1].startswith("vlprune: cannot ")
         assert str(tmp_path / "m") in stderr
+
+
+def test_what_compiled_code_prints_is_no_result_and_no_escape_sequence(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with guarded("x"):
+        os.write(1, b"Ignored \x1b[1m option\n")
+        print("and python's")
+    os.write(1, b"the result\n")
+    out, err = capfd.readouterr()
+    assert out == "the result\n"
+    assert "Ignored \\x1b[1m option" in err
+    assert "and python's" in err

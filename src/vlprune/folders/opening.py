@@ -8,8 +8,10 @@ answer is always no, and sizes are looked at before anything is built (docs/fold
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def guarded(
     asks = dynamic_module_utils.TIME_OUT_REMOTE_CODE
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # else a part of a model may still ask
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _native_output():
             yield
     except VlpruneError:
         raise
@@ -60,6 +62,30 @@ def guarded(
         raise kind(f"cannot {doing} {plain(where)}: {_why(error, where)}") from error
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = asks
+
+
+@contextlib.contextmanager
+def _native_output() -> Iterator[None]:
+    """What compiled libraries print past Python goes to stderr, as text without escape sequences.
+
+    The tokenizers' Rust code quotes keys of a damaged file on stdout, for one.
+    """
+    try:
+        before = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    with tempfile.TemporaryFile() as caught:
+        try:
+            os.dup2(caught.fileno(), 1)
+            yield
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+            caught.seek(0)
+            said = caught.read(10_000).decode(errors="replace").strip()
+            if said:
+                print(plain(said), file=sys.stderr)
 
 
 def _why(error: Exception, where: object) -> str:

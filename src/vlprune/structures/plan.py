@@ -70,7 +70,7 @@ class Plan:
         """Raise PlanError unless every entry fits ``structures``."""
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
             raise PlanError(
-                f"this plan was made for another model (fingerprint {self.fingerprint}, this "
+                f"this plan was made for another model (fingerprint {plain(self.fingerprint)[:40]}, this "
                 f"model has {fingerprint}): make a new plan, or load the model it was made for"
             )
         sizes = {s.name: s.size for s in structures}
