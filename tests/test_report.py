@@ -16,8 +16,11 @@ import pytest
 import vlprune
 from mutations import check_message, mutated
 from vlprune.errors import CheckpointError
+from vlprune.reports.markdown import markdown
 from vlprune.reports.page import page
-from vlprune.reports.report import common_units, markdown, read_report, story
+from vlprune.reports.read import read_report
+from vlprune.reports.story import common_units, story
+from vlprune.reports.words import summary
 from vlprune.testing import build
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -166,8 +169,6 @@ def test_a_browser_draws_the_page(
 
 
 def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
-    from vlprune.reports.report import summary
-
     report = json.loads((tiny_folder / "report.json").read_text())
     assert "(float64)." in summary(report)
     report["verified"] |= {"dtype": "bfloat16", "kernel": "eager", "compared": 0.75}

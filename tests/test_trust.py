@@ -27,7 +27,8 @@ from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
 from vlprune.folders.checkpoint import check_result, open_config, open_model, open_processor
 from vlprune.folders.place import check_file, check_place, staging, swap
 from vlprune.recipe.spec import load_recipe
-from vlprune.reports.report import read_report, story
+from vlprune.reports.read import read_report
+from vlprune.reports.story import story
 from vlprune.testing import build
 
 SOURCE = Path(vlprune.__file__).parent

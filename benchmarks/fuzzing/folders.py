@@ -254,7 +254,8 @@ def reports(make: Maker) -> Case:
 
 
 def _card(folder: Path) -> int:
-    from vlprune.reports.report import model_card, read_report
+    from vlprune.reports.card import model_card
+    from vlprune.reports.read import read_report
 
     return len(model_card(read_report(folder), "Model"))
 

@@ -20,10 +20,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import RecipeError, VlpruneError
+from ..errors import RecipeError, VlpruneError, did_you_mean
 from ..files import plain, write_text
 from ..folders.place import check_file
-from ..reports.report import Block, human, percent, stage_header, stage_rows, summary, where
+from ..reports.story import Block, stage_header, stage_rows
+from ..reports.words import human, percent, summary, where
 from ..status import Progress
 from .signals import received, stoppable
 
@@ -53,6 +54,7 @@ class _Plain(Console):
 err = _Plain(stderr=True)
 out = _Plain(soft_wrap=False)
 
+FORMATS = ("text", "markdown", "json", "html")
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Open torch.export files, which run code when read."),
@@ -327,11 +329,17 @@ def report(
 
     Example: vlprune report demo-output -o report.html
     """
-    from ..reports.report import check_format, markdown, read_report, story
+    from ..reports.markdown import markdown
+    from ..reports.read import read_report
+    from ..reports.story import story
 
     ending = {".html": "html", ".md": "markdown", ".json": "json"}
     chosen = "json" if as_json else form or ending.get(output.suffix if output else "", "text")
-    check_format(chosen)
+    if chosen not in FORMATS:
+        raise RecipeError(
+            f"a report is written as {', '.join(FORMATS)}, not {chosen!r}."
+            f"{did_you_mean(chosen, FORMATS)}"
+        )
     if output is not None:
         check_file(output)
     reports = [read_report(folder) for folder in folders]

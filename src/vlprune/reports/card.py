@@ -1,0 +1,88 @@
+"""The model card: the README.md of a saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .markdown import as_text, table
+from .story import stage_header, stage_rows
+from .words import summary, where
+
+__all__ = ["model_card"]
+
+
+def model_card(report: Mapping[str, Any], model_class: str) -> str:
+    """The README.md of a saved folder: what it is, how it was made, figures, limits."""
+    header, rows = stage_header(report), stage_rows(report)
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
+    told = f"{report['method']} ({options}; attention unit {report['attention']})"
+    return f"""---
+library_name: transformers
+tags: [vlprune, pruning]
+---
+
+# A smaller {model_class}
+
+Made by vlprune with {as_text(told)}.
+{as_text(summary(report))}
+
+```python
+import vlprune  # teaches from_pretrained the smaller shapes
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained("this folder")
+```
+{_sharing(report)}
+{table(header, rows)}
+
+Latency: median of one forward pass on {where(report)}.
+MACs: multiply-adds of one forward pass at batch 1.
+
+## How it was made
+
+    vlprune compress recipe.yaml -o small
+
+with the `recipe.yaml` of this folder; `plan.json` lists the units that stay, `report.json` holds
+every number, and `vlprune report` draws it. Versions: {versions}.
+
+## Limits
+
+{chr(10).join(f"- {as_text(limit)}" for limit in _limits(report))}
+"""
+
+
+def _sharing(report: Mapping[str, Any]) -> str:
+    """What a card says of shared weights."""
+    if not any(group.get("shared", 0) for group in report.get("groups", ())):
+        return ""
+    return """
+Shared weights are stored once and stay tied in training. `vlprune.materialize(model)` turns them
+into plain dense layers: faster, larger.
+"""
+
+
+def _limits(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures should know."""
+    padded = sum(group["padded"] for group in report["groups"])
+    limits = [
+        "It is an ordinary model: it loads without vlprune."
+        if report.get("ordinary") == ""
+        else "Loading needs import vlprune in the process; exports of vlprune export do not.",
+        f"The figures are of one run of the task {report['task']} with one seed.",
+        "It was trained on the data of its recipe and inherits the biases of that data and of the "
+        "dense model; what was pruned may have mattered for inputs that were not tested.",
+    ]
+    if padded:
+        limits.append(
+            f"{padded} structures were cut with padded projections: they save parameters and "
+            "projection MACs, not the MACs of attention scores."
+        )
+    uncounted = (report.get("macs") or {}).get("not_counted")
+    if uncounted:
+        limits.append(f"Not counted in MACs: {', '.join(uncounted)}.")
+    limits += [f"{note[:1].upper()}{note[1:]}." for note in report.get("notes", ())]
+    if not report.get("verified"):
+        limits.append("The cut was not compared with the masked model.")
+    return limits
