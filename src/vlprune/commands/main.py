@@ -17,14 +17,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from ..errors import RecipeError, VlpruneError, did_you_mean
 from ..files import plain, write_text
 from ..folders.place import check_file
-from ..reports.story import Block, stage_header, stage_rows
-from ..reports.words import human, percent, summary, where
+from ..reports import screens
+from ..reports.terminal import show
 from ..status import Progress
 from .signals import received, stoppable
 
@@ -100,7 +99,7 @@ def inspect(
     if as_json:
         print(json.dumps(description))
         return
-    _print_description(description)
+    show(screens.description(description), out)
 
 
 @app.command()
@@ -161,10 +160,7 @@ def evaluate(
     if as_json:
         print(json.dumps(metrics))
         return
-    table = Table("metric", "value")
-    for name, value in metrics.items():
-        table.add_row(name.replace("_", " "), percent(value))
-    out.print(table)
+    show(screens.measured(metrics), out)
 
 
 @app.command()
@@ -195,7 +191,7 @@ def scan(
     if as_json:
         print(json.dumps(body))
         return
-    _print_scan(body)
+    show(screens.sensitivity(body), out)
 
 
 @app.command()
@@ -249,7 +245,7 @@ def bench(
     if as_json:
         print(json.dumps(body))
         return
-    _print_bench(body)
+    show(screens.timings(body), out)
 
 
 @app.command()
@@ -295,23 +291,7 @@ def export(
     if as_json:
         print(json.dumps(facts))
         return
-    size = sum(facts["files"].values())
-    worst = max(row["difference"] for row in facts["checked"])
-    kind = "int8, " if facts["int8"] else ""
-    out.print(
-        f"{facts['model']} as {facts['format']} in {facts['out']}: {kind}{human(size)}B, "
-        f"{facts['seconds']:.0f} s."
-    )
-    if generation:
-        told = "the stages " + ", ".join(row["stage"] for row in facts["checked"])
-    else:
-        told = "; ".join(
-            ", ".join(f"{n} {'x'.join(map(str, shape))}" for n, shape in row["shapes"].items())
-            for row in facts["checked"]
-        )
-    compared = min(row["compared"] for row in facts["checked"])
-    left = "" if compared == 1 else f" {percent(compared)} of the values were finite and compared."
-    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {told}.{left}")
+    show(screens.exported(facts), out)
 
 
 @app.command()
@@ -354,7 +334,7 @@ def report(
     elif chosen == "markdown" or output is not None:
         text = markdown(story(reports))
     else:
-        _print_story(story(reports))
+        show(story(reports), out)
         return
     if output is None:
         print(text, end="")
@@ -405,17 +385,7 @@ def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    # one column a model, because a task may have more figures than a terminal has columns
-    names, *figures = zip(stage_header(report), *stage_rows(report), strict=True)
-    table = Table(*names)
-    for row in figures:
-        table.add_row(*row)
-    out.print(table)
-    out.print(summary(report))
-    out.print(f"Took {report['seconds']:.0f} s on {where(report)}.")
-    out.print(
-        f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original."
-    )
+    show(screens.result(report, output), out)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -427,121 +397,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise RecipeError(f"batch sizes are numbers of at least 1, as in 1,8,32, not {text!r}")
     return sizes
-
-
-def _print_bench(body: dict[str, Any]) -> None:
-    told = body["conditions"]
-    out.print(f"On {where(told)}, {told['dtype']}, torch {told['torch']}.")
-    names = list(body["folders"])[::-1]  # dense first
-    table = Table("model", *names)
-    facts = body["models"]
-    table.add_row("folder", *(body["folders"][n] for n in names))
-    table.add_row("params", *(human(facts[n]["params"]) for n in names))
-    macs = [facts[n]["macs"] for n in names]
-    table.add_row("MACs, batch 1", *(human(m) if m else "-" for m in macs))
-    table.add_row("on disk", *(human(facts[n]["disk_bytes"]) + "B" for n in names))
-    table.add_row("loading", *(f"{facts[n]['load_seconds']:.2f} s" for n in names))
-    batch = facts[names[0]]["peak_batch"]
-    table.add_row(
-        f"peak memory, batch {batch}", *(human(facts[n]["peak_bytes"]) + "B" for n in names)
-    )
-    out.print(table)
-    times = Table("engine", "batch", "model", "latency (quartiles)", "items/s", "MACs/s")
-    for row in body["runs"]:
-        engine, batch = row["engine"], row["batch"]
-        if "failed" in row:
-            times.add_row(engine, str(batch), "-", f"failed: {row['failed']}", "-", "-")
-            continue
-        low, middle, high = (1000 * row[key] for key in ("low", "median", "high"))
-        macs_of = facts[row["model"]]["macs"]
-        times.add_row(
-            engine,
-            str(batch),
-            row["model"],
-            f"{middle:.3g} ms ({low:.3g}-{high:.3g})",
-            f"{row['items_per_second']:,.{0 if row['items_per_second'] >= 100 else 1}f}",
-            human(macs_of * row["items_per_second"]) if macs_of else "-",
-        )
-    out.print(times)
-    for row in body["faster"]:
-        ideal = f", {percent(row['of_ideal'])} of the ideal" if "ideal" in row else ""
-        out.print(
-            f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast "
-            f"({row['low']:.2f}-{row['high']:.2f}){ideal}."
-        )
-    ideals = [row["ideal"] for row in body["faster"] if "ideal" in row]
-    if ideals:
-        out.print(f"The ideal is the MACs saved: {ideals[0]:.2f} times.")
-
-
-def _print_story(blocks: list[Block]) -> None:
-    for block in blocks:
-        if block.rows:
-            head, *body = block.rows
-            table = Table(*head)
-            for row in body:
-                table.add_row(*row)
-            out.print(table)
-        elif block.level:
-            title = block.level == 1
-            out.print(f"\n{block.text}" if title else block.text, style="bold" if title else None)
-        else:
-            out.print(block.text)
-
-
-def _print_scan(body: dict[str, Any]) -> None:
-    shares = [f"{point['share']:.0%}" for point in body["parts"][0]["points"]]
-    out.print(
-        f"{body['model']}, {human(body['params'])} params: loss {body['loss']:.3f} on "
-        f"{body['test_items']} test items. Loss when only this part keeps:"
-    )
-    losses = Table("part", "units", *shares)
-    sizes = Table("part", *shares)
-    for row in body["parts"]:
-        points = row["points"]
-        losses.add_row(row["part"], str(row["units"]), *(f"{p['loss']:.3f}" for p in points))
-        shrunk = (percent(p["params"] / body["params"]) for p in points)
-        sizes.add_row(row["part"], *shrunk)
-    out.print(losses)
-    out.print("Params of the whole model that stay then:")
-    out.print(sizes)
-    out.print("Units go by |d loss / d gate|; nothing is trained, so retraining repairs a part.")
-
-
-def _print_description(body: dict[str, Any]) -> None:
-    shares = any(row["shared"] for row in body["groups"])
-    columns = ["tower", "kind", "structures", "units", *(["shared"] if shares else [])]
-    table = Table(*columns, "params", "MACs", "layout")
-    for row in body["groups"]:
-        native = row["structures"] - row["padded"]
-        layout = "native" if not row["padded"] else f"{native} native, {row['padded']} padded"
-        table.add_row(
-            row["tower"],
-            row["kind"],
-            str(row["structures"]),
-            str(row["units"]),
-            *([str(row["shared"])] if shares else []),
-            human(row["params"]),
-            human(row["macs"]) if row["macs"] is not None else "-",
-            layout,
-        )
-    macs = f", {human(body['macs'])} MACs" if body["macs"] else ""
-    out.print(f"{body['model']}: {human(body['params'])} params{macs}")
-    out.print(table)
-    if body["macs_problem"]:
-        out.print(f"MACs are not known: {body['macs_problem'].rstrip('.')}.")
-    if body["not_counted"]:
-        out.print(f"Not counted in MACs: {', '.join(body['not_counted'])}.")
-    out.print(
-        f"The smallest budget that can be reached is {percent(body['least_params'])} of the params."
-    )
-    reasons: dict[str, list[str]] = {}
-    for path, reason in body["dense"].items():
-        reasons.setdefault(reason, []).append(path)
-    stays = Table("stays dense because it is", "modules", "for example")
-    for reason, paths in reasons.items():
-        stays.add_row(reason, str(len(paths)), paths[0])
-    out.print(stays)
 
 
 class _Shown(Progress):

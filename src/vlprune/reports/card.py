@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .markdown import as_text, table
-from .story import stage_header, stage_rows
+from .markdown import as_text, markdown
+from .story import stages
 from .words import summary, where
 
 __all__ = ["model_card"]
@@ -14,7 +14,6 @@ __all__ = ["model_card"]
 
 def model_card(report: Mapping[str, Any], model_class: str) -> str:
     """The README.md of a saved folder: what it is, how it was made, figures, limits."""
-    header, rows = stage_header(report), stage_rows(report)
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
     told = f"{report['method']} ({options}; attention unit {report['attention']})"
@@ -35,8 +34,7 @@ from transformers import {model_class}
 model = {model_class}.from_pretrained("this folder")
 ```
 {_sharing(report)}
-{table(header, rows)}
-
+{markdown([stages(report)])}
 Latency: median of one forward pass on {where(report)}.
 MACs: multiply-adds of one forward pass at batch 1.
 

@@ -6,29 +6,28 @@ import re
 from collections.abc import Sequence
 
 from ..files import plain
-from .story import Block
+from .blocks import Block, Heading, Table, cell
 
-__all__ = ["as_text", "markdown", "table"]
+__all__ = ["as_text", "markdown"]
 
 
 def markdown(blocks: Sequence[Block]) -> str:
     """The blocks as Markdown."""
-    parts = []
-    for block in blocks:
-        if block.rows:
-            head, *body = block.rows
-            parts.append(table(head, body))
-        else:
-            text = as_text(block.text)
-            parts.append(f"{'#' * block.level} {text}" if block.level else text)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(map(_block, blocks)) + "\n"
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table with titles."""
-    rows = [[as_text(cell) for cell in row] for row in (head, *body)]
-    rows.insert(1, ["---"] * len(head))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _block(block: Block) -> str:
+    if isinstance(block, Table):
+        return _table(block)
+    text = as_text(block.text)
+    return f"{'#' * block.level} {text}" if isinstance(block, Heading) else text
+
+
+def _table(table: Table) -> str:
+    titles = [as_text(column.title) for column in table.columns]
+    rules = ["---:" if column.align == "right" else "---" for column in table.columns]
+    rows = [[as_text(cell(column, row)) for column in table.columns] for row in table.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, rules, *rows))
 
 
 def as_text(text: str) -> str:

@@ -7,24 +7,210 @@ blocks, each in its own way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from .words import human, percent, summary, tower_of, where
+from .blocks import Block, Column, Heading, Sentence, Table
+from .words import duration, percent, summary, tower_of, where
 
-__all__ = ["Block", "common_units", "layers_of", "stage_header", "stage_rows", "story"]
+__all__ = [
+    "common_units",
+    "comparable",
+    "comparison",
+    "details",
+    "faster",
+    "layers_of",
+    "opening",
+    "overview",
+    "speed",
+    "stages",
+    "story",
+]
 
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-@dataclass(frozen=True)
-class Block:
-    """A heading (``level`` 1 or 2), a sentence (level 0), or a table (``rows``, first the head)."""
+def story(reports: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """All that is to be said of one or several folders."""
+    blocks: list[Block] = []
+    if len(reports) > 1:
+        blocks += [Heading("Overview", 1), overview(reports)]
+    for report in reports:
+        blocks += [Heading(str(report["folder"]), 1), *opening(report), *details(report)]
+    if comparable(reports):
+        blocks += [Heading("The two plans", 1), comparison(*reports)]
+    return blocks
 
-    text: str = ""
-    level: int = 0
-    rows: tuple[tuple[str, ...], ...] = ()
+
+def opening(report: Mapping[str, Any]) -> list[Block]:
+    """Asked and reached, the notes (an unfinished search, say), and a table of the stages."""
+    notes = (Sentence(f"Note: {note}.") for note in report.get("notes", ()))
+    table = [stages(report)] if report.get("metrics") else []
+    return [Sentence(summary(report)), *notes, *table]
+
+
+def details(report: Mapping[str, Any]) -> list[Block]:
+    """The other tables of one folder: where the budget went, exports, speed."""
+    blocks: list[Block] = [Heading("Where the budget went"), _groups(report)]
+    if report.get("exports"):
+        blocks += [Heading("Exports"), _exports(report["exports"])]
+    if isinstance(report.get("bench"), dict):
+        blocks += speed(report["bench"])
+    return blocks
+
+
+def stages(report: Mapping[str, Any]) -> Table:
+    """The dense, the cut and the retrained model: size, speed and metrics."""
+    batches = next(iter(report["latency_seconds"].values()))
+    metrics = next(iter(report["metrics"].values()))
+    rows = []
+    for stage, values in report["metrics"].items():
+        when = "before" if stage == "dense" else "after"
+        seconds = report["latency_seconds"]["dense" if stage == "dense" else "small"]
+        row = {"stage": stage, "params": report["params"][when], "macs": report["macs"][when]}
+        row |= {f"batch {batch}": took for batch, took in seconds.items()}
+        rows.append(row | {f"metric {name}": value for name, value in values.items()})
+    columns = (
+        Column("stage", "model"),
+        Column("params", "params", "count"),
+        Column("macs", "MACs", "count"),
+        *(Column(f"batch {batch}", f"batch {batch}", "latency") for batch in batches),
+        *(Column(f"metric {name}", name.replace("_", " "), "share") for name in metrics),
+    )
+    return Table(columns, tuple(rows))
+
+
+def _groups(report: Mapping[str, Any]) -> Table:
+    layers = layers_of(report)
+    rows = []
+    for group in report["groups"]:
+        key = (tower_of(group), group["kind"])
+        shares = [layer["kept"] / layer["units"] for layer in layers.get(key, [])]
+        cost, shared = group.get("params"), group.get("shared")
+        rows.append(
+            {
+                "tower": tower_of(group),
+                "kind": group["kind"],
+                "layers": group["structures"],
+                "kept": group["kept"] / group["units"],
+                "shared": shared / group["units"] if shared else None,
+                "params": (cost["before"], cost["after"]) if cost else None,
+                "profile": "".join(BARS[max(1, round(8 * share))] for share in shares) or None,
+            }
+        )
+    columns = (
+        Column("tower", "tower"),
+        Column("kind", "kind"),
+        Column("layers", "layers", "number"),
+        Column("kept", "kept", "share"),
+        *([Column("shared", "shared", "share")] if any(row["shared"] for row in rows) else []),
+        Column("params", "params", "count"),
+        Column("profile", "layer by layer"),
+    )
+    return Table(columns, tuple(rows))
+
+
+def _exports(exports: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for one in exports:
+        worst = max(row["difference"] for row in one["checked"])
+        compared = min(row.get("compared", 1) for row in one["checked"])
+        left = "" if compared == 1 else f", {percent(compared)} of the values compared"
+        rows.append(
+            {
+                "format": f"{one['format']}{', int8' if one['int8'] else ''}",
+                "size": sum(one["files"].values()),
+                "difference": f"{worst:.1g}{left}",
+            }
+        )
+    columns = (
+        Column("format", "format"),
+        Column("size", "size", "bytes"),
+        Column("difference", "largest difference to PyTorch", "difference"),
+    )
+    return Table(columns, tuple(rows))
+
+
+def speed(bench: Mapping[str, Any]) -> list[Block]:
+    """How long each model took in each engine, and how much faster the smaller one is."""
+    rows = [row for row in bench["runs"] if "failed" not in row]
+    columns = (
+        Column("engine", "engine"),
+        Column("batch", "batch", "number"),
+        Column("model", "model"),
+        Column("median", "latency", "latency"),
+        Column("items_per_second", "items/s", "rate"),
+    )
+    heading = Heading(f"Speed on {where(bench['conditions'])}")
+    return [heading, Table(columns, tuple(rows)), *faster(bench)]
+
+
+def faster(bench: Mapping[str, Any]) -> list[Sentence]:
+    """How many times as fast the smaller model is, per engine and batch size."""
+    sentences = []
+    for row in bench["faster"]:
+        range_ = f" ({row['low']:.2f}-{row['high']:.2f})" if {"low", "high"} <= row.keys() else ""
+        share = row.get("of_ideal")
+        ideal = f", {percent(share)} of what the saved MACs allow" if share is not None else ""
+        text = f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast"
+        sentences.append(Sentence(f"{text}{range_}{ideal}."))
+    return sentences
+
+
+def overview(reports: Sequence[Mapping[str, Any]]) -> Table:
+    """All folders beside each other, and the dense model of the first that measured its own."""
+    metrics = list(dict.fromkeys(r["metric"] for r in reports if r.get("metric")))
+    columns = (
+        Column("model", "model"),
+        Column("method", "method"),
+        Column("params", "params", "count"),
+        Column("macs", "MACs", "count"),
+        Column("latency", "latency", "latency"),
+        *(Column(f"metric {name}", name.replace("_", " "), "share") for name in metrics),
+    )
+    rows = [_line(report, "after") | {"method": report["method"]} for report in reports]
+    dense = [report for report in reports if report.get("metrics")]
+    if dense:
+        rows.append(_line(dense[0], "before") | {"model": "dense"})
+    return Table(columns, tuple(rows))
+
+
+def _line(report: Mapping[str, Any], when: str) -> dict[str, Any]:
+    """One row of the overview: the dense model ``before`` or the small one ``after``."""
+    seconds = report.get("latency_seconds", {}).get("dense" if when == "before" else "small", {})
+    batch = max(seconds, key=int, default="")
+    stages = list((report.get("metrics") or {}).values())
+    metrics = stages[0 if when == "before" else -1] if stages else {}
+    return {
+        "model": str(report["folder"]),
+        "params": report["params"][when],
+        "macs": report["macs"][when] if report.get("macs") else None,
+        "latency": f"{duration(seconds[batch])} (batch {batch})" if batch else None,
+        **{f"metric {name}": value for name, value in metrics.items()},
+    }
+
+
+def comparable(reports: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are two folders that were cut from one dense model."""
+    first = reports[0]["fingerprint"]
+    return len(reports) == 2 and bool(first) and first == reports[1]["fingerprint"]
+
+
+def comparison(one: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
+    """What both plans keep of every tower and kind."""
+    columns = (
+        Column("tower", "tower"),
+        Column("kind", "kind"),
+        Column("units", "units", "number"),
+        Column("one", f"kept by {one['folder']}", "share"),
+        Column("other", f"by {other['folder']}", "share"),
+        Column("both", "by both", "share"),
+    )
+    rows = [
+        row | {key: row[key] / row["units"] for key in ("one", "other", "both")}
+        for row in common_units(one, other)
+    ]
+    return Table(columns, tuple(rows))
 
 
 def layers_of(report: Mapping[str, Any]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
@@ -60,142 +246,3 @@ def common_units(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[
             row["both"] += len(ours & theirs)
         rows.append(row)
     return rows
-
-
-def story(reports: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """All that is to be said of one or several folders."""
-    blocks: list[Block] = []
-    if len(reports) > 1:
-        blocks += [Block("Overview", 1), _overview(reports)]
-    for report in reports:
-        blocks += _one(report)
-    if len(reports) == 2 and reports[0]["fingerprint"] == reports[1]["fingerprint"]:
-        blocks += _comparison(*reports)
-    return blocks
-
-
-def _one(report: Mapping[str, Any]) -> list[Block]:
-    blocks = [Block(str(report["folder"]), 1), Block(summary(report)), *_notes(report)]
-    if report.get("metrics"):
-        names, *figures = zip(stage_header(report), *stage_rows(report), strict=True)
-        blocks.append(Block(rows=(tuple(names), *map(tuple, figures))))
-    blocks.append(Block("Where the budget went", 2))
-    rows = [("tower", "kind", "layers", "kept", "shared", "params", "layer by layer")]
-    for group in report["groups"]:
-        key = (tower_of(group), group["kind"])
-        layers = layers_of(report).get(key, [])
-        shares = [layer["kept"] / layer["units"] for layer in layers]
-        cost = group.get("params")
-        rows.append(
-            (
-                *key,
-                str(group["structures"]),
-                percent(group["kept"] / group["units"]),
-                percent(group["shared"] / group["units"]) if group.get("shared") else "-",
-                f"{human(cost['before'])} -> {human(cost['after'])}" if cost else "-",
-                "".join(BARS[max(1, round(8 * share))] for share in shares) or "-",
-            )
-        )
-    blocks.append(Block(rows=tuple(rows)))
-    blocks += _exports(report) + _bench(report)
-    return blocks
-
-
-def _notes(report: Mapping[str, Any]) -> list[Block]:
-    """What the compression itself had to say: an unfinished search, structures left dense."""
-    return [Block(f"Note: {note}.") for note in report.get("notes", ())]
-
-
-def _exports(report: Mapping[str, Any]) -> list[Block]:
-    if not report.get("exports"):
-        return []
-    rows = [("format", "size", "largest difference to PyTorch")]
-    for one in report["exports"]:
-        worst = max(row["difference"] for row in one["checked"])
-        kind = f"{one['format']}{', int8' if one['int8'] else ''}"
-        compared = min(row.get("compared", 1) for row in one["checked"])
-        share = "" if compared == 1 else f", {percent(compared)} of the values compared"
-        rows.append((kind, f"{human(sum(one['files'].values()))}B", f"{worst:.1g}{share}"))
-    return [Block("Exports", 2), Block(rows=tuple(rows))]
-
-
-def _bench(report: Mapping[str, Any]) -> list[Block]:
-    bench = report.get("bench")
-    if not isinstance(bench, dict):
-        return []
-    rows = [("engine", "batch", "model", "latency", "items a second")]
-    for row in bench["runs"]:
-        if "failed" not in row:
-            speed = f"{row['items_per_second']:,.0f}"
-            took = f"{1000 * row['median']:.3g} ms"
-            rows.append((row["engine"], str(row["batch"]), row["model"], took, speed))
-    blocks = [Block(f"Speed on {where(bench['conditions'])}", 2), Block(rows=tuple(rows))]
-    for row in bench["faster"]:
-        ideal = f", {percent(row['of_ideal'])} of the MACs saved" if "of_ideal" in row else ""
-        text = f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast{ideal}."
-        blocks.append(Block(text))
-    return blocks
-
-
-def _overview(reports: Sequence[Mapping[str, Any]]) -> Block:
-    metrics = list(dict.fromkeys(r["metric"] for r in reports if r.get("metric")))
-    rows = [("model", "method", "params", "MACs", "latency", *metrics)]
-    for report in reports:
-        rows.append(_line(report, str(report["folder"]), "after", "small", metrics))
-    dense = [r for r in reports if r.get("metrics")]
-    if dense:
-        rows.append(_line(dense[0], "dense", "before", "dense", metrics))
-    return Block(rows=tuple(rows))
-
-
-def _line(
-    report: Mapping[str, Any], name: str, when: str, which: str, metrics: Sequence[str]
-) -> tuple[str, ...]:
-    seconds = report.get("latency_seconds", {}).get(which, {})
-    batch = max(seconds, key=int) if seconds else ""
-    stages = report.get("metrics") or {}
-    stage = stages.get("dense") if which == "dense" else list(stages.values() or [None])[-1]
-    return (
-        name,
-        "-" if which == "dense" else str(report["method"]),
-        human(report["params"][when]),
-        human(report["macs"][when]) if report.get("macs") else "-",
-        f"{1000 * seconds[batch]:.3g} ms (batch {batch})" if batch else "-",
-        *(percent(stage[m]) if stage and m in stage else "-" for m in metrics),
-    )
-
-
-def _comparison(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Block]:
-    names = one["folder"], other["folder"]
-    rows = [("tower", "kind", "units", f"kept by {names[0]}", f"by {names[1]}", "by both")]
-    for row in common_units(one, other):
-        kept = (row["one"], row["other"], row["both"])
-        counts = (percent(count / row["units"]) for count in kept)
-        rows.append((row["tower"], row["kind"], str(row["units"]), *counts))
-    return [Block("The two plans", 1), Block(rows=tuple(rows))]
-
-
-def stage_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """One row for dense, cut and retrained: name, params, MACs, latencies, metrics."""
-    rows = []
-    for stage, metrics in report["metrics"].items():
-        when = "before" if stage == "dense" else "after"
-        seconds = report["latency_seconds"]["dense" if stage == "dense" else "small"]
-        rows.append(
-            [
-                stage,
-                human(report["params"][when]),
-                human(report["macs"][when]),
-                *(f"{1000 * value:.1f} ms" for value in seconds.values()),
-                *(percent(value) for value in metrics.values()),
-            ]
-        )
-    return rows
-
-
-def stage_header(report: Mapping[str, Any]) -> list[str]:
-    """The titles of :func:`stage_rows`."""
-    batches = next(iter(report["latency_seconds"].values()))
-    metrics = next(iter(report["metrics"].values()))
-    titles = [name.replace("_", " ") for name in metrics]
-    return ["model", "params", "MACs", *(f"batch {size}" for size in batches), *titles]

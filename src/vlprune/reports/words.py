@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["human", "percent", "summary", "tower_of", "where"]
+__all__ = ["UNITS", "duration", "human", "percent", "summary", "tower_of", "where"]
 
 
 def human(number: float) -> str:
@@ -19,6 +19,27 @@ def human(number: float) -> str:
 def percent(fraction: float) -> str:
     """0.4987 as ``49.9 %``."""
     return f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """0.0123 as ``12.3 ms``."""
+    return f"{1000 * seconds:.3g} ms"
+
+
+UNITS: dict[str, Callable[[Any], str]] = {
+    "": str,
+    "text": str,  # figures that are text already
+    "number": "{:,}".format,
+    "count": human,
+    "share": percent,
+    "seconds": "{:.2f} s".format,
+    "latency": duration,
+    "bytes": lambda size: f"{human(size)}B",
+    "rate": lambda number: f"{number:,.{0 if number >= 100 else 1}f}",
+    "loss": "{:.3f}".format,
+    "difference": "{:.1g}".format,
+}
+"""How a number of each unit is written."""
 
 
 def tower_of(row: Mapping[str, Any]) -> str:
