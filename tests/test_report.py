@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 import vlprune
 from mutations import check_message, mutated
 from vlprune.commands.main import _Plain as Plain
 from vlprune.errors import CheckpointError
 from vlprune.reports import blocks
+from vlprune.reports.card import model_card
 from vlprune.reports.markdown import markdown
 from vlprune.reports.page import page
 from vlprune.reports.read import read_report
@@ -389,3 +391,46 @@ def test_a_report_is_written_into_links_and_refused_where_it_cannot_be(
         assert len(problem.splitlines()) == 1
     assert run("report", str(whole), "-o", "/dev/null")[0] == 0
     assert not Path("/dev/null").is_file()
+
+
+def test_the_card_has_results_as_the_hub_reads_them(whole: Path) -> None:
+    report = read_report(whole)
+    card = ModelCard(model_card(report, "BlipForQuestionAnswering"))
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "visual-question-answering"
+    assert card.data.tags == ["vlprune", "pruning"]
+    results = {one.metric_type: one for one in card.data.eval_results}
+    last = report["metrics"]["retrained"]
+    assert {name: one.metric_value for name, one in results.items()} == last
+    assert {one.task_type for one in results.values()} == {"visual-question-answering"}
+    assert "# A smaller BlipForQuestionAnswering" in card.text
+    assert "| retrained |" in card.text
+    report["metrics"] = None  # of a loop of one's own
+    card = ModelCard(model_card(report, "BlipForQuestionAnswering"))
+    assert card.data.eval_results is None
+    assert "MACs:" not in card.text
+
+
+@pytest.mark.parametrize(
+    "evil",
+    ["a: [b", "x\n---\nlicense: evil", "'\"{}&*!|>%@`", "# no\n- item", "<b>y</b>", "~"],
+)
+def test_names_cannot_break_the_card(evil: str, whole: Path) -> None:
+    report = read_report(whole)
+    for key in ("task", "method", "device", "attention"):
+        report[key] = evil
+    report["versions"] = {evil: evil}
+    report["options"] = {evil: evil}
+    report["metrics"] = {
+        stage: {evil: 0.5, **values} for stage, values in report["metrics"].items()
+    }
+    card = ModelCard(model_card(report, "Model"))
+    assert card.data.license is None
+    assert evil in {one.metric_type for one in card.data.eval_results}
+    assert {one.task_type for one in card.data.eval_results} == {evil}
+    assert "<b>" not in card.text.replace("\\<b>", "")
+    titles = [line for line in card.text.splitlines() if line.startswith("#")]
+    assert titles == ["# A smaller Model", "## How it was made", "## Limits"]
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| dense")]
+    (head,) = [line for line in card.text.splitlines() if line.startswith("| model")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"(?<!\\)\|", head))

@@ -12,19 +12,62 @@ from .words import summary, where
 __all__ = ["model_card"]
 
 
+HUB_TASKS = {
+    "captioning": "image-to-text",
+    "classification": "image-classification",
+    "detection": "object-detection",
+    "gqa": "visual-question-answering",
+    "segmentation": "image-segmentation",
+    "vqa": "visual-question-answering",
+}
+"""Names that the Hub has for tasks; the others keep their own."""
+
+
 def model_card(report: Mapping[str, Any], model_class: str) -> str:
-    """The README.md of a saved folder: what it is, how it was made, figures, limits."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    """The README.md of a saved folder: what it is, how it was made, figures, limits.
+
+    Its head is metadata as the Hub reads them, with a result for every metric of the last stage.
+    """
+    from huggingface_hub import ModelCard
+
+    head = _metadata(report, model_class)
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{_body(report, model_class)}"))
+
+
+def _metadata(report: Mapping[str, Any], model_class: str) -> Any:
+    """The ModelCardData, which write themselves as YAML: quoted where a name needs it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = report.get("task", "")
+    metrics = list((report.get("metrics") or {}).values())
+    results = [
+        EvalResult(
+            task_type=HUB_TASKS.get(task, task),
+            dataset_type="recipe.yaml",
+            dataset_name="the test data of its recipe",
+            dataset_split="test",
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for name, value in (metrics[-1] if metrics else {}).items()
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=HUB_TASKS.get(task),
+        tags=["vlprune", "pruning"],
+        model_name=f"a smaller {model_class}",
+        eval_results=results or None,
+    )
+
+
+def _body(report: Mapping[str, Any], model_class: str) -> str:
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
-    told = f"{report['method']} ({options}; attention unit {report['attention']})"
-    return f"""---
-library_name: transformers
-tags: [vlprune, pruning]
----
+    method = f"{report['method']} ({options}; attention unit {report['attention']})"
+    versions = ", ".join(f"{name} {one}" for name, one in report.get("versions", {}).items())
+    return f"""# A smaller {as_text(model_class)}
 
-# A smaller {model_class}
-
-Made by vlprune with {as_text(told)}.
+Made by vlprune with {as_text(method)}.
 {as_text(summary(report))}
 
 ```python
@@ -33,21 +76,28 @@ from transformers import {model_class}
 
 model = {model_class}.from_pretrained("this folder")
 ```
-{_sharing(report)}
-{markdown([stages(report)])}
-Latency: median of one forward pass on {where(report)}.
-MACs: multiply-adds of one forward pass at batch 1.
-
+{_sharing(report)}{_figures(report)}
 ## How it was made
 
     vlprune compress recipe.yaml -o small
 
 with the `recipe.yaml` of this folder; `plan.json` lists the units that stay, `report.json` holds
-every number, and `vlprune report` draws it. Versions: {versions}.
+every number, and `vlprune report` draws it. Versions: {as_text(versions)}.
 
 ## Limits
 
 {chr(10).join(f"- {as_text(limit)}" for limit in _limits(report))}
+"""
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    """The table of the stages, where a task has measured them."""
+    if not report.get("metrics"):
+        return ""
+    return f"""
+{markdown([stages(report)])}
+Latency: median of one forward pass on {as_text(where(report))}.
+MACs: multiply-adds of one forward pass at batch 1.
 """
 
 
@@ -68,7 +118,7 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
         "It is an ordinary model: it loads without vlprune."
         if report.get("ordinary") == ""
         else "Loading needs import vlprune in the process; exports of vlprune export do not.",
-        f"The figures are of one run of the task {report['task']} with one seed.",
+        f"The figures are of one run of the task {report.get('task', '')} with one seed.",
         "It was trained on the data of its recipe and inherits the biases of that data and of the "
         "dense model; what was pruned may have mattered for inputs that were not tested.",
     ]
