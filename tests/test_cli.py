@@ -16,7 +16,7 @@ from small_runs import DEMO, TINY
 from vlprune.commands import main as cli
 from vlprune.testing import build
 
-COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS = [c.callback.__name__ for c in cli.app.registered_commands if not c.hidden]
 
 
 def test_the_whole_thing_from_recipe_to_answers(run: Any, tmp_path: Path, python: Any) -> None:
@@ -236,13 +236,15 @@ def test_versions_agree() -> None:
     assert version("vlprune") == vlprune.__version__
 
 
-def test_scan_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
+def test_sensitivity_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "o")
     steps = ["search.steps=0", "retrain.steps=0", "method={name: random}"]
     assert run("compress", DEMO, *TINY, *steps, "-o", out)[0] == 0
-    code, stdout, _ = run("scan", f"{out}/dense", "--json")
+    code, stdout, _ = run("sensitivity", f"{out}/dense", "--json")
     assert code == 0
     body = json.loads(stdout)
+    code, stdout, _ = run("scan", f"{out}/dense", "--json")  # its name in earlier versions
+    assert (code, json.loads(stdout)) == (0, body)
     parts = {row["part"]: row["points"] for row in body["parts"]}
     assert {"vision attention", "vision ffn", "whole"} <= parts.keys()
     for points in parts.values():
@@ -251,10 +253,10 @@ def test_scan_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
         assert all(size < body["params"] for size in sizes)
     smallest = {name: points[-1]["params"] for name, points in parts.items()}
     assert smallest["whole"] == min(smallest.values())
-    code, stdout, _ = run("scan", f"{out}/dense")
+    code, stdout, _ = run("sensitivity", f"{out}/dense")
     assert code == 0
     assert max(map(len, stdout.splitlines())) <= 80
-    code, _, stderr = run("scan", str(tmp_path))
+    code, _, stderr = run("sensitivity", str(tmp_path))
     assert code == 2
     assert "there is no recipe" in stderr
 

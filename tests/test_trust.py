@@ -550,7 +550,7 @@ def test_a_processor_that_does_not_fit_is_one_message(
     recipe = (trained / "recipe.yaml").read_text()
     (tmp_path / "m" / "recipe.yaml").write_text(recipe.replace("path: ''", f"path: {tmp_path}/m"))
     assert str(tmp_path) in (tmp_path / "m" / "recipe.yaml").read_text()
-    for command in ("evaluate", "scan"):
+    for command in ("evaluate", "sensitivity"):
         code, stdout, stderr = run(command, str(tmp_path / "m"))
         assert (code, stdout) == (2, "")
         assert "Traceback" not in stderr

@@ -163,8 +163,9 @@ def evaluate(
     show(screens.measured(metrics), out)
 
 
+@app.command("scan", hidden=True)  # its name in earlier versions
 @app.command()
-def scan(
+def sensitivity(
     folder: Annotated[Path, typer.Argument(help="A folder with a trained model.")],
     recipe: Annotated[
         Path | None,
@@ -178,7 +179,7 @@ def scan(
 ) -> None:
     """Show which tower and kind can be cut how far, without training.
 
-    Example: vlprune scan demo-output/dense
+    Example: vlprune sensitivity demo-output/dense
     """
     places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
     found = recipe or next((place for place in places if place.exists()), places[0])
