@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 
 import vlprune
 from mutations import check_message, mutated
-from vlprune.commands.main import _Plain as Plain
+from vlprune.commands.console import Plain
 from vlprune.errors import CheckpointError
 from vlprune.reports import blocks
 from vlprune.reports.card import model_card

@@ -6,29 +6,39 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.text import Text
 
-from ..errors import RecipeError, VlpruneError, did_you_mean
-from ..files import plain, write_text
-from ..folders.place import check_file
+from ..errors import RecipeError, VlpruneError
 from ..reports import screens
 from ..reports.terminal import show
 from ..status import Progress
+from .arguments import (
+    check_attention,
+    check_choice,
+    check_device,
+    check_file,
+    check_folder,
+    check_name,
+    check_output,
+    each,
+    numbers_of,
+    on,
+    recipe_for,
+)
+from .bars import Bars
+from .console import err, out, write
 from .signals import received, stoppable
 
 if TYPE_CHECKING:
     from ..recipe.spec import Recipe
+    from ..reports.blocks import Block
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -38,22 +48,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
-class _Plain(Console):
-    """A console that prints text as it is: names may hold markup, emoji codes or escapes."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(highlight=False, markup=False, emoji=False, **options)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """The text without its control characters."""
-        return super().render_str(plain(text), **options)
-
-
-err = _Plain(stderr=True)
-out = _Plain(soft_wrap=False)
-
 FORMATS = ("text", "markdown", "json", "html")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
+]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The folder for the result.")]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Open torch.export files, which run code when read."),
@@ -89,6 +89,7 @@ def inspect(
     from ..measuring.inputs import made_up_inputs
     from .pipeline import describe
 
+    each(lambda: check_name(model), lambda: check_attention(attention))
     loaded = open_model(model, config_only)
     try:
         inputs, problem = made_up_inputs(loaded), ""
@@ -96,21 +97,14 @@ def inspect(
         inputs, problem = None, " ".join(str(error).split())[:300]
     description = describe(loaded, inputs, attention)
     description["macs_problem"] = description["macs_problem"] or problem
-    if as_json:
-        print(json.dumps(description))
-        return
-    show(screens.description(description), out)
+    _show(description, screens.description(description), as_json)
 
 
 @app.command()
 def compress(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The folder for the result.")
-    ] = Path("vlprune-output"),
+    overrides: Overrides = None,
+    output: Output = Path("vlprune-output"),
     toy: Annotated[
         bool,
         typer.Option("--toy", help="A small new model and generated data: minutes, no downloads."),
@@ -124,8 +118,12 @@ def compress(
     """
     from ..recipe.spec import load_recipe
 
-    chosen = load_recipe(recipe, overrides or [], toy)
-    _run(_on(device, chosen), output, as_json)
+    chosen, *_ = each(
+        lambda: load_recipe(recipe, overrides or [], toy),
+        lambda: check_device(device),
+        lambda: check_output(output),
+    )
+    _run(on(device, chosen), output, as_json)
 
 
 @app.command()
@@ -134,9 +132,7 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe with the data; default: the one in the folder.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
-    ] = None,
+    overrides: Overrides = None,
     results: Annotated[
         Path | None,
         typer.Option(help="A JSON file for what the model says, as evaluation servers take it."),
@@ -149,18 +145,16 @@ def evaluate(
 
     Example: vlprune evaluate small --results answers.json
     """
-    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
-    found = recipe or next((place for place in places if place.exists()), places[0])
-    from ..recipe.spec import load_recipe
-
-    chosen = _on(device, load_recipe(found, overrides or []))
+    chosen, *_ = each(
+        lambda: recipe_for(folder, recipe, overrides),
+        lambda: check_folder(folder),
+        lambda: check_device(device),
+        lambda: check_file(results),
+    )
     from .pipeline import evaluate_folder
 
-    metrics = evaluate_folder(folder, chosen, _Shown(), results, trust_remote_code)
-    if as_json:
-        print(json.dumps(metrics))
-        return
-    show(screens.measured(metrics), out)
+    metrics = evaluate_folder(folder, on(device, chosen), Bars(), results, trust_remote_code)
+    _show(metrics, screens.measured(metrics), as_json)
 
 
 @app.command("scan", hidden=True)  # its name in earlier versions
@@ -171,9 +165,7 @@ def sensitivity(
         Path | None,
         typer.Option(help="A recipe with the data; default: in the folder, or the one above."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
-    ] = None,
+    overrides: Overrides = None,
     device: Device = "",
     as_json: Json = False,
 ) -> None:
@@ -181,18 +173,15 @@ def sensitivity(
 
     Example: vlprune sensitivity demo-output/dense
     """
-    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
-    found = recipe or next((place for place in places if place.exists()), places[0])
-    from ..recipe.spec import load_recipe
-
-    chosen = _on(device, load_recipe(found, overrides or []))
+    chosen, *_ = each(
+        lambda: recipe_for(folder, recipe, overrides),
+        lambda: check_folder(folder),
+        lambda: check_device(device),
+    )
     from .pipeline import scan_folder
 
-    body = scan_folder(folder, chosen, _Shown())
-    if as_json:
-        print(json.dumps(body))
-        return
-    show(screens.sensitivity(body), out)
+    body = scan_folder(folder, on(device, chosen), Bars())
+    _show(body, screens.sensitivity(body), as_json)
 
 
 @app.command()
@@ -223,9 +212,16 @@ def bench(
 
     Example: vlprune bench demo-output --batch-sizes 1,8,32 --compile
     """
-    sizes = _numbers(batch_sizes)
-    if save:
-        check_file(folder / "bench.json")
+    from ..recipe.machine import Timing
+
+    sizes, *_ = each(
+        lambda: numbers_of(batch_sizes),
+        lambda: Timing(threads, seconds),
+        lambda: check_folder(folder),
+        lambda: check_folder(against),
+        lambda: check_device(device),
+        lambda: check_file(folder / "bench.json" if save and folder.is_dir() else None),
+    )
     place = against or (folder / "dense" if (folder / "dense").is_dir() else None)
     err.print("loading torch and transformers", style="dim")
     from ..measuring.bench import bench as measure
@@ -239,14 +235,11 @@ def bench(
         threads=threads,
         seconds=seconds,
         trust_remote_code=trust_remote_code,
-        progress=_Shown(),
+        progress=Bars(),
     )
     if save:
-        _write(folder / "bench.json", json.dumps(body, indent=1) + "\n")
-    if as_json:
-        print(json.dumps(body))
-        return
-    show(screens.timings(body), out)
+        write(folder / "bench.json", json.dumps(body, indent=1) + "\n")
+    _show(body, screens.timings(body), as_json)
 
 
 @app.command()
@@ -276,9 +269,15 @@ def export(
     found = recipe or (folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else None)
     from ..recipe.spec import load_recipe
 
-    chosen = load_recipe(found, []) if found else None
     err.print("loading torch and transformers", style="dim")
+    from ..folders.exported import FORMATS as EXPORTS
     from .pipeline import export_folder
+
+    chosen, *_ = each(
+        lambda: load_recipe(found) if found else None,
+        lambda: check_name(str(folder)),
+        lambda: check_choice(to, EXPORTS, "a model is exported to {}, not to {}."),
+    )
 
     facts = export_folder(
         folder,
@@ -287,12 +286,9 @@ def export(
         int8=int8,
         generation=generation,
         recipe=chosen,
-        progress=_Shown(),
+        progress=Bars(),
     )
-    if as_json:
-        print(json.dumps(facts))
-        return
-    show(screens.exported(facts), out)
+    _show(facts, screens.exported(facts), as_json)
 
 
 @app.command()
@@ -316,17 +312,13 @@ def report(
 
     ending = {".html": "html", ".md": "markdown", ".json": "json"}
     chosen = "json" if as_json else form or ending.get(output.suffix if output else "", "text")
-    if chosen not in FORMATS:
-        raise RecipeError(
-            f"a report is written as {', '.join(FORMATS)}, not {chosen!r}."
-            f"{did_you_mean(chosen, FORMATS)}"
-        )
-    if output is not None:
-        check_file(output)
-    reports = [read_report(folder) for folder in folders]
+    _, _, _, *reports = each(
+        lambda: check_choice(chosen, FORMATS, "a report is written as {}, not {}."),
+        lambda: check_file(output),
+        lambda: _check_is_shown(chosen, output),
+        *(partial(read_report, folder) for folder in folders),
+    )
     if chosen == "html":
-        if output is None:
-            raise RecipeError("a page needs a file: add -o report.html")
         from ..reports.page import page
 
         text = page(reports)
@@ -340,23 +332,19 @@ def report(
     if output is None:
         print(text, end="")
         return
-    _write(output, text)
+    write(output, text)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing. Raises RecipeError."""
-    write_text(path, text, RecipeError)
-    err.print(f"Written to {path}.")
+def _check_is_shown(form: str, output: Path | None) -> None:
+    """Raise RecipeError for a page without a file: a terminal cannot show it."""
+    if form == "html" and output is None:
+        raise RecipeError("a page needs a file: add -o report.html")
 
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The folder for the result.")
-    ] = Path("demo-output"),
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the demo's.")
-    ] = None,
+    output: Output = Path("demo-output"),
+    overrides: Overrides = None,
     device: Device = "",
     as_json: Json = False,
 ) -> None:
@@ -366,13 +354,20 @@ def demo(
     """
     from ..recipe.spec import load_recipe
 
-    recipe = load_recipe(str(files("vlprune") / "demo.yaml"), overrides or [])
-    _run(_on(device, recipe), output, as_json)
+    chosen, *_ = each(
+        lambda: load_recipe(str(files("vlprune") / "demo.yaml"), overrides or []),
+        lambda: check_device(device),
+        lambda: check_output(output),
+    )
+    _run(on(device, chosen), output, as_json)
 
 
-def _on(device: str, recipe: Recipe) -> Recipe:
-    """The recipe, to be run on ``device`` where one is given."""
-    return replace(recipe, device=device) if device else recipe
+def _show(body: Mapping[str, Any], blocks: Sequence[Block], as_json: bool) -> None:
+    """The result of a command, for machines or for people."""
+    if as_json:
+        print(json.dumps(body))
+    else:
+        show(blocks, out)
 
 
 def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
@@ -380,74 +375,9 @@ def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
     from .pipeline import compress as run_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
-    report = run_recipe(recipe, output, _Shown() if main_process else Progress())
-    if not main_process:
-        return
-    if as_json:
-        print(json.dumps(report))
-        return
-    show(screens.result(report, output), out)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """1,8,32 as numbers. Raises RecipeError."""
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise RecipeError(f"batch sizes are numbers of at least 1, as in 1,8,32, not {text!r}")
-    return sizes
-
-
-class _Shown(Progress):
-    """Phases and bars on stderr; plain lines, a few a phase, where stderr is no terminal."""
-
-    def phase(self, title: str) -> None:
-        """A line for the phase that begins."""
-        err.print(title, style="bold" if err.is_terminal else None)
-
-    def note(self, text: str) -> None:
-        """A line, as it is."""
-        err.print(plain(text), markup=False, soft_wrap=True)
-
-    @contextmanager
-    def count(self, title: str, total: int) -> Iterator[Any]:
-        """A bar that disappears when it is done."""
-        if not err.is_terminal:
-            yield _plain_lines(title, total)
-            return
-        columns = (
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Bars(*columns, console=err, transient=True) as bars:
-            task = bars.add_task(plain(title), total=total, note="")
-
-            def advance(done: int, note: str = "") -> None:
-                bars.update(task, advance=done)
-                if note:
-                    bars.update(task, note=plain(note))
-
-            yield advance
-
-
-def _plain_lines(title: str, total: int) -> Any:
-    """An advance function that prints a line at every quarter."""
-    so_far, said, quarter = 0, "", 1
-
-    def advance(done: int, note: str = "") -> None:
-        nonlocal so_far, said, quarter
-        so_far += done
-        said = note or said
-        if done and so_far * 4 >= total * quarter:
-            quarter = so_far * 4 // total + 1
-            err.print(f"  {title} {so_far}/{total} {said}".rstrip())
-
-    return advance
+    report = run_recipe(recipe, output, Bars() if main_process else Progress())
+    if main_process:
+        _show(report, screens.result(report, output), as_json)
 
 
 def main() -> None:
