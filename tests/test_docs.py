@@ -83,6 +83,7 @@ def _commands() -> dict[str, set[str]]:
         name: {opt for p in command.params for opt in (*p.opts, *p.secondary_opts) if "-" in opt}
         | {p.name for p in command.params if p.param_type_name == "argument"}
         for name, command in group.commands.items()
+        if not command.hidden
     }
 
 

@@ -69,7 +69,7 @@ def test_methods_know_no_architecture_and_no_transformers() -> None:
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, vlprune, vlprune.commands.main, vlprune.reports.report\n"
+        "import sys, vlprune, vlprune.commands.main, vlprune.reports.story\n"
         "heavy = {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "assert heavy <= {'numpy'}, heavy"
     )

@@ -89,7 +89,9 @@ STRANGE: tuple[dict[str, Any], ...] = (
 
 def _on_folder(make: Maker, folder: Path, what: str, names: list[str]) -> Case:
     """One of the commands that open a model's folder."""
-    command = make.rng.choice("inspect inspect config load load stock bench scan evaluate".split())
+    command = make.rng.choice(
+        "inspect inspect config load load stock bench sensitivity evaluate".split()
+    )
     if command == "load" and folder.name == "dense":
         command = "inspect"  # it has no plan
     what = f"{command} {what}"
@@ -104,7 +106,7 @@ def _on_folder(make: Maker, folder: Path, what: str, names: list[str]) -> Case:
         options = ("--seconds", "0.001", "--batch-sizes", "1", "--json")
         return Case(_quickly(cli("bench", *options, "--", named), real), what, names,
                     json=True, starts=real)  # fmt: skip
-    if command in ("scan", "evaluate"):
+    if command in ("sensitivity", "evaluate"):
         make.copy("scenes")
         recipe = make.room.user / "sound.yaml"
         form = "karpathy" if "shared" in what else "vqav2"
@@ -254,7 +256,8 @@ def reports(make: Maker) -> Case:
 
 
 def _card(folder: Path) -> int:
-    from vlprune.reports.report import model_card, read_report
+    from vlprune.reports.card import model_card
+    from vlprune.reports.read import read_report
 
     return len(model_card(read_report(folder), "Model"))
 

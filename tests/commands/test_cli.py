@@ -16,7 +16,7 @@ from small_runs import DEMO, TINY
 from vlprune.commands import main as cli
 from vlprune.testing import build
 
-COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS = [c.callback.__name__ for c in cli.app.registered_commands if not c.hidden]
 
 
 def test_the_whole_thing_from_recipe_to_answers(run: Any, tmp_path: Path, python: Any) -> None:
@@ -165,6 +165,56 @@ def test_mistakes_get_one_sentence_and_code_two(run: Any, tmp_path: Path) -> Non
     assert {path.name for path in own.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_all_mistakes_of_a_command_line_are_told_at_once(
+    run: Any, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """A missing folder, a bad value, a file that cannot be written: one answer for all."""
+    none, here = str(tmp_path / "none"), str(tiny_folder)
+    (tmp_path / "file").write_text("precious")
+    missing = f"there is no folder {none}"
+
+    def told(*args: str) -> list[str]:
+        code, stdout, stderr = run(*args, "--json")
+        assert (code, "Traceback" in stderr) == (2, False), stderr
+        body = json.loads(stdout)
+        assert body["error"] == "RecipeError"
+        assert all(line in stderr for line in body["problems"])
+        assert f"vlprune: {len(body['problems'])} mistakes:" in stderr
+        return [line.split(" must")[0].split(",")[0] for line in body["problems"]]
+
+    assert told("inspect", f"{none}/x/y", "--attention", "heads") == [
+        f"{missing}/x/y", "attention",
+    ]  # fmt: skip
+    assert told("compress", f"{none}.yaml", "--device", "gpu", "-o", str(tmp_path / "file")) == [
+        f"there is no recipe {none}.yaml", "device", f"{tmp_path / 'file'} is a file: choose a "
+        "folder to save into",
+    ]  # fmt: skip
+    assert told("evaluate", none, "--device", "gpu", "--results", f"{none}/r.json") == [
+        missing, "device", f"cannot write {none}/r.json: there is no folder {none}",
+    ]  # fmt: skip
+    assert told("sensitivity", none, "--device", "gpu") == [missing, "device"]
+    assert told("sensitivity", here, "budgt.params=1", "--device", "gpu")[1:] == ["device"]
+    assert told(
+        "bench", none, "--against", none + "2", "--batch-sizes", "0", "--threads", "-1",
+        "--seconds", "nan", "--device", "gpu",
+    ) == [
+        "batch sizes are numbers of at least 1", "threads", "seconds", missing,
+        f"{missing}2", "device",
+    ]  # fmt: skip
+    assert told("export", f"{none}/x/y", "--to", "onyx", "--recipe", f"{none}.yaml") == [
+        f"there is no recipe {none}.yaml", f"{missing}/x/y", "a model is exported to onnx",
+    ]  # fmt: skip
+    code, stdout, stderr = run(
+        "report", none, here, none + "2", "--format", "htlm", "-o", none + "/r"
+    )
+    assert (code, stdout) == (2, "")
+    assert [line.strip().split(",")[0] for line in stderr.strip().splitlines()] == [
+        "vlprune: 4 mistakes:", "a report is written as text",
+        f"cannot write {none}/r: there is no folder {none}", missing, f"{missing}2",
+    ]  # fmt: skip
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_a_corrupt_image_stops_before_training_is_lost(run: Any, tmp_path: Path) -> None:
     from vlprune.data.shapes.write import write_shapes
 
@@ -236,13 +286,15 @@ def test_versions_agree() -> None:
     assert version("vlprune") == vlprune.__version__
 
 
-def test_scan_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
+def test_sensitivity_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "o")
     steps = ["search.steps=0", "retrain.steps=0", "method={name: random}"]
     assert run("compress", DEMO, *TINY, *steps, "-o", out)[0] == 0
-    code, stdout, _ = run("scan", f"{out}/dense", "--json")
+    code, stdout, _ = run("sensitivity", f"{out}/dense", "--json")
     assert code == 0
     body = json.loads(stdout)
+    code, stdout, _ = run("scan", f"{out}/dense", "--json")  # its name in earlier versions
+    assert (code, json.loads(stdout)) == (0, body)
     parts = {row["part"]: row["points"] for row in body["parts"]}
     assert {"vision attention", "vision ffn", "whole"} <= parts.keys()
     for points in parts.values():
@@ -251,10 +303,10 @@ def test_scan_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> None:
         assert all(size < body["params"] for size in sizes)
     smallest = {name: points[-1]["params"] for name, points in parts.items()}
     assert smallest["whole"] == min(smallest.values())
-    code, stdout, _ = run("scan", f"{out}/dense")
+    code, stdout, _ = run("sensitivity", f"{out}/dense")
     assert code == 0
     assert max(map(len, stdout.splitlines())) <= 80
-    code, _, stderr = run("scan", str(tmp_path))
+    code, _, stderr = run("sensitivity", str(tmp_path))
     assert code == 2
     assert "there is no recipe" in stderr
 

@@ -108,8 +108,8 @@ def test_evaluate_and_scan(small: Path) -> None:
     report = json.loads((small / "report.json").read_text())
     there = vlprune("evaluate", str(small))
     assert there == pytest.approx(report["metrics"]["retrained"], abs=0.2)  # of six items
-    here = vlprune("scan", str(small / "dense"), "--device", "cpu")
-    there = vlprune("scan", str(small / "dense"), "--device", "cuda")
+    here = vlprune("sensitivity", str(small / "dense"), "--device", "cpu")
+    there = vlprune("sensitivity", str(small / "dense"), "--device", "cuda")
     assert there["loss"] == pytest.approx(here["loss"], rel=1e-2)
 
 

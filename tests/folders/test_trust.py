@@ -28,7 +28,8 @@ from vlprune.folders.opening import guarded, open_config, open_model, open_proce
 from vlprune.folders.place import check_file, check_place, staging, swap
 from vlprune.folders.save import check_result
 from vlprune.recipe.spec import load_recipe
-from vlprune.reports.report import read_report, story
+from vlprune.reports.read import read_report
+from vlprune.reports.story import story
 from vlprune.testing import build
 
 SOURCE = Path(vlprune.__file__).parent
@@ -550,7 +551,7 @@ def test_a_processor_that_does_not_fit_is_one_message(
     recipe = (trained / "recipe.yaml").read_text()
     (tmp_path / "m" / "recipe.yaml").write_text(recipe.replace("path: ''", f"path: {tmp_path}/m"))
     assert str(tmp_path) in (tmp_path / "m" / "recipe.yaml").read_text()
-    for command in ("evaluate", "scan"):
+    for command in ("evaluate", "sensitivity"):
         code, stdout, stderr = run(command, str(tmp_path / "m"))
         assert (code, stdout) == (2, "")
         assert "Traceback" not in stderr

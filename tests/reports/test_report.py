@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
+import html
+import io
 import json
 import random
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 import vlprune
 from mutations import check_message, mutated
+from vlprune.commands.console import Plain
 from vlprune.errors import CheckpointError
+from vlprune.reports import blocks
+from vlprune.reports.card import model_card
+from vlprune.reports.markdown import markdown
 from vlprune.reports.page import page
-from vlprune.reports.report import common_units, markdown, read_report, story
+from vlprune.reports.read import read_report
+from vlprune.reports.story import common_units, story
+from vlprune.reports.terminal import show
+from vlprune.reports.words import summary
 from vlprune.testing import build
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -109,6 +123,116 @@ def test_mistakes_get_one_sentence(run: Any, tiny_folder: Path, tmp_path: Path) 
     refused("cannot read", str(tmp_path))
 
 
+def _scripts(text: str, kind: str) -> list[str]:
+    return re.findall(rf"<script{kind}>(.*?)</script>", text, flags=re.DOTALL)
+
+
+def test_a_browser_may_run_our_scripts_and_nothing_else(tiny_folder: Path) -> None:
+    text = page([read_report(tiny_folder)])
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    rules = dict(rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "http" not in policy
+    digests = [hashlib.sha256(script.encode()).digest() for script in _scripts(text, "")]
+    assert len(digests) == 2
+    assert rules["script-src"].split() == [
+        f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests
+    ]
+
+
+def test_figures_are_json_whatever_a_report_holds(tiny_folder: Path) -> None:
+    report = read_report(tiny_folder)
+    report["history"] = {"search": [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 0.5}]}
+    report["layers"][0]["name"] = "</script><script>alert(1)</script><b>"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = page([report])
+    figures = _scripts(text, ' type="application/json"')
+    drawn = [json.loads(figure, parse_constant=refuse) for figure in figures]
+    (losses,) = [one for one in drawn if "Training loss" in str(one["layout"].get("title"))]
+    assert losses["traces"][0]["y"] == [None, 0.5]
+    assert "&lt;/script&gt;" in str(drawn)
+    assert "<script>alert" not in text
+
+
+def test_every_file_of_the_page_is_in_the_wheel() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["package-data"]["vlprune.reports"]
+    there = {path.name for path in Path(blocks.__file__).parent.iterdir() if path.is_file()}
+    assert {name for name in there if not name.endswith(".py")} == set(listed)
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "plotly.offline"])
+def test_a_page_without_its_libraries_says_what_to_install(
+    missing: str, run: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, stdout, problem = run("report", str(tiny_folder), "-o", str(tmp_path / "r.html"))
+    assert (code, stdout) == (2, "")
+    assert "pip install 'vlprune[report]', or choose --format markdown" in problem
+    assert not list(tmp_path.iterdir())
+
+
+TABLE = blocks.Table(
+    (
+        blocks.Column("name", "model"),
+        blocks.Column("params", "parameters", "count"),
+        blocks.Column("kept", "what stays", "share"),
+        blocks.Column("took", "median latency", "latency"),
+        blocks.Column("change", "change of params", "count"),
+    ),
+    (
+        {"took": 0.0123, "kept": 0.5, "params": 1234567, "name": "vision", "change": (4e6, 1e6)},
+        {"params": 12, "name": "a/path/as/long/as/this/one/is/which/folds"},
+    ),
+)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("width", [14, 24, 36, 60, 80, 200])
+def test_nothing_is_cut_off_at_any_width(width: int, terminal: bool) -> None:
+    text = _shown([TABLE], width, terminal)
+    assert max(map(len, text.splitlines())) <= width
+    dense = "".join(text.split())
+    for column in TABLE.columns:
+        assert all(word in dense for word in column.title.split())
+    for number in ("1.23 M", "50.0 %", "12.3 ms", "4 M -> 1 M"):
+        assert number in " ".join(text.split()) if width < 36 else number in text
+    assert "…" not in text
+    if width >= 60:
+        assert len(text.splitlines()) <= 8  # a table
+    assert ("─" in text) == (terminal and width >= 36)  # no lines in a list
+
+
+def _shown(parts: list[Any], width: int, terminal: bool = False) -> str:
+    file = io.StringIO()
+    console = Plain(file=file, width=width, force_terminal=terminal, color_system=None)
+    show(parts, console)
+    return file.getvalue()
+
+
+def test_cells_are_found_by_the_name_of_their_column() -> None:
+    turned_round = blocks.Table(tuple(reversed(TABLE.columns)), TABLE.rows)
+    lines = markdown([turned_round]).splitlines()
+    assert lines[0] == "| change of params | median latency | what stays | parameters | model |"
+    assert lines[1] == "| ---: | ---: | ---: | ---: | --- |"
+    assert lines[2] == "| 4 M -> 1 M | 12.3 ms | 50.0 % | 1.23 M | vision |"
+    assert lines[3].startswith("| - | - | - | 12 | a/path")
+
+
+def test_all_views_show_every_cell_of_the_story(tiny_folder: Path, sharing: Path) -> None:
+    reports = [read_report(tiny_folder), read_report(sharing)]
+    told = story(reports)
+    views = _shown(told, 1000), markdown(told), html.unescape(page(reports))
+    for block in told:
+        if isinstance(block, blocks.Table):
+            cells = [blocks.cell(column, row) for row in block.rows for column in block.columns]
+            for view in views:
+                assert all(cell in view for cell in cells)
+
+
 def test_the_page_needs_no_network(tiny_folder: Path) -> None:
     text = page([read_report(tiny_folder)])
     outside = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
@@ -166,8 +290,6 @@ def test_a_browser_draws_the_page(
 
 
 def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
-    from vlprune.reports.report import summary
-
     report = json.loads((tiny_folder / "report.json").read_text())
     assert "(float64)." in summary(report)
     report["verified"] |= {"dtype": "bfloat16", "kernel": "eager", "compared": 0.75}
@@ -242,7 +364,9 @@ def test_names_print_as_text(run: Any, whole: Path, tmp_path: Path) -> None:
     code, text, _ = run("report", str(whole), "--format", "markdown")
     assert "\x1b" not in text
     assert "<b>" not in text.replace("\\<b>", "")
-    assert all(line.count(" | ") == 6 for line in text.splitlines() if line.startswith("| \\[red"))
+    (titles,) = [line for line in text.splitlines() if line.startswith("| tower | kind |")]
+    (named,) = [line for line in text.splitlines() if line.startswith("| \\[red")]
+    assert named.count(" | ") == titles.count(" | ")
     text = page([read_report(whole)])
     assert "<b>y</b>" not in text
     assert "\x1b" not in text
@@ -267,3 +391,46 @@ def test_a_report_is_written_into_links_and_refused_where_it_cannot_be(
         assert len(problem.splitlines()) == 1
     assert run("report", str(whole), "-o", "/dev/null")[0] == 0
     assert not Path("/dev/null").is_file()
+
+
+def test_the_card_has_results_as_the_hub_reads_them(whole: Path) -> None:
+    report = read_report(whole)
+    card = ModelCard(model_card(report, "BlipForQuestionAnswering"))
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "visual-question-answering"
+    assert card.data.tags == ["vlprune", "pruning"]
+    results = {one.metric_type: one for one in card.data.eval_results}
+    last = report["metrics"]["retrained"]
+    assert {name: one.metric_value for name, one in results.items()} == last
+    assert {one.task_type for one in results.values()} == {"visual-question-answering"}
+    assert "# A smaller BlipForQuestionAnswering" in card.text
+    assert "| retrained |" in card.text
+    report["metrics"] = None  # of a loop of one's own
+    card = ModelCard(model_card(report, "BlipForQuestionAnswering"))
+    assert card.data.eval_results is None
+    assert "MACs:" not in card.text
+
+
+@pytest.mark.parametrize(
+    "evil",
+    ["a: [b", "x\n---\nlicense: evil", "'\"{}&*!|>%@`", "# no\n- item", "<b>y</b>", "~"],
+)
+def test_names_cannot_break_the_card(evil: str, whole: Path) -> None:
+    report = read_report(whole)
+    for key in ("task", "method", "device", "attention"):
+        report[key] = evil
+    report["versions"] = {evil: evil}
+    report["options"] = {evil: evil}
+    report["metrics"] = {
+        stage: {evil: 0.5, **values} for stage, values in report["metrics"].items()
+    }
+    card = ModelCard(model_card(report, "Model"))
+    assert card.data.license is None
+    assert evil in {one.metric_type for one in card.data.eval_results}
+    assert {one.task_type for one in card.data.eval_results} == {evil}
+    assert "<b>" not in card.text.replace("\\<b>", "")
+    titles = [line for line in card.text.splitlines() if line.startswith("#")]
+    assert titles == ["# A smaller Model", "## How it was made", "## Limits"]
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| dense")]
+    (head,) = [line for line in card.text.splitlines() if line.startswith("| model")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"(?<!\\)\|", head))

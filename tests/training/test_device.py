@@ -102,7 +102,7 @@ def test_a_recipe_with_another_machines_device_stops_before_anything_is_made(
 def test_every_command_that_runs_a_model_takes_a_device(run: Any, tiny_folder: Path) -> None:
     commands = (
         ("compress", DEMO, *TINY), ("demo", *TINY), ("evaluate", str(tiny_folder)),
-        ("scan", str(tiny_folder / "dense")), ("bench", str(tiny_folder)),
+        ("sensitivity", str(tiny_folder / "dense")), ("bench", str(tiny_folder)),
     )  # fmt: skip
     for command in commands:
         code, stdout, stderr = run(*command, "--device", "gpu")

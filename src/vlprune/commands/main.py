@@ -6,29 +6,39 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
-from rich.text import Text
 
 from ..errors import RecipeError, VlpruneError
-from ..files import plain, write_text
-from ..folders.place import check_file
-from ..reports.report import Block, human, percent, stage_header, stage_rows, summary, where
+from ..reports import screens
+from ..reports.terminal import show
 from ..status import Progress
+from .arguments import (
+    check_attention,
+    check_choice,
+    check_device,
+    check_file,
+    check_folder,
+    check_name,
+    check_output,
+    each,
+    numbers_of,
+    on,
+    recipe_for,
+)
+from .bars import Bars
+from .console import err, out, write
 from .signals import received, stoppable
 
 if TYPE_CHECKING:
     from ..recipe.spec import Recipe
+    from ..reports.blocks import Block
 
 app = typer.Typer(
     help="Make vision-language transformers smaller: a Hugging Face model in, a smaller one "
@@ -38,21 +48,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FORMATS = ("text", "markdown", "json", "html")
 
-class _Plain(Console):
-    """A console that prints text as it is: names may hold markup, emoji codes or escapes."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(highlight=False, markup=False, emoji=False, **options)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """The text without its control characters."""
-        return super().render_str(plain(text), **options)
-
-
-err = _Plain(stderr=True)
-out = _Plain(soft_wrap=False)
-
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
+]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The folder for the result.")]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Open torch.export files, which run code when read."),
@@ -89,6 +90,7 @@ def inspect(
     from ..measuring.inputs import made_up_inputs
     from .pipeline import describe
 
+    each(lambda: check_name(model), lambda: check_attention(attention))
     loaded = open_model(model, config_only)
     try:
         inputs, problem = made_up_inputs(loaded), ""
@@ -96,21 +98,14 @@ def inspect(
         inputs, problem = None, " ".join(str(error).split())[:300]
     description = describe(loaded, inputs, attention)
     description["macs_problem"] = description["macs_problem"] or problem
-    if as_json:
-        print(json.dumps(description))
-        return
-    _print_description(description)
+    _show(description, screens.description(description), as_json)
 
 
 @app.command()
 def compress(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The folder for the result.")
-    ] = Path("vlprune-output"),
+    overrides: Overrides = None,
+    output: Output = Path("vlprune-output"),
     toy: Annotated[
         bool,
         typer.Option("--toy", help="A small new model and generated data: minutes, no downloads."),
@@ -124,8 +119,12 @@ def compress(
     """
     from ..recipe.spec import load_recipe
 
-    chosen = load_recipe(recipe, overrides or [], toy)
-    _run(_on(device, chosen), output, as_json)
+    chosen, *_ = each(
+        lambda: load_recipe(recipe, overrides or [], toy),
+        lambda: check_device(device),
+        lambda: check_output(output),
+    )
+    _run(on(device, chosen), output, as_json)
 
 
 @app.command()
@@ -134,9 +133,7 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe with the data; default: the one in the folder.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
-    ] = None,
+    overrides: Overrides = None,
     results: Annotated[
         Path | None,
         typer.Option(help="A JSON file for what the model says, as evaluation servers take it."),
@@ -149,52 +146,43 @@ def evaluate(
 
     Example: vlprune evaluate small --results answers.json
     """
-    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
-    found = recipe or next((place for place in places if place.exists()), places[0])
-    from ..recipe.spec import load_recipe
-
-    chosen = _on(device, load_recipe(found, overrides or []))
+    chosen, *_ = each(
+        lambda: recipe_for(folder, recipe, overrides),
+        lambda: check_folder(folder),
+        lambda: check_device(device),
+        lambda: check_file(results),
+    )
     from .pipeline import evaluate_folder
 
-    metrics = evaluate_folder(folder, chosen, _Shown(), results, trust_remote_code)
-    if as_json:
-        print(json.dumps(metrics))
-        return
-    table = Table("metric", "value")
-    for name, value in metrics.items():
-        table.add_row(name.replace("_", " "), percent(value))
-    out.print(table)
+    metrics = evaluate_folder(folder, on(device, chosen), Bars(), results, trust_remote_code)
+    _show(metrics, screens.measured(metrics), as_json)
 
 
+@app.command("scan", hidden=True)  # its name in earlier versions
 @app.command()
-def scan(
+def sensitivity(
     folder: Annotated[Path, typer.Argument(help="A folder with a trained model.")],
     recipe: Annotated[
         Path | None,
         typer.Option(help="A recipe with the data; default: in the folder, or the one above."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the recipe's.")
-    ] = None,
+    overrides: Overrides = None,
     device: Device = "",
     as_json: Json = False,
 ) -> None:
     """Show which tower and kind can be cut how far, without training.
 
-    Example: vlprune scan demo-output/dense
+    Example: vlprune sensitivity demo-output/dense
     """
-    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]
-    found = recipe or next((place for place in places if place.exists()), places[0])
-    from ..recipe.spec import load_recipe
-
-    chosen = _on(device, load_recipe(found, overrides or []))
+    chosen, *_ = each(
+        lambda: recipe_for(folder, recipe, overrides),
+        lambda: check_folder(folder),
+        lambda: check_device(device),
+    )
     from .pipeline import scan_folder
 
-    body = scan_folder(folder, chosen, _Shown())
-    if as_json:
-        print(json.dumps(body))
-        return
-    _print_scan(body)
+    body = scan_folder(folder, on(device, chosen), Bars())
+    _show(body, screens.sensitivity(body), as_json)
 
 
 @app.command()
@@ -225,9 +213,16 @@ def bench(
 
     Example: vlprune bench demo-output --batch-sizes 1,8,32 --compile
     """
-    sizes = _numbers(batch_sizes)
-    if save:
-        check_file(folder / "bench.json")
+    from ..recipe.machine import Timing
+
+    sizes, *_ = each(
+        lambda: numbers_of(batch_sizes),
+        lambda: Timing(threads, seconds),
+        lambda: check_folder(folder),
+        lambda: check_folder(against),
+        lambda: check_device(device),
+        lambda: check_file(folder / "bench.json" if save and folder.is_dir() else None),
+    )
     place = against or (folder / "dense" if (folder / "dense").is_dir() else None)
     err.print("loading torch and transformers", style="dim")
     from ..measuring.bench import bench as measure
@@ -241,14 +236,11 @@ def bench(
         threads=threads,
         seconds=seconds,
         trust_remote_code=trust_remote_code,
-        progress=_Shown(),
+        progress=Bars(),
     )
     if save:
-        _write(folder / "bench.json", json.dumps(body, indent=1) + "\n")
-    if as_json:
-        print(json.dumps(body))
-        return
-    _print_bench(body)
+        write(folder / "bench.json", json.dumps(body, indent=1) + "\n")
+    _show(body, screens.timings(body), as_json)
 
 
 @app.command()
@@ -278,9 +270,15 @@ def export(
     found = recipe or (folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else None)
     from ..recipe.spec import load_recipe
 
-    chosen = load_recipe(found, []) if found else None
     err.print("loading torch and transformers", style="dim")
+    from ..folders.exported import FORMATS as EXPORTS
     from .pipeline import export_folder
+
+    chosen, *_ = each(
+        lambda: load_recipe(found) if found else None,
+        lambda: check_name(str(folder)),
+        lambda: check_choice(to, EXPORTS, "a model is exported to {}, not to {}."),
+    )
 
     facts = export_folder(
         folder,
@@ -289,28 +287,9 @@ def export(
         int8=int8,
         generation=generation,
         recipe=chosen,
-        progress=_Shown(),
+        progress=Bars(),
     )
-    if as_json:
-        print(json.dumps(facts))
-        return
-    size = sum(facts["files"].values())
-    worst = max(row["difference"] for row in facts["checked"])
-    kind = "int8, " if facts["int8"] else ""
-    out.print(
-        f"{facts['model']} as {facts['format']} in {facts['out']}: {kind}{human(size)}B, "
-        f"{facts['seconds']:.0f} s."
-    )
-    if generation:
-        told = "the stages " + ", ".join(row["stage"] for row in facts["checked"])
-    else:
-        told = "; ".join(
-            ", ".join(f"{n} {'x'.join(map(str, shape))}" for n, shape in row["shapes"].items())
-            for row in facts["checked"]
-        )
-    compared = min(row["compared"] for row in facts["checked"])
-    left = "" if compared == 1 else f" {percent(compared)} of the values were finite and compared."
-    out.print(f"Largest difference to PyTorch: {worst:.1g} of the largest output, on {told}.{left}")
+    _show(facts, screens.exported(facts), as_json)
 
 
 @app.command()
@@ -328,17 +307,19 @@ def report(
 
     Example: vlprune report demo-output -o report.html
     """
-    from ..reports.report import check_format, markdown, read_report, story
+    from ..reports.markdown import markdown
+    from ..reports.read import read_report
+    from ..reports.story import story
 
     ending = {".html": "html", ".md": "markdown", ".json": "json"}
     chosen = "json" if as_json else form or ending.get(output.suffix if output else "", "text")
-    check_format(chosen)
-    if output is not None:
-        check_file(output)
-    reports = [read_report(folder) for folder in folders]
+    _, _, _, *reports = each(
+        lambda: check_choice(chosen, FORMATS, "a report is written as {}, not {}."),
+        lambda: check_file(output),
+        lambda: _check_is_shown(chosen, output),
+        *(partial(read_report, folder) for folder in folders),
+    )
     if chosen == "html":
-        if output is None:
-            raise RecipeError("a page needs a file: add -o report.html")
         from ..reports.page import page
 
         text = page(reports)
@@ -347,28 +328,24 @@ def report(
     elif chosen == "markdown" or output is not None:
         text = markdown(story(reports))
     else:
-        _print_story(story(reports))
+        show(story(reports), out)
         return
     if output is None:
         print(text, end="")
         return
-    _write(output, text)
+    write(output, text)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing. Raises RecipeError."""
-    write_text(path, text, RecipeError)
-    err.print(f"Written to {path}.")
+def _check_is_shown(form: str, output: Path | None) -> None:
+    """Raise RecipeError for a page without a file: a terminal cannot show it."""
+    if form == "html" and output is None:
+        raise RecipeError("a page needs a file: add -o report.html")
 
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The folder for the result.")
-    ] = Path("demo-output"),
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the demo's.")
-    ] = None,
+    output: Output = Path("demo-output"),
+    overrides: Overrides = None,
     device: Device = "",
     as_json: Json = False,
 ) -> None:
@@ -378,13 +355,20 @@ def demo(
     """
     from ..recipe.spec import load_recipe
 
-    recipe = load_recipe(str(files("vlprune") / "demo.yaml"), overrides or [])
-    _run(_on(device, recipe), output, as_json)
+    chosen, *_ = each(
+        lambda: load_recipe(str(files("vlprune") / "demo.yaml"), overrides or []),
+        lambda: check_device(device),
+        lambda: check_output(output),
+    )
+    _run(on(device, chosen), output, as_json)
 
 
-def _on(device: str, recipe: Recipe) -> Recipe:
-    """The recipe, to be run on ``device`` where one is given."""
-    return replace(recipe, device=device) if device else recipe
+def _show(body: Mapping[str, Any], blocks: Sequence[Block], as_json: bool) -> None:
+    """The result of a command, for machines or for people."""
+    if as_json:
+        print(json.dumps(body))
+    else:
+        show(blocks, out)
 
 
 def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
@@ -392,199 +376,9 @@ def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
     from .pipeline import compress as run_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
-    report = run_recipe(recipe, output, _Shown() if main_process else Progress())
-    if not main_process:
-        return
-    if as_json:
-        print(json.dumps(report))
-        return
-    # one column a model, because a task may have more figures than a terminal has columns
-    names, *figures = zip(stage_header(report), *stage_rows(report), strict=True)
-    table = Table(*names)
-    for row in figures:
-        table.add_row(*row)
-    out.print(table)
-    out.print(summary(report))
-    out.print(f"Took {report['seconds']:.0f} s on {where(report)}.")
-    out.print(
-        f"Saved in {output}: the model, its plan, recipe, report and card; dense/ is the original."
-    )
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """1,8,32 as numbers. Raises RecipeError."""
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise RecipeError(f"batch sizes are numbers of at least 1, as in 1,8,32, not {text!r}")
-    return sizes
-
-
-def _print_bench(body: dict[str, Any]) -> None:
-    told = body["conditions"]
-    out.print(f"On {where(told)}, {told['dtype']}, torch {told['torch']}.")
-    names = list(body["folders"])[::-1]  # dense first
-    table = Table("model", *names)
-    facts = body["models"]
-    table.add_row("folder", *(body["folders"][n] for n in names))
-    table.add_row("params", *(human(facts[n]["params"]) for n in names))
-    macs = [facts[n]["macs"] for n in names]
-    table.add_row("MACs, batch 1", *(human(m) if m else "-" for m in macs))
-    table.add_row("on disk", *(human(facts[n]["disk_bytes"]) + "B" for n in names))
-    table.add_row("loading", *(f"{facts[n]['load_seconds']:.2f} s" for n in names))
-    batch = facts[names[0]]["peak_batch"]
-    table.add_row(
-        f"peak memory, batch {batch}", *(human(facts[n]["peak_bytes"]) + "B" for n in names)
-    )
-    out.print(table)
-    times = Table("engine", "batch", "model", "latency (quartiles)", "items/s", "MACs/s")
-    for row in body["runs"]:
-        engine, batch = row["engine"], row["batch"]
-        if "failed" in row:
-            times.add_row(engine, str(batch), "-", f"failed: {row['failed']}", "-", "-")
-            continue
-        low, middle, high = (1000 * row[key] for key in ("low", "median", "high"))
-        macs_of = facts[row["model"]]["macs"]
-        times.add_row(
-            engine,
-            str(batch),
-            row["model"],
-            f"{middle:.3g} ms ({low:.3g}-{high:.3g})",
-            f"{row['items_per_second']:,.{0 if row['items_per_second'] >= 100 else 1}f}",
-            human(macs_of * row["items_per_second"]) if macs_of else "-",
-        )
-    out.print(times)
-    for row in body["faster"]:
-        ideal = f", {percent(row['of_ideal'])} of the ideal" if "ideal" in row else ""
-        out.print(
-            f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast "
-            f"({row['low']:.2f}-{row['high']:.2f}){ideal}."
-        )
-    ideals = [row["ideal"] for row in body["faster"] if "ideal" in row]
-    if ideals:
-        out.print(f"The ideal is the MACs saved: {ideals[0]:.2f} times.")
-
-
-def _print_story(blocks: list[Block]) -> None:
-    for block in blocks:
-        if block.rows:
-            head, *body = block.rows
-            table = Table(*head)
-            for row in body:
-                table.add_row(*row)
-            out.print(table)
-        elif block.level:
-            title = block.level == 1
-            out.print(f"\n{block.text}" if title else block.text, style="bold" if title else None)
-        else:
-            out.print(block.text)
-
-
-def _print_scan(body: dict[str, Any]) -> None:
-    shares = [f"{point['share']:.0%}" for point in body["parts"][0]["points"]]
-    out.print(
-        f"{body['model']}, {human(body['params'])} params: loss {body['loss']:.3f} on "
-        f"{body['test_items']} test items. Loss when only this part keeps:"
-    )
-    losses = Table("part", "units", *shares)
-    sizes = Table("part", *shares)
-    for row in body["parts"]:
-        points = row["points"]
-        losses.add_row(row["part"], str(row["units"]), *(f"{p['loss']:.3f}" for p in points))
-        shrunk = (percent(p["params"] / body["params"]) for p in points)
-        sizes.add_row(row["part"], *shrunk)
-    out.print(losses)
-    out.print("Params of the whole model that stay then:")
-    out.print(sizes)
-    out.print("Units go by |d loss / d gate|; nothing is trained, so retraining repairs a part.")
-
-
-def _print_description(body: dict[str, Any]) -> None:
-    shares = any(row["shared"] for row in body["groups"])
-    columns = ["tower", "kind", "structures", "units", *(["shared"] if shares else [])]
-    table = Table(*columns, "params", "MACs", "layout")
-    for row in body["groups"]:
-        native = row["structures"] - row["padded"]
-        layout = "native" if not row["padded"] else f"{native} native, {row['padded']} padded"
-        table.add_row(
-            row["tower"],
-            row["kind"],
-            str(row["structures"]),
-            str(row["units"]),
-            *([str(row["shared"])] if shares else []),
-            human(row["params"]),
-            human(row["macs"]) if row["macs"] is not None else "-",
-            layout,
-        )
-    macs = f", {human(body['macs'])} MACs" if body["macs"] else ""
-    out.print(f"{body['model']}: {human(body['params'])} params{macs}")
-    out.print(table)
-    if body["macs_problem"]:
-        out.print(f"MACs are not known: {body['macs_problem'].rstrip('.')}.")
-    if body["not_counted"]:
-        out.print(f"Not counted in MACs: {', '.join(body['not_counted'])}.")
-    out.print(
-        f"The smallest budget that can be reached is {percent(body['least_params'])} of the params."
-    )
-    reasons: dict[str, list[str]] = {}
-    for path, reason in body["dense"].items():
-        reasons.setdefault(reason, []).append(path)
-    stays = Table("stays dense because it is", "modules", "for example")
-    for reason, paths in reasons.items():
-        stays.add_row(reason, str(len(paths)), paths[0])
-    out.print(stays)
-
-
-class _Shown(Progress):
-    """Phases and bars on stderr; plain lines, a few a phase, where stderr is no terminal."""
-
-    def phase(self, title: str) -> None:
-        """A line for the phase that begins."""
-        err.print(title, style="bold" if err.is_terminal else None)
-
-    def note(self, text: str) -> None:
-        """A line, as it is."""
-        err.print(plain(text), markup=False, soft_wrap=True)
-
-    @contextmanager
-    def count(self, title: str, total: int) -> Iterator[Any]:
-        """A bar that disappears when it is done."""
-        if not err.is_terminal:
-            yield _plain_lines(title, total)
-            return
-        columns = (
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Bars(*columns, console=err, transient=True) as bars:
-            task = bars.add_task(plain(title), total=total, note="")
-
-            def advance(done: int, note: str = "") -> None:
-                bars.update(task, advance=done)
-                if note:
-                    bars.update(task, note=plain(note))
-
-            yield advance
-
-
-def _plain_lines(title: str, total: int) -> Any:
-    """An advance function that prints a line at every quarter."""
-    so_far, said, quarter = 0, "", 1
-
-    def advance(done: int, note: str = "") -> None:
-        nonlocal so_far, said, quarter
-        so_far += done
-        said = note or said
-        if done and so_far * 4 >= total * quarter:
-            quarter = so_far * 4 // total + 1
-            err.print(f"  {title} {so_far}/{total} {said}".rstrip())
-
-    return advance
+    report = run_recipe(recipe, output, Bars() if main_process else Progress())
+    if main_process:
+        _show(report, screens.result(report, output), as_json)
 
 
 def main() -> None:

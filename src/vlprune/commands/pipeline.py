@@ -51,7 +51,7 @@ from ..prices.prices import least
 from ..prices.round_to import best_round_to
 from ..recipe.machine import need_logger
 from ..recipe.spec import Recipe, Training
-from ..reports.report import model_card
+from ..reports.card import model_card
 from ..status import Progress
 from ..structures.plan import Plan
 from ..tasks import TASKS, Task

@@ -1,4 +1,4 @@
-"""How much each part of a model matters, before any training: what `vlprune scan` shows."""
+"""How much each part of a model matters, without training: what `vlprune sensitivity` shows."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Views of what a run found out: text, Markdown, a page."""
+"""Views of the plain report of a run: text, Markdown, a model card, a page."""

@@ -1,0 +1,132 @@
+"""What is checked of a command line before anything is loaded, and told all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from ..errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError, did_you_mean
+from ..files import plain
+from ..folders import place
+from ..structures.structure import AttentionUnit
+
+if TYPE_CHECKING:
+    from ..recipe.spec import Recipe
+
+__all__ = [
+    "check_attention",
+    "check_choice",
+    "check_device",
+    "check_file",
+    "check_folder",
+    "check_name",
+    "check_output",
+    "each",
+    "numbers_of",
+    "on",
+    "recipe_for",
+]
+
+
+def each(*checks: Callable[[], Any]) -> list[Any]:
+    """What the checks return, in order.
+
+    Raises the error of a check that fails; where several fail, one RecipeError with the problems
+    of all.
+    """
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except VlpruneError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = tuple(
+            dict.fromkeys(
+                line for error in errors for line in getattr(error, "problems", (str(error),))
+            )
+        )
+        title = f"{len(problems)} mistakes:"
+        raise RecipeError("\n".join([title, *(f"  {line}" for line in problems)]), problems)
+    return results
+
+
+def check_folder(folder: Path | None) -> None:
+    """Raise CheckpointError unless a folder that is given is there."""
+    if folder is not None and not folder.is_dir():
+        raise CheckpointError(f"there is no folder {plain(folder)}")
+
+
+def check_name(name: str) -> None:
+    """Raise CheckpointError for what is no folder, and can be no name on the hub either."""
+    from ..folders.opening import HUB_NAME
+
+    if not Path(name).exists() and not HUB_NAME.fullmatch(name):
+        raise CheckpointError(f"there is no folder {plain(name)}")
+
+
+def check_output(folder: Path) -> None:
+    """Raise CheckpointError for an output that is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{plain(folder)} is a file: choose a folder to save into")
+
+
+def check_file(path: Path | None) -> None:
+    """Raise CheckpointError unless a file that is asked for can be written."""
+    if path is not None:
+        place.check_file(path)
+
+
+def check_device(name: str) -> None:
+    """Raise RecipeError unless this machine has the device."""
+    if name not in ("", "auto", "cpu"):  # asking torch takes seconds
+        from ..device import choose
+
+        choose(name)
+
+
+def check_attention(unit: str) -> None:
+    """Raise UnsupportedError unless it is an attention unit."""
+    check_choice(unit, get_args(AttentionUnit), "attention must be one of {}, not {}.")
+
+
+def check_choice(word: str, known: Sequence[str], says: str) -> None:
+    """Raise UnsupportedError unless ``word`` is known; ``says`` has places for both."""
+    if word not in known:
+        raise UnsupportedError(
+            says.format(", ".join(known), repr(word)) + did_you_mean(word, known)
+        )
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """1,8,32 as numbers. Raises RecipeError."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise RecipeError(f"batch sizes are numbers of at least 1, as in 1,8,32, not {text!r}")
+    return sizes
+
+
+def recipe_for(folder: Path, given: Path | None, overrides: Sequence[str] | None) -> Recipe | None:
+    """The recipe that is given, or that of the folder of a model or of an export inside it.
+
+    None where the folder is missing: that is the mistake, not the recipe. Raises RecipeError.
+    """
+    if given is None and not folder.is_dir():
+        return None
+    from ..recipe.spec import load_recipe
+
+    places = [folder / "recipe.yaml", folder.parent / "recipe.yaml"]  # the latter for an export
+    found = given or next((path for path in places if path.exists()), places[0])
+    return load_recipe(found, overrides or [])
+
+
+def on(device: str, recipe: Recipe) -> Recipe:
+    """The recipe, to be run on ``device`` where one is given."""
+    return replace(recipe, device=device) if device else recipe

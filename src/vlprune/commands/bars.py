@@ -1,0 +1,66 @@
+"""Progress as the command line shows it: phases and bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Columns
+
+from ..files import plain
+from ..status import Progress
+from .console import err
+
+__all__ = ["Bars"]
+
+
+class Bars(Progress):
+    """Phases and bars on stderr; plain lines, a few a phase, where stderr is no terminal."""
+
+    def phase(self, title: str) -> None:
+        """A line for the phase that begins."""
+        err.print(title, style="bold" if err.is_terminal else None)
+
+    def note(self, text: str) -> None:
+        """A line, as it is."""
+        err.print(plain(text), markup=False, soft_wrap=True)
+
+    @contextmanager
+    def count(self, title: str, total: int) -> Iterator[Any]:
+        """A bar that disappears when it is done."""
+        if not err.is_terminal:
+            yield _plain_lines(title, total)
+            return
+        columns = (
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Columns(*columns, console=err, transient=True) as bars:
+            task = bars.add_task(plain(title), total=total, note="")
+
+            def advance(done: int, note: str = "") -> None:
+                bars.update(task, advance=done)
+                if note:
+                    bars.update(task, note=plain(note))
+
+            yield advance
+
+
+def _plain_lines(title: str, total: int) -> Any:
+    """An advance function that prints a line at every quarter."""
+    so_far, said, quarter = 0, "", 1
+
+    def advance(done: int, note: str = "") -> None:
+        nonlocal so_far, said, quarter
+        so_far += done
+        said = note or said
+        if done and so_far * 4 >= total * quarter:
+            quarter = so_far * 4 // total + 1
+            err.print(f"  {title} {so_far}/{total} {said}".rstrip())
+
+    return advance

@@ -1,0 +1,106 @@
+"""Numbers, units and facts of a report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["UNITS", "duration", "human", "percent", "summary", "tower_of", "where"]
+
+
+def human(number: float) -> str:
+    """1234567 as ``1.23 M``."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def percent(fraction: float) -> str:
+    """0.4987 as ``49.9 %``."""
+    return f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """0.0123 as ``12.3 ms``."""
+    return f"{1000 * seconds:.3g} ms"
+
+
+UNITS: dict[str, Callable[[Any], str]] = {
+    "": str,
+    "text": str,  # figures that are text already
+    "number": "{:,}".format,
+    "count": human,
+    "share": percent,
+    "seconds": "{:.2f} s".format,
+    "latency": duration,
+    "bytes": lambda size: f"{human(size)}B",
+    "rate": lambda number: f"{number:,.{0 if number >= 100 else 1}f}",
+    "loss": "{:.3f}".format,
+    "difference": "{:.1g}".format,
+}
+"""How a number of each unit is written."""
+
+
+def tower_of(row: Mapping[str, Any]) -> str:
+    """The tower of a group or a layer; a model without towers is called model."""
+    tower: str = row["tower"]
+    return tower or "model"
+
+
+def where(told: Mapping[str, Any]) -> str:
+    """On what something ran: the name of the device, or the number of CPU threads."""
+    device: str = told.get("device", "cpu")  # reports of earlier versions name no device
+    return device if device != "cpu" else f"{told['threads']} CPU threads"
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Asked and reached, and whether the cut was proved, in one or two sentences."""
+    budget, proof = report["budget"], report.get("verified")
+    text = (
+        f"Asked for {percent(budget['asked'])} of the {budget['what']}, reached "
+        f"{percent(budget['reached'])}."
+    )
+    timed = budget.get("seconds")
+    if timed and "small" in timed:
+        batch = next(iter(timed["shapes"].values()))[0]
+        text += (
+            f" On {where(timed)}, batch {batch}: {1000 * timed['dense']:.3g} ms before, "
+            f"{1000 * timed['small']:.3g} ms after."
+        )
+    groups = report.get("groups", ())
+    shared = sum(group.get("shared", 0) for group in groups)
+    if shared:
+        units = sum(group["units"] for group in groups)
+        text += (
+            f" {percent(shared / units)} of the units take their weights from another layer's; "
+            "this saves parameters, not MACs."
+        )
+        size = report.get("weight_bytes")
+        if size:
+            text += (
+                f" Weights are {human(size['small'])}B tied, {human(size['materialised'])}B "
+                f"materialised, {human(size['dense'])}B dense."
+            )
+    if report.get("ordinary") == "":
+        text += " Every tower has one width: the folder is an ordinary model of transformers."
+    elif report.get("ordinary"):
+        text += f" It needs vlprune to load: {report['ordinary']}."
+    if proof:
+        text += (
+            f" Masked and cut model differ by at most {proof['difference']:.1g} on outputs up to "
+            f"{proof['scale']:.2g} ({_proved_in(proof)})."
+        )
+    else:
+        text += " The cut was not compared with the masked model: no batch was seen."
+    return text
+
+
+def _proved_in(proof: Mapping[str, Any]) -> str:
+    """The dtype of a proof, and what else a reader must know of it."""
+    how = str(proof["dtype"])
+    if proof.get("kernel"):
+        how += f", with {proof['kernel']} attention in place of the model's own"
+    if proof.get("compared", 1.0) < 1:
+        how += f"; {proof['compared']:.1%} of the values are finite and were compared"
+    return how
