@@ -271,7 +271,7 @@ def export(
     from ..recipe.spec import load_recipe
 
     err.print("loading torch and transformers", style="dim")
-    from ..folders.exported import FORMATS as EXPORTS
+    from ..folders.exported.runtimes import FORMATS as EXPORTS
     from .pipeline import export_folder
 
     chosen, *_ = each(

@@ -70,8 +70,9 @@ class Plan:
         """Raise PlanError unless every entry fits ``structures``."""
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
             raise PlanError(
-                f"this plan was made for another model (fingerprint {plain(self.fingerprint)[:40]}, this "
-                f"model has {fingerprint}): make a new plan, or load the model it was made for"
+                "this plan was made for another model (fingerprint "
+                f"{plain(self.fingerprint)[:40]}, this model has {fingerprint}): make a new plan, "
+                "or load the model it was made for"
             )
         sizes = {s.name: s.size for s in structures}
         for name, units in self.keep.items():
