@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import VlpruneError
-from ..files import digest
+from ...errors import VlpruneError
+from ...files import digest
 
 __all__ = ["model_files", "of_data", "of_model"]
 
