@@ -10,15 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from ..cutting.gates import evaluating, gated
-from ..cutting.sharing import mixed
+from ..cutting.sharing import is_shared, mixed
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
-from ..methods import Alternating
+from ..methods import Alternating, Search
 from ..methods.vectors import Vectors, alignment, draw_near
 from ..structures.structure import Structure
 from .ranks import averaged, world
 
-__all__ = ["Turns"]
+__all__ = ["Turns", "turns_of"]
+
+
+def turns_of(
+    search: Search,
+    model: nn.Module,
+    structures: Sequence[Structure],
+    held_out: Sequence[Mapping[str, Any]],
+    loss: Callable[[Mapping[str, Any]], Tensor] | None,
+) -> Turns | None:
+    """The search's half of each step; None if it does not learn in turn with the weights.
+
+    Raises UnsupportedError if the model shares weights, which such a search cannot go on from.
+    """
+    if not isinstance(search, Alternating):
+        return None
+    if is_shared(model):
+        raise UnsupportedError(
+            "this model shares weights already: call vlprune.materialize on it before it is "
+            "searched again"
+        )
+    return Turns(model, structures, search, held_out, loss)
 
 
 class Turns:
