@@ -13,7 +13,7 @@ from ..cutting.gates import evaluating, gated
 from ..cutting.sharing import is_shared, mixed
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
-from ..methods import Alternating, Search
+from ..methods import Alignment, Alternating, Look, Search
 from ..methods.vectors import Vectors, alignment, draw_near
 from ..structures.structure import Structure
 from .ranks import averaged, world
@@ -61,42 +61,39 @@ class Turns:
         self.model, self.structures, self.search = model, structures, search
         self.held_out, self.loss = held_out, loss or self._own_loss
         self.autocast: torch.dtype | None = None
+        self.weight_scale = 1.0
         self.seen = 0
         self.reached: set[str] = set()
 
     def take(self, progress: float, weight_scale: float) -> None:
-        """After a backward pass: align the weights, and look at a held-out batch if it is time."""
-        self._align(progress, weight_scale)
-        if self.search.due(progress):
-            self._look(progress)
+        """The search's turn, after a backward pass whose loss was scaled by ``weight_scale``."""
+        self.weight_scale = weight_scale
+        self.search.turn(progress, self)
 
-    def _align(self, progress: float, scale: float) -> None:
+    def align(self, wanted: Alignment) -> None:
         """Draw the weights towards the wanted structure, by their gradients and directly."""
-        wanted = self.search.alignment(progress)
-        if wanted is None:
-            return
         if wanted.strength > 0:
             distance = alignment(self.model, self.structures, wanted.vectors)
             if distance.requires_grad:
-                (wanted.strength * scale * distance).backward()
+                (wanted.strength * self.weight_scale * distance).backward()
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
 
-    def _look(self, progress: float) -> None:
-        """The loss of a held-out batch with and without the vectors; and let the search learn.
+    def look(self, vectors: Vectors, learns: bool) -> Look:
+        """The loss of the next held-out batch with and without the vectors.
 
         The weights are constants here, the model is in eval mode, and training's random numbers
         are left alone.
         """
         batch = self._next_batch()
-        vectors = self.search.draw(progress)
-        learns = self.search.learns(progress)
         keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
         share = {
             n: (source, values.detach().clone().requires_grad_(learns), units)
             for n, (source, values, units) in vectors.share.items()
         }
         live = Vectors(keep, share)
+        leaves = {f"keep/{name}": values for name, values in keep.items()}
+        leaves |= {f"share/{name}": values for name, (_, values, _) in share.items()}
         with (
             evaluating(self.model),
             same_random_numbers(self.model),
@@ -110,24 +107,21 @@ class Turns:
                 gated(self.model, self.structures, live.alive()),
             ):
                 loss = self.loss(batch)
-            if learns:
-                leaves = [*keep.values(), *(values for _, values, _ in share.values())]
-                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        self.search.watch(progress, float(loss.detach()), full)
-        if not learns:
-            return
-        names = [*(f"keep/{n}" for n in keep), *(f"share/{n}" for n in share)]
-        found = averaged(
+            if not learns:
+                return Look(float(loss.detach()), full)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        pulls = averaged(
             {
                 name: torch.zeros_like(leaf) if grad is None else grad.float()
-                for name, leaf, grad in zip(names, leaves, grads, strict=True)
+                for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
             }
         )
-        self.reached |= {name.partition("/")[2] for name, grad in found.items() if grad.any()}
-        self.search.learn(
-            progress,
-            {n: found[f"keep/{n}"].cpu() for n in keep},
-            {n: found[f"share/{n}"].cpu() for n in share},
+        self.reached |= {name.partition("/")[2] for name, grad in pulls.items() if grad.any()}
+        return Look(
+            float(loss.detach()),
+            full,
+            {name: pulls[f"keep/{name}"].cpu() for name in keep},
+            {name: pulls[f"share/{name}"].cpu() for name in share},
         )
 
     def _next_batch(self) -> Any:
