@@ -1,6 +1,6 @@
 """The methods, one small file each; JSP is a folder."""
 
-from .base import Alignment, Alternating, Look, Method, OneShot, Problem, Search, Weights
+from .base import Alignment, Look, Method, OneShot, Problem, Search, Weights
 from .jsp import JSP
 from .magnitude import Magnitude
 from .random import Random
@@ -11,7 +11,6 @@ __all__ = [
     "JSP",
     "METHODS",
     "Alignment",
-    "Alternating",
     "Look",
     "Magnitude",
     "Method",

@@ -23,7 +23,6 @@ from .vectors import Vectors
 
 __all__ = [
     "Alignment",
-    "Alternating",
     "Look",
     "Method",
     "OneShot",
@@ -69,78 +68,6 @@ class Problem:
         )
 
 
-class Search(ABC):
-    """The state of one search."""
-
-    uses_gates: ClassVar[bool] = False
-    """Whether training must run with gates."""
-    alternates: ClassVar[bool] = False
-    """Whether it learns in turn with the weights (:class:`Alternating`)."""
-
-    @property
-    def needs_training(self) -> bool:
-        """Whether it must watch a training; if not, a plan can be made at any time."""
-        return self.uses_gates or self.alternates
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.whole: frozenset[str] = frozenset()
-
-    @property
-    def decides_on(self) -> frozenset[str]:
-        """The structures that it may take units from."""
-        return frozenset(s.name for s in self.problem.structures)
-
-    def leave_whole(self, names: frozenset[str]) -> None:
-        """Take nothing from these structures: what it has seen says nothing about them (yet)."""
-        self.whole = names
-
-    @property
-    def open(self) -> Problem:
-        """The problem without the structures that stay whole."""
-        return self.problem.without(self.whole)
-
-    def least_left(self) -> float:
-        """The smallest fraction that a plan could reach now."""
-        return least(self.open.prices)
-
-    def reprice(self, prices: Prices) -> None:
-        """Go on with these prices: a measured table is taken from a checkpoint."""
-        self.problem = replace(self.problem, prices=prices)
-
-    def gates(self, progress: float) -> Mapping[str, Tensor]:
-        """Gate values for the next step, {structure: (size,)}; absent ones stay as they are."""
-        return {}
-
-    def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
-        """Take note of the gate gradients of one step, {structure: (size,)}."""
-        return
-
-    @abstractmethod
-    def keep(self) -> dict[str, tuple[int, ...]]:
-        """The units that stay, within the budget."""
-
-    def share(self) -> dict[str, tuple[Any, ...]]:
-        """The units that take another's weights, as in :class:`vlprune.Plan`."""
-        return {}
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for :meth:`restore` to go on exactly from here."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` returned."""
-        return
-
-    def facts(self) -> dict[str, float]:
-        """Figures about the search as it stands, for logs and the report."""
-        return {}
-
-    def history(self) -> list[dict[str, float]]:
-        """Figures noted while it ran, first to last."""
-        return []
-
-
 @dataclass(frozen=True)
 class Alignment:
     """The structure that weights are drawn to, and how.
@@ -178,25 +105,91 @@ class Weights(Protocol):
         """Take the loss of the next held-out batch, with gradients if the search ``learns``."""
 
 
-class Alternating(Search):
-    """A search that learns in turn with the weights, on held-out batches."""
+class Search(ABC):
+    """The state of one search."""
 
-    alternates: ClassVar[bool] = True
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.whole: frozenset[str] = frozenset()
+
+    @property
+    def decides_on(self) -> frozenset[str]:
+        """The structures that it may take units from."""
+        return frozenset(s.name for s in self.problem.structures)
+
+    def leave_whole(self, names: frozenset[str]) -> None:
+        """Take nothing from these structures: what it has seen says nothing about them (yet)."""
+        self.whole = names
+
+    @property
+    def open(self) -> Problem:
+        """The problem without the structures that stay whole."""
+        return self.problem.without(self.whole)
+
+    def least_left(self) -> float:
+        """The smallest fraction that a plan could reach now."""
+        return least(self.open.prices)
+
+    def reprice(self, prices: Prices) -> None:
+        """Go on with these prices: a measured table is taken from a checkpoint."""
+        self.problem = replace(self.problem, prices=prices)
+
+    def gates(self, progress: float) -> Mapping[str, Tensor]:
+        """Gate values for the next step, {structure: (size,)}; absent ones stay as they are."""
+        return {}
+
+    def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
+        """Take note of the gate gradients of one step, {structure: (size,)}."""
+        return
 
     def expect(self, steps: int) -> None:
-        """Raise RecipeError if a search of so many steps could never learn anything."""
+        """Raise RecipeError if a training of so many steps could not teach it anything."""
+        return
+
+    def turn(self, progress: float, weights: Weights) -> None:
+        """Learn in turn with the weights; called once after each backward pass.
+
+        Only for a method that ``uses_held_out`` batches.
+        """
         return
 
     @abstractmethod
-    def turn(self, progress: float, weights: Weights) -> None:
-        """The search's half of a training step; called once after each backward pass."""
+    def keep(self) -> dict[str, tuple[int, ...]]:
+        """The units that stay, within the budget."""
+
+    def share(self) -> dict[str, tuple[Any, ...]]:
+        """The units that take another's weights, as in :class:`vlprune.Plan`."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold for :meth:`restore` to go on exactly from here."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        return
+
+    def facts(self) -> dict[str, float]:
+        """Figures about the search as it stands, for logs and the report."""
+        return {}
+
+    def history(self) -> list[dict[str, float]]:
+        """Figures noted while it ran, first to last."""
+        return []
 
 
 class Method(ABC):
     """A config that can start a search."""
 
-    needs_held_out: ClassVar[bool] = False
-    """Whether its search is :class:`Alternating` and wants data that is not trained on."""
+    uses_gates: ClassVar[bool] = False
+    """Whether training must run with gates, whose gradients the search is told."""
+    uses_held_out: ClassVar[bool] = False
+    """Whether its search learns in turn with the weights, on batches that are not trained on."""
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether its search must watch a training; if not, a plan can be made at any time."""
+        return self.uses_gates or self.uses_held_out
 
     @abstractmethod
     def start(self, problem: Problem) -> Search:

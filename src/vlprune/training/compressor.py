@@ -17,7 +17,7 @@ from ..cutting.sharing import is_shared, settled, with_followers
 from ..cutting.wrappers import unwrapped
 from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
-from ..methods import Alternating, Method, Search
+from ..methods import Method, Search
 from ..prices import cost
 from ..prices.budget import Prices, parse_budget
 from ..structures.plan import Plan
@@ -100,14 +100,14 @@ class Compressor:
         self.search = self._new_search()
         refuse_unreachable(method, self.structures, self.prices, self.budget.fraction, self._groups)
         self._shared = is_shared(model)
-        self.turns = turns_of(self.search, model, self.structures, held_out, loss)
+        self.turns = turns_of(method, self.search, model, self.structures, held_out, loss)
         self.progress, self.finished = 0.0, False
         self.verification: Verification | None = None
         self.seconds: float | None = None
         self.params_after = 0
         self._plan: Plan | None = None
-        self._reach = Reach(self.search, self.description.structures)
-        self._gating = Gating(model, self.structures, self.search.uses_gates)
+        self._reach = Reach(self.method, self.search, self.description.structures)
+        self._gating = Gating(model, self.structures, self.method.uses_gates)
         self._gating.set(self.search.gates(0.0))
         self._callback: weakref.ref[CompressorCallback] | None = None
         self._optimizer: Any = None
@@ -159,8 +159,7 @@ class Compressor:
         replaced weights (an adapter, say) since the Compressor was made.
         """
         self.attach()
-        if isinstance(self.search, Alternating):
-            self.search.expect(steps)
+        self.search.expect(steps)
         self._gating.follow()  # an objective may never call the model's own forward
 
     def end(self) -> None:
@@ -181,9 +180,12 @@ class Compressor:
     def restart(self) -> None:
         """Forget what the search has seen, and open all gates."""
         self.search = self._new_search()
-        if self.turns is not None and isinstance(self.search, Alternating):
-            self.turns.search, self.turns.seen, self.turns.reached = self.search, 0, set()
-        self.progress, self._reach = 0.0, Reach(self.search, self.description.structures)
+        if self.turns is not None:
+            self.turns.restart(self.search)
+        self.progress, self._reach = (
+            0.0,
+            Reach(self.method, self.search, self.description.structures),
+        )
         self._gating.set({s.name: torch.ones(s.size) for s in self._gating.structures})
         self._gating.set(self.search.gates(0.0))
 
@@ -211,7 +213,7 @@ class Compressor:
             raise VlpruneError("the model has been cut: train the small model without step()")
         if not self._gating.attached:
             self.attach()
-            if self.search.uses_gates:
+            if self.method.uses_gates:
                 if progress >= 1:
                     raise VlpruneError(
                         "no gate was in place before the last step: put the training loop into a "
@@ -220,7 +222,7 @@ class Compressor:
                 return
         if self.progress == 0:  # an adapter may have come since the gates were put in place
             check_plain(self.model, self.structures)
-        if self.search.uses_gates:
+        if self.method.uses_gates:
             self._learn(progress, scale)
         self.progress = progress
         gates = self.search.gates(progress)
@@ -349,7 +351,7 @@ class Compressor:
         plan = self.plan()
         check_same_plan(plan)
         refuse_sharded(self.model)
-        if early := unfinished(self.search, self.progress):
+        if early := unfinished(self.method, self.search, self.progress):
             warnings.warn(early, stacklevel=2)
         after = int(cost.params(self.model, self.description.structures, plan))
         inputs = self.example_inputs or self._gating.first_batch
@@ -372,7 +374,7 @@ class Compressor:
 
     def notes(self) -> list[str]:
         """What a reader of the report must know, one sentence per note."""
-        early = unfinished(self.search, self.progress) if self.finished else ""
+        early = unfinished(self.method, self.search, self.progress) if self.finished else ""
         notes = [early] if early else []
         if self.progress > 0 and (names := self._reach.names):
             notes.append(

@@ -12,7 +12,7 @@ from torch import nn
 from ..cutting.gates import evaluating
 from ..device import moved_to
 from ..errors import UnsupportedError
-from ..methods import Search
+from ..methods import Method, Search
 from ..prices.latency import seconds_of, take_turns
 
 __all__ = ["measured_seconds", "refuse_sharded", "unfinished"]
@@ -31,9 +31,9 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def unfinished(search: Search, progress: float) -> str:
+def unfinished(method: Method, search: Search, progress: float) -> str:
     """What a cut before the end of its search means; "" if the search has ended."""
-    if not search.needs_training or progress >= 1:
+    if not method.needs_training or progress >= 1:
         return ""
     gate = float(search.facts().get("gate_of_fading_units", 1.0))
     fading = f", and removed units still count {gate:.0%}" if 0 < gate < 1 else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VlpruneError
-from ..methods import Search
+from ..methods import Method, Search
 from ..structures.structure import Structure
 
 __all__ = ["Reach"]
@@ -28,9 +28,9 @@ class Reach:
     are all structures of the model, those among them that are skipped too.
     """
 
-    def __init__(self, search: Search, every: Sequence[Structure]) -> None:
-        self.search, self.every = search, every
-        self.unreached = set(search.decides_on) if search.needs_training else set[str]()
+    def __init__(self, method: Method, search: Search, every: Sequence[Structure]) -> None:
+        self.method, self.search, self.every = method, search, every
+        self.unreached = set(search.decides_on) if method.needs_training else set[str]()
         self._told = False
 
     @property
@@ -51,7 +51,7 @@ class Reach:
         """
         self.unreached -= set(reached)
         self._leave_whole()
-        watched = self.search.uses_gates  # at every step, not on a few held-out batches
+        watched = self.method.uses_gates  # at every step, not on a few held-out batches
         if watched and self.unreached and progress >= PATIENCE:
             self._tell(progress)
 

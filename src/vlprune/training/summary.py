@@ -66,7 +66,7 @@ def summary(compressor: Compressor) -> dict[str, Any]:
         "notes": compressor.notes(),
         "search": {
             **compressor.search.facts(),
-            **({"progress": compressor.progress} if compressor.search.needs_training else {}),
+            **({"progress": compressor.progress} if method.needs_training else {}),
         },
         "search_history": compressor.search.history(),
     }

@@ -1,4 +1,7 @@
-"""Distillation: what the dense model says about a batch, as a part of the loss. Ours."""
+"""Distillation: what the dense model says about a batch, as a part of the loss.
+
+Not from a paper.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ..cutting.gates import evaluating, gated
 from ..cutting.sharing import is_shared, mixed
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
-from ..methods import Alignment, Alternating, Look, Search
+from ..methods import Alignment, Look, Method, Search
 from ..methods.vectors import Vectors, alignment, draw_near
 from ..structures.structure import Structure
 from .ranks import averaged, world
@@ -22,6 +22,7 @@ __all__ = ["Turns", "turns_of"]
 
 
 def turns_of(
+    method: Method,
     search: Search,
     model: nn.Module,
     structures: Sequence[Structure],
@@ -32,18 +33,18 @@ def turns_of(
 
     Raises UnsupportedError if the model shares weights, which such a search cannot go on from.
     """
-    if not isinstance(search, Alternating):
+    if not method.uses_held_out:
         return None
     if is_shared(model):
         raise UnsupportedError(
             "this model shares weights already: call vlprune.materialize on it before it is "
-            "searched again"
+            f"searched by {type(method).__name__} again"
         )
     return Turns(model, structures, search, held_out, loss)
 
 
 class Turns:
-    """Lets an :class:`~vlprune.methods.Alternating` search look at held-out batches.
+    """Shows a search the weights that it learns in turn with (:class:`vlprune.methods.Weights`).
 
     ``loss`` turns a batch into its loss; ``autocast`` is the dtype that training runs in, if any;
     ``seen`` counts the batches looked at; ``reached`` are the structures whose vectors had an
@@ -54,7 +55,7 @@ class Turns:
         self,
         model: nn.Module,
         structures: Sequence[Structure],
-        search: Alternating,
+        search: Search,
         held_out: Sequence[Mapping[str, Any]],
         loss: Callable[[Mapping[str, Any]], Tensor] | None,
     ) -> None:
@@ -64,6 +65,10 @@ class Turns:
         self.weight_scale = 1.0
         self.seen = 0
         self.reached: set[str] = set()
+
+    def restart(self, search: Search) -> None:
+        """Go on with a new search, from the first held-out batch."""
+        self.search, self.seen, self.reached = search, 0, set()
 
     def take(self, progress: float, weight_scale: float) -> None:
         """The search's turn, after a backward pass whose loss was scaled by ``weight_scale``."""

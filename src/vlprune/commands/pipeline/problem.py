@@ -80,7 +80,7 @@ def read(
     if task.left_out:
         progress.phase(task.left_out)
     basis = basis_of(recipe, task)
-    items, held_out = split(task, recipe) if method.needs_held_out else (task.train, ())
+    items, held_out = split(task, recipe) if method.uses_held_out else (task.train, ())
     problem = Problem(recipe, out, work, device, progress, task, method, basis, items, held_out)
     if recipe.method.get("round_to") == "auto":
         progress.phase("measuring which widths this device likes")

@@ -14,7 +14,6 @@ from ...errors import RecipeError, UnsupportedError
 from ...files import plain
 from ...folders.checkpoint import PLAN_FILE, save
 from ...folders.opening import guarded
-from ...methods import Alternating
 from ...recipe.spec import Recipe
 from ...structures.plan import Plan
 from ...training.compressor import Compressor
@@ -84,14 +83,13 @@ def plan_search(problem: Problem, model: Any) -> PlannedSearch:
 
 
 def _refuse_early(recipe: Recipe, compressor: Compressor, items: int) -> None:
-    search = compressor.search
-    if search.needs_training and not recipe.search.on:
+    if compressor.method.needs_training and not recipe.search.on:
         raise RecipeError(
             f"the method {recipe.method['name']} watches a training: give search.steps or "
             "search.epochs"
         )
-    if isinstance(search, Alternating):
-        search.expect(recipe.search.count(items, PartialState().num_processes))
+    if recipe.search.on:
+        compressor.search.expect(recipe.search.count(items, PartialState().num_processes))
     if recipe.teacher:
         model = compressor.model
         Taught(model, model, nn.Module(), recipe.teacher, compressor.structures)

@@ -39,7 +39,7 @@ class JSP(JspOptions, Method):
     Needs ``held_out`` batches in the Compressor (a recipe splits them off by itself).
     """
 
-    needs_held_out: ClassVar[bool] = True
+    uses_held_out: ClassVar[bool] = True
 
     def start(self, problem: Problem) -> Search:
         """A search that keeps everything. Raises BudgetError if the budget cannot be reached."""

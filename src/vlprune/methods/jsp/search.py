@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import BudgetError, RecipeError, VlpruneError
 from ...recipe.options import JspOptions
-from ..base import Alignment, Alternating, Look, Problem, Weights
+from ..base import Alignment, Look, Problem, Search, Weights
 from ..schedule import removed_share
 from ..vectors import Vectors
 from .network import MEDIAN, HyperNetwork, drawn
@@ -20,7 +20,7 @@ from .pairs import assembled, structures_of, vectors_of
 __all__ = ["JspSearch"]
 
 
-class JspSearch(Alternating):
+class JspSearch(Search):
     """The hypernetwork and its optimizer, in turn with the weights."""
 
     def __init__(self, method: JspOptions, problem: Problem) -> None:
