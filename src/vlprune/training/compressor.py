@@ -97,6 +97,7 @@ class Compressor:
         self.costs = costs_of(
             model, self.structures, self.budget, self.example_inputs, attention, prices
         )
+        self.params_before = self.costs.params
         self.search = self._new_search()
         refuse_unreachable(method, self.structures, self.prices, self.budget.fraction, self._groups)
         self._shared = is_shared(model)
@@ -122,11 +123,6 @@ class Compressor:
     def gates(self) -> Mapping[str, Tensor]:
         """The gates as they stand, {structure: (size,)}; none where the method uses none."""
         return self._gating.gates
-
-    @property
-    def params_before(self) -> int:
-        """The number of parameters of the model that was given."""
-        return self.costs.params
 
     def _new_search(self) -> Search:
         return self.method.start(
@@ -233,12 +229,8 @@ class Compressor:
 
     def _learn(self, progress: float, scale: float) -> None:
         """Hand the gates' gradients to the search."""
-        own = self._gating.take_gradients()
-        gradients = mean_gradients(
-            self.structures,
-            {n: g / scale if scale != 1 else g for n, g in own.items()},
-            device_of(self.model),
-        )
+        own = self._gating.take_gradients(scale)
+        gradients = mean_gradients(self.structures, own, device_of(self.model))
         if not gradients:
             check_plain(self.model, self.structures)
             raise VlpruneError(
@@ -375,13 +367,7 @@ class Compressor:
     def notes(self) -> list[str]:
         """What a reader of the report must know, one sentence per note."""
         early = unfinished(self.method, self.search, self.progress) if self.finished else ""
-        notes = [early] if early else []
-        if self.progress > 0 and (names := self._reach.names):
-            notes.append(
-                f"no gradient of the loss reached {len(names)} of {len(self.structures)} "
-                f"structures, which stay dense: {', '.join(names)}"
-            )
-        return notes
+        return [note for note in (early, self._reach.missing if self.progress > 0 else "") if note]
 
     def report(self) -> dict[str, Any]:
         """What was asked and reached, by tower and kind: plain values, ready for JSON."""

@@ -43,6 +43,17 @@ class Reach:
         """The structures that are not reached yet, in the order of the model."""
         return [s.name for s in self.search.problem.structures if s.name in self.unreached]
 
+    @property
+    def missing(self) -> str:
+        """What a report says of structures that are not reached; "" if there are none."""
+        if not (names := self.names):
+            return ""
+        return (
+            f"no gradient of the loss reached {len(names)} of "
+            f"{len(self.search.problem.structures)} structures, which stay dense: "
+            f"{', '.join(names)}"
+        )
+
     def note(self, reached: Iterable[str], progress: float) -> None:
         """Take note of structures that the loss depends on.
 

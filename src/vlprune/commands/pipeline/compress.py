@@ -22,7 +22,7 @@ from ...training.fit import prepare
 from .dense import open_dense, train_dense
 from .make import make_method
 from .notes import refuse_overwriting
-from .problem import read
+from .problem import Problem, read
 from .result import full_report, measure_speed, save_result
 from .search import earlier_cut, plan_search, retrain, search_and_cut
 from .workplace import WORK, claimed, cleared
@@ -69,20 +69,24 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     alone = PartialState().is_main_process  # the others work for it, in the same folder
     with claimed(out, progress.note) if alone else nullcontext(out / WORK) as work:
         refuse_overwriting(recipe, out)
-        problem = read(recipe, method, out, work, device, progress)
-        model, trained = open_dense(problem)
-        small = earlier_cut(problem)
-        search = None if small else plan_search(problem, model)
-        trained = trained or train_dense(problem, model)
-        dense = copy.deepcopy(model)  # the search cuts the model in place
-        if small is None:
-            assert search is not None
-            small = search_and_cut(problem, search, dense)
-        small = retrain(problem, small, dense)
-        speed = measure_speed(problem, dense, small.model)
-        report = full_report(problem, trained, small, speed, time.monotonic() - started)
-        report = save_result(problem, small, report)
+        report = _run(read(recipe, method, out, work, device, progress), started)
         if alone:
             cleared(work)
         PartialState().wait_for_everyone()
     return report
+
+
+def _run(problem: Problem, started: float) -> dict[str, Any]:
+    """All steps of a run in their order; what cannot be done is refused before anything trains."""
+    model, trained = open_dense(problem)
+    small = earlier_cut(problem)
+    search = plan_search(problem, model) if small is None else None
+    trained = trained or train_dense(problem, model)
+    dense = copy.deepcopy(model)  # the search cuts the model in place
+    if search is not None:
+        small = search_and_cut(problem, search, dense)
+    assert small is not None
+    small = retrain(problem, small, dense)
+    speed = measure_speed(problem, dense, small.model)
+    report = full_report(problem, trained, small, speed, time.monotonic() - started)
+    return save_result(problem, small, report)
