@@ -182,7 +182,7 @@ class Method(ABC):
     """A config that can start a search."""
 
     uses_gates: ClassVar[bool] = False
-    """Whether training must run with gates, whose gradients the search is told."""
+    """Whether training must run with gates, whose gradients the search is handed."""
     uses_held_out: ClassVar[bool] = False
     """Whether its search learns in turn with the weights, on batches that are not trained on."""
 

@@ -128,9 +128,9 @@ def _split_groups(
         by_rate: dict[float, list[Any]] = {}
         for parameter in group["params"]:
             name = names[id(parameter)]
-            found = [p for p in rates if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]
-            used.update(found)
-            by_rate.setdefault(rates[found[-1]] if found else 1.0, []).append(parameter)
+            matching = [p for p in rates if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]
+            used.update(matching)
+            by_rate.setdefault(rates[matching[-1]] if matching else 1.0, []).append(parameter)
         for rate, parameters in by_rate.items():
             split.append({**group, "params": parameters, "lr": group["lr"] * rate})
     for pattern in rates:

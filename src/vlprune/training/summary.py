@@ -20,14 +20,14 @@ __all__ = ["figures", "summary"]
 
 def figures(compressor: Compressor) -> dict[str, float]:
     """Figures of a search as it stands; see :meth:`vlprune.Compressor.figures`."""
-    found = {name: float(value) for name, value in compressor.search.facts().items()}
+    values = {name: float(value) for name, value in compressor.search.facts().items()}
     gates = compressor.gates
-    if gates and "remains" not in found:
+    if gates and "remains" not in values:
         left = {name: float(gate.detach().sum()) for name, gate in gates.items()}
         unit = compressor.prices.unit
         gone = sum(unit[s.name] * (s.size - left[s.name]) for s in compressor.structures)
-        found["remains"] = 1 - gone / compressor.prices.total
-    return found
+        values["remains"] = 1 - gone / compressor.prices.total
+    return values
 
 
 def summary(compressor: Compressor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The problem of a recipe: all that a run works with, found out once and then only read."""
+"""The problem of a recipe: everything a run works with, built once."""
 
 from __future__ import annotations
 

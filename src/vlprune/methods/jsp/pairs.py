@@ -36,8 +36,8 @@ class Vector:
 def vectors_of(method: JspOptions, problem: Problem) -> list[Vector]:
     """All heads, by depth, the towers taking turns."""
     layers = {tower: _layers(problem.structures, tower) for tower in (method.base, method.other)}
-    for tower, found in layers.items():
-        if not found and (tower == method.base or "cross" in method.families):
+    for tower, kinds in layers.items():
+        if not kinds and (tower == method.base or "cross" in method.families):
             towers = sorted({s.tower for s in problem.structures})
             raise UnsupportedError(
                 f"this model has no structures in the tower {tower!r}, which JSP shares with: its "
@@ -141,15 +141,15 @@ def assembled(
     for name, unit in best.items():
         if name not in share and not bool((keep[name] > 0.5).any()):
             keep[name] = _on(keep[name], unit)
-    found = Vectors(keep, share)
+    result = Vectors(keep, share)
     for name in share:
-        if not bool((found.alive()[name] > 0.5).any()):
+        if not bool((result.alive()[name] > 0.5).any()):
             unit = best.get(name, 0)
             keep[name] = _on(keep[name], unit)
             source, values, units = share[name]
             share[name] = (source, 1 - _on(1 - values, unit), units)
-            found = Vectors(keep, share)
-    return found
+            result = Vectors(keep, share)
+    return result
 
 
 def _on(values: Tensor, unit: int) -> Tensor:

@@ -86,8 +86,8 @@ class JspSearch(Search):
         """The vectors at the lowest threshold that meets the budget: exported, deterministic."""
         levels = torch.cat(self._logits()).add(MEDIAN).unique()  # ascending
         low, high = 0, len(levels)  # at levels[low] too much may remain, at +inf it fits
-        found, self.threshold = self._vectors_at(math.inf, self.whole), math.inf
-        if float(found.cost(self.prices)) > self.target * (1 + 1e-12):
+        best, self.threshold = self._vectors_at(math.inf, self.whole), math.inf
+        if float(best.cost(self.prices)) > self.target * (1 + 1e-12):
             raise BudgetError(
                 f"the loss on held-out batches does not depend on {min(self.whole)}"
                 + (f" and {len(self.whole) - 1} more structures" if len(self.whole) > 1 else "")
@@ -98,10 +98,10 @@ class JspSearch(Search):
             middle = (low + high) // 2
             trial = self._vectors_at(float(levels[middle]), self.whole)
             if float(trial.cost(self.prices)) <= self.target * (1 + 1e-12):
-                found, self.threshold, high = trial, float(levels[middle]), middle
+                best, self.threshold, high = trial, float(levels[middle]), middle
             else:
                 low = middle + 1
-        return found
+        return best
 
     # -- in turn with the weights ------------------------------------------------------------
 
@@ -232,16 +232,16 @@ class JspSearch(Search):
         self.weight_steps, self.structure_steps, self.skipped = state["counts"].tolist()
         self.threshold, self.remains = state["levels"].tolist()
         template = self._vectors_at(0.0).share
-        found = {}
+        restored = {}
         for name in ("now", "frozen"):
             keep = {n: t.clone() for n, t in _below(f"{name}/keep/", state).items()}
             share = {
                 n: (template[n][0], t.clone(), template[n][2])
                 for n, t in _below(f"{name}/share/", state).items()
             }
-            found[name] = Vectors(keep, share) if keep else None
-        assert found["now"] is not None
-        self.now, self.frozen = found["now"], found["frozen"]
+            restored[name] = Vectors(keep, share) if keep else None
+        assert restored["now"] is not None
+        self.now, self.frozen = restored["now"], restored["frozen"]
         names = ["progress", "masked_loss", "full_loss", *self._shares(self.now)]
         rows = state["watched"].tolist() if "watched" in state else []
         self.watched = [dict(zip(names, row, strict=True)) for row in rows]
