@@ -20,13 +20,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlprune.commands.pipeline import _dense_key, compress, evaluate_folder
+from vlprune.commands.pipeline import compress, evaluate_folder, make_task
+from vlprune.commands.pipeline.notes import DENSE_NOTE, basis_of, remember
 from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training
 from vlprune.status import Progress
 from vlprune.tasks import TASKS
@@ -166,8 +167,9 @@ def one_run(
         )
         out = Path(scratch) / "out"  # with the dense model in it, it is not measured again
         shutil.copytree(dense, out / "dense")
-        note = {"key": _dense_key(this), "metrics": known, "history": []}
-        (out / "dense" / "vlprune-dense.json").write_text(json.dumps(note))
+        basis = basis_of(this, make_task(this, out / "data"))
+        body = {"basis": asdict(basis), "metrics": known, "history": []}
+        remember(out / "dense" / DENSE_NOTE, basis.key, body)
         report = compress(this, out, Progress())
     metric = report["metric"]
     return {

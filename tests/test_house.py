@@ -59,11 +59,11 @@ def test_the_order_names_every_package() -> None:
 
 
 def test_methods_know_no_architecture_and_no_transformers() -> None:
-    for path in (SOURCE / "methods").glob("*.py"):
+    for path in (SOURCE / "methods").rglob("*.py"):
         text = path.read_text()
         assert "transformers" not in text
         assert "architectures" not in imports(path)
-    for path in (SOURCE / "architectures").glob("*.py"):
+    for path in (SOURCE / "architectures").rglob("*.py"):
         assert "methods" not in imports(path)
 
 

@@ -252,17 +252,18 @@ def test_two_processes_make_one_folder_and_one_plan(tmp_path: Path) -> None:
     out = tmp_path / "o"
     steps = ["train.steps=3", "search.steps=3", "retrain.steps=2"]
     code = f"""
-import os, vlprune.commands.pipeline as run
+import os
+from vlprune import Compressor
 from vlprune.commands.main import main
 
-real = run.Compressor.finish
+real = Compressor.finish
 
 def finish(self, *args):
     with open(os.path.join({str(tmp_path)!r}, "plan-" + os.environ["RANK"]), "w") as file:
         file.write(self.plan().to_json())
     return real(self, *args)
 
-run.Compressor.finish = finish
+Compressor.finish = finish
 main()
 """
     script = tmp_path / "script.py"

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 from alike import same_results
-from vlprune.commands import earlier, fingerprint
-from vlprune.commands.pipeline import compress, make_task
-from vlprune.commands.workplace import claimed, cleared
+from vlprune.commands.pipeline import compress, fingerprint, make_task, notes
+from vlprune.commands.pipeline.workplace import claimed, cleared
 from vlprune.errors import CheckpointError
 from vlprune.files import is_full
 from vlprune.folders.notes import read_note, write_note
@@ -61,10 +60,10 @@ PLACES = {
     "search, step 5": "at_step(2, 5)",
     "while a checkpoint of the search is written": "half_checkpoint(2, 4)",
     "after the search, before the cut": "after('vlprune.training.compressor', 'perform')",
-    "while the cut model is evaluated": "after('vlprune.commands.pipeline', '_evaluate', nth=2)",
+    "while the cut model is evaluated": "after('vlprune.commands.pipeline.search', 'evaluated')",
     "retraining, step 5": "at_step(3, 5)",
-    "after the last step": "after('vlprune.commands.pipeline', '_evaluate', nth=3)",
-    "while the result is saved": "after('vlprune.commands.pipeline', 'save', nth=3)",
+    "after the last step": "after('vlprune.commands.pipeline.search', 'evaluated', nth=2)",
+    "while the result is saved": "after('vlprune.commands.pipeline.result', 'save')",
 }
 # the others are killed
 ASKED = {"after the search, before the cut": signal.SIGINT, "retraining, step 5": signal.SIGTERM}
@@ -304,8 +303,6 @@ def test_a_trainer_of_ones_own_resumes_the_search(
 def test_a_full_disk_is_said_in_one_sentence(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vlprune.commands.pipeline
-
     mine = tmp_path / "out" / "checkpoints" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
@@ -313,7 +310,7 @@ def test_a_full_disk_is_said_in_one_sentence(
     def full(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(vlprune.commands.pipeline, "save", full)
+    monkeypatch.setattr("vlprune.commands.pipeline.dense.save", full)
     with pytest.raises(CheckpointError, match=r"is full: free some space and run the same"):
         compress(load_recipe(recipe), tmp_path / "out")
     monkeypatch.undo()
@@ -435,14 +432,14 @@ def test_a_dense_model_is_taken_only_as_it_was_left(tmp_path: Path) -> None:
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
         body = {"basis": dataclasses.asdict(basis), "metrics": {1: 0.5}, "history": []}
-        earlier.remember(folder / earlier.DENSE_NOTE, basis.key, body)
+        notes.remember(folder / notes.DENSE_NOTE, basis.key, body)
         return folder
 
-    basis = earlier.Basis("model", "data", "training")
+    basis = notes.Basis("model", "data", "training")
     said = Said()
     folder = left()
     (folder / "bench.json").write_text("{}")  # what `vlprune bench --save` adds is no damage
-    found = earlier.known_dense(folder, basis, said)
+    found = notes.known_dense(folder, basis, said)
     assert found["metrics"] == {"1": 0.5}
     assert said.lines == []
     for change, words in {
@@ -452,12 +449,12 @@ def test_a_dense_model_is_taken_only_as_it_was_left(tmp_path: Path) -> None:
     }.items():
         said.lines.clear()
         other = dataclasses.replace(basis, **{change: "changed"})
-        assert earlier.known_dense(folder, other, said) is None
+        assert notes.known_dense(folder, other, said) is None
         assert f"was made from {words}" in said.lines[0]
-    for number, name in enumerate(["config.json", "model.safetensors", earlier.DENSE_NOTE]):
+    for number, name in enumerate(["config.json", "model.safetensors", notes.DENSE_NOTE]):
         said.lines.clear()
         flip(left() / name)
-        assert earlier.known_dense(folder, basis, said) is None
+        assert notes.known_dense(folder, basis, said) is None
         aside = "damaged-dense" + (f"-{number + 1}" if number else "")
         assert "is damaged" in said.lines[0]
         assert said.lines[0].endswith(f"{aside}, and made anew")
@@ -468,14 +465,14 @@ def test_a_dense_model_is_taken_only_as_it_was_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "8", "[]", '{"round_to": 8}', '{"digest": "x"}', "\0"])
 def test_a_damaged_note_is_set_aside(text: str, tmp_path: Path) -> None:
     path, said = tmp_path / "round-to.json", Said()
-    assert earlier.known(path, "key", said, "the width") is None
+    assert notes.known(path, "key", said, "the width") is None
     write_note(path, "key", 8)
-    assert earlier.known(path, "key", said, "the width") == 8
-    assert earlier.known(path, "other", said, "the width") is None
+    assert notes.known(path, "key", said, "the width") == 8
+    assert notes.known(path, "other", said, "the width") is None
     assert said.lines == []
     changed = path.read_text().replace('"body": 8', '"body": 9')
     path.write_text(text or changed)
-    assert earlier.known(path, "key", said, "the width") is None
+    assert notes.known(path, "key", said, "the width") is None
     assert "the width is damaged" in said.lines[0]
     assert (tmp_path / "damaged-round-to.json").read_text() == (text or changed)
     with pytest.raises(CheckpointError):
@@ -496,8 +493,8 @@ def test_what_decides_is_what_a_model_is_made_from(recipe: Path, tmp_path: Path)
     def keys(*overrides: str) -> tuple[str, str]:
         changed = load_recipe(recipe, overrides)
         own = make_task(changed, tmp_path) if "data" in "".join(overrides) else task
-        basis = earlier.basis_of(changed, own)
-        return basis.key, earlier.search_key(changed, basis, 1)
+        basis = notes.basis_of(changed, own)
+        return basis.key, notes.search_key(changed, basis, 1)
 
     once = keys()
     for same in ("train.save_steps=3", "search.save_steps=1", "threads=2", "device=cpu",
@@ -542,7 +539,7 @@ def test_a_second_run_in_the_same_folder_is_told(
     # the lock of a process that was killed holds nobody up
     done = python.run(
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from vlprune.commands.workplace import claimed\n"
+        "from vlprune.commands.pipeline.workplace import claimed\n"
         "with claimed(Path(sys.argv[1]), print):\n    os.kill(os.getpid(), signal.SIGKILL)",
         out,
     )
@@ -556,7 +553,7 @@ def test_a_second_run_in_the_same_folder_is_told(
     def no_locks(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("vlprune.commands.workplace.FileLock.acquire", no_locks)
+    monkeypatch.setattr("vlprune.commands.pipeline.workplace.FileLock.acquire", no_locks)
     with claimed(out, lines.append):
         (work / "train-1").mkdir()
         (work / "mine.txt").write_text("precious")
@@ -611,12 +608,12 @@ def test_kills_at_random_moments() -> None:
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_note(tmp_path: Path) -> None:
-    note = tmp_path / earlier.DENSE_NOTE
+    note = tmp_path / notes.DENSE_NOTE
     left = tmp_path / f".{note.name}.0123abcd"
     mine = tmp_path / f".{note.name}.backup"
     for path in (left, mine):
         path.write_text("{}")
-    earlier.remember(note, "key", {"metrics": {}})
+    notes.remember(note, "key", {"metrics": {}})
     assert note.exists()
     assert mine.exists()
     assert not left.exists()

@@ -105,7 +105,7 @@ def test_the_gradient_reaches_every_head() -> None:
     before = [head.weight.detach().clone() for head in found.network.heads]
     drawn = found.draw(0.2)
     ones = lambda values: {n: torch.ones(len(v)) for n, v in values.items()}  # noqa: E731
-    found.learn(0.2, ones(drawn.keep), {n: torch.ones(4) for n in drawn.share})
+    found.learn(drawn, ones(drawn.keep), {n: torch.ones(4) for n in drawn.share})
     for vector, old, head in zip(found.vectors, before, found.network.heads, strict=True):
         grad = head.weight.grad
         assert grad is not None, vector.name
@@ -118,7 +118,7 @@ def test_the_budget_pulls_only_above_the_target() -> None:
         found = search(budget)
         drawn = found.draw(0.2)
         zero = {n: torch.zeros(4) for n in drawn.keep}
-        found.learn(0.2, zero, {n: torch.zeros(4) for n in drawn.share})
+        found.learn(drawn, zero, {n: torch.zeros(4) for n in drawn.share})
         moved = any(bool((h.weight.grad != 0).any()) for h in found.network.heads)
         assert moved is pulls
 

@@ -254,17 +254,17 @@ def test_every_model_of_a_run_is_placed_once_made(
     if stopped:
         stop = pytest.raises(RuntimeError, match="pulled the plug")
         with monkeypatch.context() as patch, stop:
-            real = pipeline._Phases.fit
+            real = pipeline.search.run_phase
 
-            def until_retraining(self: Any, name: str, *args: Any) -> Any:
-                if name.startswith("retrain"):
+            def until_retraining(problem: Any, phase: Any, *args: Any) -> Any:
+                if phase.name == "retrain":
                     raise RuntimeError("pulled the plug")
-                return real(self, name, *args)
+                return real(problem, phase, *args)
 
-            patch.setattr(pipeline._Phases, "fit", until_retraining)
+            patch.setattr(pipeline.search, "run_phase", until_retraining)
             pipeline.compress(recipe, tmp_path / "out")
     where: list[torch.device] = []
-    place = pipeline.place
+    place = pipeline.make.place
 
     def noted(model: Any, device: torch.device) -> Any:
         where.append(device)
@@ -279,7 +279,7 @@ def test_every_model_of_a_run_is_placed_once_made(
             seen += 1
             assert getattr(module, "placed", False), "a model runs that was never placed"
 
-    monkeypatch.setattr(pipeline, "place", noted)
+    monkeypatch.setattr(pipeline.make, "place", noted)
     handle = nn.modules.module.register_module_forward_pre_hook(check)
     try:
         pipeline.compress(recipe, tmp_path / "out")

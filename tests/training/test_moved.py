@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from moved import loads_move, move
-from vlprune.commands.pipeline import in_fresh_memory
+from vlprune.commands.pipeline.make import in_fresh_memory
 from vlprune.testing import CHECKS, Sample, build
 
 FAMILIES = ("clip", "vit", "bert", "blip_captioning", "glip")

@@ -1,6 +1,6 @@
-"""The methods, one small file each."""
+"""The methods, one small file each; JSP is a folder."""
 
-from .base import Alternating, Method, OneShot, Problem, Search
+from .base import Alignment, Look, Method, OneShot, Problem, Search, Weights
 from .jsp import JSP
 from .magnitude import Magnitude
 from .random import Random
@@ -10,7 +10,8 @@ from .upop import UPop
 __all__ = [
     "JSP",
     "METHODS",
-    "Alternating",
+    "Alignment",
+    "Look",
     "Magnitude",
     "Method",
     "OneShot",
@@ -19,6 +20,7 @@ __all__ = [
     "Search",
     "Taylor",
     "UPop",
+    "Weights",
 ]
 
 METHODS: dict[str, type[Method]] = {

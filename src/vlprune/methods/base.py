@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from .vectors import Vectors
 
 __all__ = [
     "Alignment",
-    "Alternating",
+    "Look",
     "Method",
     "OneShot",
     "Problem",
     "Search",
+    "Weights",
     "family",
     "standardised",
 ]
@@ -68,18 +69,45 @@ class Problem:
         )
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """The structure that weights are drawn to, and how.
+
+    ``strength`` times the distance (:func:`vlprune.methods.vectors.alignment`) joins the loss;
+    then the distance is multiplied by ``factor`` (:func:`vlprune.methods.vectors.draw_near`).
+    """
+
+    vectors: Vectors
+    strength: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """The loss of a held-out batch: ``masked`` with vectors, ``full`` without.
+
+    ``keep`` and ``share`` are the gradients of the first by what the vectors keep and share,
+    {structure: (size,)}, the mean over all processes; empty if they were not asked for.
+    """
+
+    masked: float
+    full: float
+    keep: Mapping[str, Tensor] = field(default_factory=dict)
+    share: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Weights(Protocol):
+    """The weights that a search learns in turn with, as far as it meets them."""
+
+    def align(self, wanted: Alignment) -> None:
+        """Draw the weights towards a structure, by their gradients and directly."""
+
+    def look(self, vectors: Vectors, learns: bool) -> Look:
+        """Take the loss of the next held-out batch, with gradients if the search ``learns``."""
+
+
 class Search(ABC):
     """The state of one search."""
-
-    uses_gates: ClassVar[bool] = False
-    """Whether training must run with gates."""
-    alternates: ClassVar[bool] = False
-    """Whether it learns in turn with the weights (:class:`Alternating`)."""
-
-    @property
-    def needs_training(self) -> bool:
-        """Whether it must watch a training; if not, a plan can be made at any time."""
-        return self.uses_gates or self.alternates
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -115,6 +143,17 @@ class Search(ABC):
         """Take note of the gate gradients of one step, {structure: (size,)}."""
         return
 
+    def expect(self, steps: int) -> None:
+        """Raise RecipeError if a training of so many steps could not teach it anything."""
+        return
+
+    def turn(self, progress: float, weights: Weights) -> None:
+        """Learn in turn with the weights; called once after each backward pass.
+
+        Only for a method that ``uses_held_out`` batches.
+        """
+        return
+
     @abstractmethod
     def keep(self) -> dict[str, tuple[int, ...]]:
         """The units that stay, within the budget."""
@@ -140,65 +179,18 @@ class Search(ABC):
         return []
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """The structure that weights are drawn to, and how.
-
-    ``strength`` times the distance (:func:`vlprune.methods.vectors.alignment`) joins the loss;
-    then the distance is multiplied by ``factor`` (:func:`vlprune.methods.vectors.draw_near`).
-    """
-
-    vectors: Vectors
-    strength: float
-    factor: float = 1.0
-
-
-class Alternating(Search):
-    """A search that learns in turn with the weights, on held-out batches.
-
-    After each backward pass it is asked whether a structure step is :meth:`due`. If so, the loss
-    of a held-out batch is taken with the vectors it draws; if it :meth:`learns`, it is handed the
-    gradients. In between, the weights are drawn towards the wanted structure.
-    """
-
-    alternates: ClassVar[bool] = True
-
-    def expect(self, steps: int) -> None:
-        """Raise RecipeError if a search of so many steps could never learn anything."""
-        return
-
-    @abstractmethod
-    def due(self, progress: float) -> bool:
-        """Whether a held-out batch should be looked at now; called once a weight step."""
-
-    @abstractmethod
-    def learns(self, progress: float) -> bool:
-        """Whether :meth:`learn` should follow."""
-
-    @abstractmethod
-    def draw(self, progress: float) -> Vectors:
-        """The vectors to take the loss with."""
-
-    @abstractmethod
-    def learn(
-        self, progress: float, keep: Mapping[str, Tensor], share: Mapping[str, Tensor]
-    ) -> None:
-        """Take a step, from the gradients of the loss by the vectors drawn last."""
-
-    @abstractmethod
-    def alignment(self, progress: float) -> Alignment | None:
-        """How the weights are drawn to the structure; None: not at all. Called once a step."""
-
-    @abstractmethod
-    def watch(self, progress: float, masked: float, full: float) -> None:
-        """Note the loss of a held-out batch with and without the vectors."""
-
-
 class Method(ABC):
     """A config that can start a search."""
 
-    needs_held_out: ClassVar[bool] = False
-    """Whether its search is :class:`Alternating` and wants data that is not trained on."""
+    uses_gates: ClassVar[bool] = False
+    """Whether training must run with gates, whose gradients the search is handed."""
+    uses_held_out: ClassVar[bool] = False
+    """Whether its search learns in turn with the weights, on batches that are not trained on."""
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether its search must watch a training; if not, a plan can be made at any time."""
+        return self.uses_gates or self.uses_held_out
 
     @abstractmethod
     def start(self, problem: Problem) -> Search:
@@ -208,9 +200,9 @@ class Method(ABC):
 class OneShot(OneShotOptions, Method):
     """A method that scores every unit once and keeps the best. The baselines share it.
 
-    ``scope="global"`` ranks all units of the model together, after bringing the scores of
-    each kind of structure to zero mean and unit variance (ours, after UPop's section 3.2);
-    ``scope="uniform"`` removes the same share of every structure. ``round_to=8`` keeps
+    ``scope="global"`` ranks all units of the model together, after bringing the scores of each
+    kind of structure to zero mean and unit variance (not from a paper, but after UPop's section
+    3.2); ``scope="uniform"`` removes the same share of every structure. ``round_to=8`` keeps
     multiples of 8 units.
     """
 

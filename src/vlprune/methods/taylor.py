@@ -22,14 +22,14 @@ class Taylor(OneShot):
     (ICLR 2017), criterion of equation 8, on gates. Non-finite steps are left out.
     """
 
+    uses_gates: ClassVar[bool] = True
+
     def start(self, problem: Problem) -> Search:
         """A search that watches gate gradients while training runs."""
         return _TaylorSearch(self, problem)
 
 
 class _TaylorSearch(Search):
-    uses_gates: ClassVar[bool] = True
-
     def __init__(self, method: Taylor, problem: Problem) -> None:
         super().__init__(problem)
         self.method = method

@@ -26,7 +26,8 @@ IMPORTANCE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
 """What is added up over the steps, and whether a large (1) or a small (-1) total stays.
 
 ``signed`` is the paper's: a gate whose increase raises the loss goes first. The other two are
-ours, for comparison: the empirical Fisher information, and Taylor's first-order change."""
+for comparison and not from the paper: the empirical Fisher information, and Taylor's first-order
+change."""
 
 
 class UPop(UPopOptions, Method):
@@ -40,18 +41,20 @@ class UPop(UPopOptions, Method):
     of these get the same gate, which fades to exactly 0 at the end. A unit may come back while
     the search runs; every structure keeps at least one unit.
 
-    ``interval`` counts optimizer steps; ``"auto"`` (ours) decides at every hundredth of the
-    search, about what the authors used on each task. ``cost="exact"`` counts what a unit
-    really costs in the budget's currency; ``cost="paper"`` counts ``paper_ratio`` for an
-    attention unit and 1 for an FFN unit, and takes 1 - budget as the paper's p, a fraction of
-    the prunable cost, so what is reached differs from the budget (the authors use 36 for BLIP
-    and CLIP, 9234/769 for DeiT-S). ``importance`` is a name of :data:`IMPORTANCE`. ``l1`` adds
-    the authors' L1 term, as in ``{"attention": 1.44e-2, "ffn": 5e-4}``; its gradient is the
-    same for every gate of a kind, so standardisation cancels it while no gate is 0, and it is
-    left out by default. ``round_to`` (multiples of so many units) and ``floors``
-    (``{"vision": 0.3}``: that share of the tower's prunable cost stays) hold for every decision,
-    so that what fades is what goes; both are ours.
+    ``interval`` counts optimizer steps; ``"auto"`` (not from the paper) decides at every hundredth
+    of the search, about what the authors used on each task. ``cost="exact"`` counts what a unit
+    really costs in the budget's currency; ``cost="paper"`` counts ``paper_ratio`` for an attention
+    unit and 1 for an FFN unit, and takes 1 - budget as the paper's p, a fraction of the prunable
+    cost, so what is reached differs from the budget (the authors use 36 for BLIP and CLIP, 9234/769
+    for DeiT-S). ``importance`` is a name of :data:`IMPORTANCE`. ``l1`` adds the authors' L1 term,
+    as in ``{"attention": 1.44e-2, "ffn": 5e-4}``; its gradient is the same for every gate of a
+    kind, so standardisation cancels it while no gate is 0, and it is left out by default.
+    ``round_to`` (multiples of so many units) and ``floors`` (``{"vision": 0.3}``: that share of the
+    tower's prunable cost stays) hold for every decision, so that what fades is what goes; neither
+    is from the paper.
     """
+
+    uses_gates: ClassVar[bool] = True
 
     def start(self, problem: Problem) -> Search:
         """A search with all gates at 1. Raises BudgetError if the budget cannot be reached."""
@@ -59,8 +62,6 @@ class UPop(UPopOptions, Method):
 
 
 class _UPopSearch(Search):
-    uses_gates: ClassVar[bool] = True
-
     def __init__(self, method: UPop, problem: Problem) -> None:
         super().__init__(problem)
         self.method = method

@@ -1,7 +1,7 @@
-"""One number a unit: does it stay, and does it take its weights from another? Differentiable.
+"""One differentiable number per unit: does it stay, does it take its weights from another?
 
 A plan says the same with lists; vectors say it while it is being learnt. Source: joint share and
-prune (ICLR 2023); the exact form is ours.
+prune (ICLR 2023); the exact form is not from the paper.
 """
 
 from __future__ import annotations
@@ -52,26 +52,26 @@ class Vectors:
 
     def alive(self) -> dict[str, Tensor]:
         """1 where a unit has an effect: own ones that stay, shared ones whose source does."""
-        found: dict[str, Tensor] = {}
+        alive: dict[str, Tensor] = {}
 
         def of(name: str) -> Tensor | None:
-            if name not in found:
+            if name not in alive:
                 stays = self.keep.get(name)
                 if name in self.share:
                     source, share, units = self.share[name]
                     there = of(source)
                     taken = torch.ones_like(share) if there is None else there[units]
                     own = torch.ones_like(share) if stays is None else stays
-                    found[name] = share * taken + (1 - share) * own
+                    alive[name] = share * taken + (1 - share) * own
                 elif stays is not None:
-                    found[name] = stays
+                    alive[name] = stays
                 else:
                     return None
-            return found[name]
+            return alive[name]
 
         for name in (*self.keep, *self.share):
             of(name)
-        return found
+        return alive
 
     def own(self) -> dict[str, Tensor]:
         """1 where a unit stays with weights of its own, that is, where they are stored."""

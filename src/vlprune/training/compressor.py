@@ -6,56 +6,54 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..architectures import discover
-from ..cutting.gates import evaluating
-from ..cutting.proof import Verification
-from ..cutting.rewrite import perform
-from ..cutting.settle import check_plain, settle
+from ..cutting.proof import (
+    Verification,
+)
+from ..cutting.rewrite import (
+    perform,
+)
+from ..cutting.settle import (
+    check_plain,
+    settle,
+)
 from ..cutting.sharing.rules import (
     settled,
-    shareable,
-    similarity,
     with_followers,
 )
-from ..cutting.sharing.ties import is_shared
+from ..cutting.sharing.ties import (
+    is_shared,
+)
 from ..cutting.wrappers import unwrapped
-from ..device import device_of, moved_to
-from ..errors import BudgetError, UnsupportedError, VlpruneError
-from ..methods import Alternating, Method, Problem, Search
+from ..device import device_of
+from ..errors import UnsupportedError, VlpruneError
+from ..methods import Method, Search
 from ..prices import cost
-from ..prices.budget import parse_budget
-from ..prices.clock import conditions, seconds_of, take_turns
-from ..prices.latency import latency_prices
-from ..prices.prices import Prices
-from ..prices.select import select
+from ..prices.budget import (
+    parse_budget,
+)
+from ..prices.prices import (
+    Prices,
+)
 from ..structures.plan import Plan
-from ..structures.record import read_record
-from ..structures.structure import AttentionUnit, Structure
-from ..structures.units import named_weights, unit_squares
+from ..structures.structure import AttentionUnit
 from .callback import CompressorCallback, callback_for
+from .ending import measured_seconds, refuse_sharded, unfinished
 from .gating import Gating
 from .optimizers import exchange, replaced
+from .pricing import costs_of, described, problem_of, refuse_unreachable, widths, without
 from .ranks import check_same_plan, mean_gradients
-from .summary import summary
-from .turns import Turns
+from .reach import Reach
+from .state import SearchState, priced_again, seconds_of_prices
+from .summary import figures, summary
+from .turns import turns_of
 
 __all__ = ["Compressor", "CompressorCallback"]
-
-ROUNDS = 9
-"""Forward passes of which the median is the reached latency."""
-PATIENCE = 0.1
-"""The fraction of a search after which structures that no gradient has reached are spoken of."""
-LAST_CALL = 0.5
-"""The fraction after which a search is ended that cannot meet its budget without them."""
 
 
 class Compressor:
@@ -70,11 +68,17 @@ class Compressor:
     kind, so that an ordinary config may be able to say it (:func:`vlprune.ordinary`). ``prices``
     is a table of seconds that :func:`vlprune.latency_prices` has measured before.
 
-    Its life: constructing it describes and prices the model, refuses what cannot be done, and
-    leaves no trace in the model. Gates are put in place by ``with compressor:``, by
-    :meth:`callback` for a Trainer, or by the first :meth:`step` of a loop of your own; they stay
-    until :meth:`finish` cuts, :meth:`detach` is called, the ``with`` block ends, or the Compressor
-    is deleted. Copies and pickles of the model that are made meanwhile have no gates.
+    Its life::
+
+        Compressor(model, ...)  describes and prices; refuses what cannot be done; leaves no trace
+        with compressor:        gates are put in place: here, by callback() for a Trainer, or by
+            step(progress)      the first step() of a loop of your own; the search learns
+        plan()                  what would stay if the cut were made now
+        finish()                takes the gates away and cuts; the same object, really smaller
+        report()                what was asked and reached
+
+    Gates stay until :meth:`finish` cuts, :meth:`detach` is called, the ``with`` block ends, or the
+    Compressor is deleted. Copies and pickles of the model that are made meanwhile have no gates.
 
     A method that learns in turn with the weights (``JSP``) needs ``held_out``: a list or any other
     sequence of batches (keywords of one forward pass) that are not trained on. ``loss`` turns
@@ -106,100 +110,44 @@ class Compressor:
         self.budget = parse_budget(budget)
         self.given, self.model, self.method = model, unwrapped(model), method
         model = self.model
-        record = read_record(model)  # a sentence now rather than after hours of training
-        self.description = discover(model, attention)
-        if not self.description.structures:
-            raise UnsupportedError(
-                f"{type(model).__name__} has no attention or FFN that the layout table knows: "
-                "see vlprune.discover(model).dense for the reasons"
-            )
-        check_plain(model, self.description.structures)
-        if record is not None:
-            record.check(self.description.structures)
+        self.description = described(model, attention)
         self.example_inputs = dict(example_inputs) if example_inputs else None
-        self.structures = _without(self.description.structures, skip)
-        self._uniform = uniform
-        self._price(prices)
-        self.search = self._new_search()
-        self._refuse_unreachable()
-        self._shared = is_shared(model)
-        if self.search.alternates and self._shared:
-            raise UnsupportedError(
-                "this model shares weights already: call vlprune.materialize on it before it is "
-                f"searched by {type(method).__name__} again"
-            )
-        self.turns = (
-            Turns(model, self.structures, self.search, held_out, loss)
-            if isinstance(self.search, Alternating)
-            else None
+        self.structures = without(self.description.structures, skip)
+        self._groups = widths(self.structures) if uniform else {}
+        self.costs = costs_of(
+            model, self.structures, self.budget, self.example_inputs, attention, prices
         )
-        self.progress = 0.0
-        self.finished = False
+        self.params_before = self.costs.params
+        self.search = self._new_search()
+        refuse_unreachable(method, self.structures, self.prices, self.budget.fraction, self._groups)
+        self._shared = is_shared(model)
+        self.turns = turns_of(method, self.search, model, self.structures, held_out, loss)
+        self.progress, self.finished = 0.0, False
         self.verification: Verification | None = None
         self.seconds: float | None = None
         self.params_after = 0
         self._plan: Plan | None = None
-        self._unreached = self._not_yet_reached()
-        self._told = False
-        self._gating = Gating(model, self.structures, self.search.uses_gates)
+        self._reach = Reach(self.method, self.search, self.description.structures)
+        self._gating = Gating(model, self.structures, self.method.uses_gates)
         self._gating.set(self.search.gates(0.0))
         self._callback: weakref.ref[CompressorCallback] | None = None
         self._optimizer: Any = None
         weakref.finalize(self, self._gating.detach).atexit = False
 
-    def _price(self, prices: Prices | None) -> None:
-        """What units cost, in the budget's currency and in parameters. Raises BudgetError."""
-        model, structures, inputs = self.model, self.structures, self.example_inputs
-        what = self.budget.what
-        self.params_before = int(cost.params(model, structures))
-        self.param_prices = cost.param_prices(model, structures)
-        if what != "params" and inputs is None:
-            reason = {
-                "macs": "MACs depend on the size of the input",
-                "latency": "time depends on the input's size",
-            }[what]
-            raise BudgetError(f"a budget in {what} needs example_inputs: {reason}")
-        self.macs = cost.measure_macs(model, structures, inputs) if inputs else None
-        self.prices, self.conditions = self.param_prices, dict[str, Any]()
-        if what == "macs" and self.macs is not None:
-            self.prices = self.macs.prices
-        elif what == "latency" and inputs is not None:
-            self.conditions = conditions(model, inputs)
-            self.prices = prices or latency_prices(
-                model, structures, inputs, self.description.attention
-            )
+    @property
+    def prices(self) -> Prices:
+        """What units cost, in the currency of the budget."""
+        return self.costs.prices
+
+    @property
+    def gates(self) -> Mapping[str, Tensor]:
+        """The gates as they stand, {structure: (size,)}; none where the method uses none."""
+        return self._gating.gates
 
     def _new_search(self) -> Search:
-        model, structures = self.model, self.structures
-        shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
         return self.method.start(
-            Problem(
-                structures,
-                self.prices,
-                self.budget.fraction,
-                squares=lambda: unit_squares(model, structures),
-                shareable=lambda target, source: shareable(target, source, shapes),
-                similarity=lambda target, source: similarity(model, target, source),
-                groups=self._groups(),
-            )
+            problem_of(self.model, self.structures, self.prices, self.budget.fraction, self._groups)
         )
-
-    def _refuse_unreachable(self) -> None:
-        """Raise BudgetError if no plan meets the budget, whatever the scores."""
-        if getattr(self.method, "cost", "exact") == "exact":  # else the method has its own prices
-            select(
-                {structure.name: [0.0] * structure.size for structure in self.structures},
-                self.prices,
-                self.budget.fraction,
-                getattr(self.method, "round_to", 1),
-                groups=self._groups(),
-            )
-
-    def _groups(self) -> dict[str, str]:
-        """The structures that must keep equally many units, {structure: group}."""
-        if not self._uniform:
-            return {}
-        return {s.name: f"{s.tower}/{s.kind}/{s.size}" for s in self.structures}
 
     # -- while training ------------------------------------------------------------------
 
@@ -227,8 +175,7 @@ class Compressor:
         replaced weights (an adapter, say) since the Compressor was made.
         """
         self.attach()
-        if isinstance(self.search, Alternating):
-            self.search.expect(steps)
+        self.search.expect(steps)
         self._gating.follow()  # an objective may never call the model's own forward
 
     def end(self) -> None:
@@ -249,9 +196,12 @@ class Compressor:
     def restart(self) -> None:
         """Forget what the search has seen, and open all gates."""
         self.search = self._new_search()
-        if self.turns is not None and isinstance(self.search, Alternating):
-            self.turns.search, self.turns.seen, self.turns.reached = self.search, 0, set()
-        self.progress, self._told, self._unreached = 0.0, False, self._not_yet_reached()
+        if self.turns is not None:
+            self.turns.restart(self.search)
+        self.progress, self._reach = (
+            0.0,
+            Reach(self.method, self.search, self.description.structures),
+        )
         self._gating.set({s.name: torch.ones(s.size) for s in self._gating.structures})
         self._gating.set(self.search.gates(0.0))
 
@@ -279,7 +229,7 @@ class Compressor:
             raise VlpruneError("the model has been cut: train the small model without step()")
         if not self._gating.attached:
             self.attach()
-            if self.search.uses_gates:
+            if self.method.uses_gates:
                 if progress >= 1:
                     raise VlpruneError(
                         "no gate was in place before the last step: put the training loop into a "
@@ -288,94 +238,39 @@ class Compressor:
                 return
         if self.progress == 0:  # an adapter may have come since the gates were put in place
             check_plain(self.model, self.structures)
-        if self.search.uses_gates:
+        if self.method.uses_gates:
             self._learn(progress, scale)
         self.progress = progress
         gates = self.search.gates(progress)
         self._gating.set(with_followers(self.model, gates) if self._shared else gates)
         if self.turns is not None:
             self.turns.take(progress, scale if weight_scale is None else weight_scale)
-            self._reached(self.turns.reached, progress)
+            self._reach.note(self.turns.reached, progress)
 
     def _learn(self, progress: float, scale: float) -> None:
         """Hand the gates' gradients to the search."""
-        own = self._gating.take_gradients()
-        gradients = mean_gradients(
-            self.structures,
-            {n: g / scale if scale != 1 else g for n, g in own.items()},
-            device_of(self.model),
-        )
+        own = self._gating.take_gradients(scale)
+        gradients = mean_gradients(self.structures, own, device_of(self.model))
         if not gradients:
             check_plain(self.model, self.structures)
             raise VlpruneError(
                 "no gate has a gradient: call compressor.step after loss.backward(), with the "
                 "model that the compressor was made for"
             )
-        # exact zeros reach nothing: a loss that does not depend on a unit says nothing about it
-        effective = {n for n in self._unreached & gradients.keys() if bool(gradients[n].any())}
-        self._reached(effective, progress)
+        waiting = self._reach.unreached & gradients.keys()
+        self._reach.note({name for name in waiting if gradients[name].any()}, progress)
         self.search.after_backward(progress, gradients)
-
-    def _not_yet_reached(self) -> set[str]:
-        return set(self.search.decides_on) if self.search.needs_training else set()
-
-    def _reached(self, names: set[str], progress: float) -> None:
-        """Note which structures the loss depends on; the search leaves the others whole."""
-        self._unreached -= names
-        if self.search.whole != (whole := self._must_stay_whole()):
-            self.search.leave_whole(whole)
-        watched = self.search.uses_gates  # at every step, not on a few held-out batches
-        if watched and self._unreached and progress >= PATIENCE:
-            self._tell_unreached(progress)
-
-    def _must_stay_whole(self) -> frozenset[str]:
-        """What no gradient has reached, and what must keep as many units as that."""
-        groups = self._groups()
-        bound = {groups[name] for name in self._unreached if name in groups}
-        return frozenset(self._unreached | {n for n, group in groups.items() if group in bound})
-
-    def _tell_unreached(self, progress: float) -> None:
-        """Warn once; raise if the search has waited for long and what is left cannot suffice."""
-        if self._told and progress < LAST_CALL:
-            return
-        names = [s.name for s in self.structures if s.name in self._unreached]
-        more = f"{len(names) - 1} more structure{'s' if names[2:] else ''}"
-        which = names[0] + (f" and {more}" if names[1:] else "")
-        told = f"the loss reaches no gate of {which}: no gradient in the first {progress:.0%}"
-        if self._unreached == self.search.decides_on:
-            raise VlpruneError(f"{told} of the search; train with a loss that depends on the model")
-        patterns = _patterns_of(names, [s.name for s in self.description.structures])
-        listed = ", ".join(f'"{pattern}"' for pattern in patterns)
-        if progress >= LAST_CALL and self.search.least_left() > self.budget.fraction:
-            raise VlpruneError(
-                f"{told} of the search, and without them the budget cannot be reached: train with "
-                "a loss that depends on them, or ask for a larger budget and leave them dense with "
-                f"skip=({listed},)"
-            )
-        if not self._told:
-            self._told = True
-            warnings.warn(
-                f"{told} of the search; they stay dense unless a later batch reaches them "
-                f"(skip=({listed},) says so from the start)",
-                stacklevel=4,
-            )
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold for :meth:`restore` to go on exactly from here."""
-        reached = [s.name not in self._unreached for s in self.structures]
-        gates = self._gating.gates
-        return {
-            **{f"search/{name}": value for name, value in self.search.state().items()},
-            **{f"gate/{name}": gate.detach().cpu() for name, gate in gates.items()},
-            "reached": torch.tensor(reached),
-            "progress": torch.tensor(self.progress, dtype=torch.float64),
-            "held_out_seen": torch.tensor(self.turns.seen if self.turns is not None else 0),
-            **{
-                f"seconds/{name}": torch.tensor(curve, dtype=torch.float64)
-                for name, curve in {"": (self.prices.fixed,), **self.prices.curve}.items()
-                if self.prices.curve
-            },
-        }
+        return SearchState(
+            search=self.search.state(),
+            gates=self._gating.gates,
+            reached=self._reach.state(),
+            progress=self.progress,
+            held_out_seen=self.turns.seen if self.turns is not None else 0,
+            seconds=seconds_of_prices(self.prices),
+        ).tensors()
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -383,34 +278,22 @@ class Compressor:
 
         Raises VlpruneError if it is another model's.
         """
-        gates = {n.removeprefix("gate/"): t for n, t in state.items() if n.startswith("gate/")}
-        if gates.keys() != self._gating.gates.keys() or any(
-            gates[name].shape != gate.shape for name, gate in self._gating.gates.items()
-        ):
+        saved = SearchState.of(state)
+        sizes = {name: gate.shape for name, gate in self._gating.gates.items()}
+        if {name: gate.shape for name, gate in saved.gates.items()} != sizes:
             raise VlpruneError(
                 "this checkpoint's search belongs to another model or attention unit"
             )
-        reached = state["reached"].tolist()
-        self._unreached = {s.name for s, r in zip(self.structures, reached, strict=True) if not r}
-        self.search.leave_whole(self._must_stay_whole())
-        self.search.restore(
-            {n.removeprefix("search/"): t for n, t in state.items() if n.startswith("search/")}
-        )
-        self._gating.set(gates)
-        curve = {
-            name.removeprefix("seconds/"): tuple(values.tolist())
-            for name, values in state.items()
-            if name.startswith("seconds/")
-        }
-        if curve:  # measured before the interruption; measured again it would not be the same
-            (fixed,) = curve.pop("")
-            unit = {name: values[-1] / (len(values) - 1) for name, values in curve.items()}
-            self.prices = replace(self.prices, fixed=fixed, curve=curve, unit=unit)
+        self._reach.restore(saved.reached)
+        self.search.restore(saved.search)
+        self._gating.set(saved.gates)
+        if saved.seconds:
+            self.costs = replace(self.costs, prices=priced_again(self.prices, saved.seconds))
             self.search.reprice(self.prices)
-        self.progress = float(state.get("progress", torch.tensor(0.0)))
+        self.progress = saved.progress
         if self.turns is not None:
-            self.turns.seen = int(state["held_out_seen"])
-            self.turns.reached = set(self.search.decides_on) - self._unreached
+            self.turns.seen = saved.held_out_seen
+            self.turns.reached = set(self.search.decides_on) - self._reach.unreached
         self.attach()
 
     def callback(self) -> TrainerCallback:
@@ -443,13 +326,7 @@ class Compressor:
         ``remains`` is the fraction of the budget's currency that is left, gates between 0 and 1
         counting in proportion; the others are the search's own.
         """
-        figures = {name: float(value) for name, value in self.search.facts().items()}
-        if self._gating.gates and "remains" not in figures:
-            left = {name: float(gate.detach().sum()) for name, gate in self._gating.gates.items()}
-            unit = self.prices.unit
-            gone = sum(unit[s.name] * (s.size - left[s.name]) for s in self.structures)
-            figures["remains"] = 1 - gone / self.prices.total
-        return figures
+        return figures(self)
 
     # -- the end -------------------------------------------------------------------------
 
@@ -459,7 +336,7 @@ class Compressor:
             return self._plan
         check_plain(self.model, self.structures)
         learnt = self.turns is None or bool(self.search.facts().get("structure_steps"))
-        if self.progress > 0 and learnt and self._unreached == self.search.decides_on:
+        if self.progress > 0 and learnt and self._reach.nothing:
             raise VlpruneError(
                 "every gradient that the search has seen was zero, so it knows nothing: train with "
                 "a loss that depends on the model"
@@ -485,14 +362,9 @@ class Compressor:
             return self.given
         plan = self.plan()
         check_same_plan(plan)
-        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
-            raise UnsupportedError(
-                "the weights are sharded (FSDP), which cannot be cut: save compressor.plan(), "
-                "gather the full weights into an unsharded model of the same class, and cut that "
-                "with vlprune.rewrite(model, vlprune.discover(model), plan)"
-            )
-        if self.search.needs_training and self.progress < 1:
-            warnings.warn(self._unfinished(), stacklevel=2)
+        refuse_sharded(self.model)
+        if early := unfinished(self.method, self.search, self.progress):
+            warnings.warn(early, stacklevel=2)
         after = int(cost.params(self.model, self.description.structures, plan))
         inputs = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
@@ -509,70 +381,14 @@ class Compressor:
         self._plan, self.finished, self.params_after = plan, True, after
         self._gating.first_batch = None
         if self.budget.what == "latency":
-            self.seconds = self._measured_seconds()
+            self.seconds = measured_seconds(self.model, self.example_inputs or {})
         return self.given
 
-    def _unfinished(self) -> str:
-        fading = f", and removed units still count {self._fading():.0%}" if self._fading() else ""
-        return (
-            f"the search ended at {self.progress:.0%} of its steps{fading}: the cut is made all "
-            "the same, but the model has not learnt to do without what goes, so expect a loss of "
-            "accuracy"
-        )
-
-    def _fading(self) -> float:
-        """The gate of units that are on their way out; 0 where there are none."""
-        gate = float(self.search.facts().get("gate_of_fading_units", 1.0))
-        return gate if gate < 1 else 0.0
-
-    def _measured_seconds(self) -> float:
-        """Median seconds of a forward pass of the model as it is now, on the example inputs."""
-        inputs = moved_to(self.model, self.example_inputs or {})
-        with evaluating(self.model):
-            timer = partial(seconds_of, self.model, inputs)
-            return median(take_turns({"small": timer}, ROUNDS, warm_up=2)["small"])
-
     def notes(self) -> list[str]:
-        """What a reader of the report must know: sentences."""
-        notes = []
-        if self.search.needs_training and self.progress < 1 and self.finished:
-            notes.append(self._unfinished())
-        if self._unreached and self.search.needs_training and self.progress > 0:
-            names = [s.name for s in self.structures if s.name in self._unreached]
-            notes.append(
-                f"no gradient of the loss reached {len(names)} of {len(self.structures)} "
-                f"structures, which stay dense: {', '.join(names)}"
-            )
-        return notes
+        """What a reader of the report must know, one sentence per note."""
+        early = unfinished(self.method, self.search, self.progress) if self.finished else ""
+        return [note for note in (early, self._reach.missing if self.progress > 0 else "") if note]
 
     def report(self) -> dict[str, Any]:
         """What was asked and reached, by tower and kind: plain values, ready for JSON."""
         return summary(self)
-
-
-def _without(structures: Sequence[Structure], skip: Sequence[str]) -> tuple[Structure, ...]:
-    """The structures whose names match none of the patterns. Raises UnsupportedError."""
-    for pattern in skip:
-        if not any(fnmatchcase(s.name, pattern) for s in structures):
-            raise UnsupportedError(
-                f"skip: no structure's name matches {pattern!r}; they look like "
-                f"{structures[0].name!r}"
-            )
-    left = tuple(s for s in structures if not any(fnmatchcase(s.name, p) for p in skip))
-    if not left:
-        raise UnsupportedError("skip leaves nothing to prune")
-    return left
-
-
-def _patterns_of(names: Sequence[str], every: Sequence[str]) -> list[str]:
-    """Patterns for ``skip`` that match these names and no others of ``every``, as few as simple."""
-    others = set(every) - set(names)
-    patterns: list[str] = []
-    for name in names:
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            continue
-        parts = name.split(".")
-        tried = [".".join(parts[:count]) + ".*" for count in range(1, len(parts))]
-        fitting = (p for p in tried if not any(fnmatchcase(other, p) for other in others))
-        patterns.append(next(fitting, name))
-    return patterns

@@ -128,9 +128,9 @@ def _split_groups(
         by_rate: dict[float, list[Any]] = {}
         for parameter in group["params"]:
             name = names[id(parameter)]
-            found = [p for p in rates if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]
-            used.update(found)
-            by_rate.setdefault(rates[found[-1]] if found else 1.0, []).append(parameter)
+            matching = [p for p in rates if fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}")]
+            used.update(matching)
+            by_rate.setdefault(rates[matching[-1]] if matching else 1.0, []).append(parameter)
         for rate, parameters in by_rate.items():
             split.append({**group, "params": parameters, "lr": group["lr"] * rate})
     for pattern in rates:
@@ -207,39 +207,13 @@ def fit(
     if not spec.on:
         return []
     set_seed(seed)  # a phase does not depend on whether the one before was run or resumed
-    device = device_of(model)
     steps = spec.count(len(items), PartialState().num_processes)
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
         last = agreed(lambda: newest(folder, say))
-        arguments = _Arguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=spec.batch_size,
-            gradient_accumulation_steps=spec.accumulate,
-            learning_rate=spec.learning_rate,
-            weight_decay=spec.weight_decay,
-            warmup_steps=round(spec.warmup * steps),
-            lr_scheduler_type="cosine" if spec.decay == "cosine" else "constant_with_warmup",
-            max_grad_norm=spec.clip,
-            bf16=spec.bf16,
-            fp16=spec.fp16,
-            torch_compile=spec.compile,
-            seed=seed,
-            data_seed=seed,
-            logging_steps=min(50, max(1, steps // 20)),
-            save_strategy="steps" if saving else "no",
-            save_steps=spec.save_steps or steps,
-            logging_nan_inf_filter=False,  # it would log a NaN as a good loss
-            report_to=report_to,
-            remove_unused_columns=False,
-            ddp_broadcast_buffers=False,  # every rank makes the same ones
-            dataloader_drop_last=len(items) >= spec.batch_size,
-            disable_tqdm=True,
-            dataloader_pin_memory=device.type == "cuda",
-            use_cpu=device.type == "cpu",
-            runs_on=str(device),
+        arguments = _arguments(
+            spec, folder, saving, len(items), steps, seed, report_to, device_of(model)
         )
         if logs is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
@@ -264,6 +238,47 @@ def fit(
             state = trainer.state
         # the last row is about this process: how long it took, what it saw since it resumed
         return [row for row in state.log_history if "train_runtime" not in row]
+
+
+def _arguments(
+    spec: Training,
+    folder: Path,
+    saving: bool,
+    items: int,
+    steps: int,
+    seed: int,
+    report_to: str,
+    device: torch.device,
+) -> _Arguments:
+    """What a recipe says of a training, in the Trainer's words."""
+    return _Arguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.accumulate,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=round(spec.warmup * steps),
+        lr_scheduler_type="cosine" if spec.decay == "cosine" else "constant_with_warmup",
+        max_grad_norm=spec.clip,
+        bf16=spec.bf16,
+        fp16=spec.fp16,
+        torch_compile=spec.compile,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=min(50, max(1, steps // 20)),
+        save_strategy="steps" if saving else "no",
+        save_steps=spec.save_steps or steps,
+        logging_nan_inf_filter=False,  # it would log a NaN as a good loss
+        report_to=report_to,
+        remove_unused_columns=False,
+        ddp_broadcast_buffers=False,  # every rank makes the same ones
+        dataloader_drop_last=items >= spec.batch_size,
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        runs_on=str(device),
+    )
 
 
 def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:

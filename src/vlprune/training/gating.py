@@ -92,12 +92,15 @@ class Gating:
         for name, new in values.items():
             self.gates[name].copy_(new)
 
-    def take_gradients(self) -> dict[str, Tensor]:
-        """The gates' gradients {structure: (size,)}, which start from zero again afterwards."""
+    def take_gradients(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """The gates' gradients {structure: (size,)}, which start from zero again afterwards.
+
+        ``scale`` is what the loss was multiplied with.
+        """
         taken = {n: g.grad.detach() for n, g in self.gates.items() if g.grad is not None}
         for gate in self.gates.values():
             gate.grad = None
-        return taken
+        return {n: g / scale for n, g in taken.items()} if scale != 1 else taken
 
     @torch.no_grad()
     def empty_removed_units(self) -> None:

@@ -25,13 +25,13 @@ def world() -> tuple[int, int]:
     return dist.get_world_size(), dist.get_rank()
 
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
-def agreed(find: Callable[[], Found]) -> Found:
+def agreed(find: Callable[[], Value]) -> Value:
     """What ``find`` returns in the first process, in all of them; it runs nowhere else."""
-    found = [find() if PartialState().is_main_process else None]
-    first: Found = broadcast_object_list(found)[0]
+    shared = [find() if PartialState().is_main_process else None]
+    first: Value = broadcast_object_list(shared)[0]
     return first
 
 

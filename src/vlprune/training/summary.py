@@ -15,7 +15,19 @@ from ..structures.structure import Structure
 if TYPE_CHECKING:
     from .compressor import Compressor
 
-__all__ = ["summary"]
+__all__ = ["figures", "summary"]
+
+
+def figures(compressor: Compressor) -> dict[str, float]:
+    """Figures of a search as it stands; see :meth:`vlprune.Compressor.figures`."""
+    values = {name: float(value) for name, value in compressor.search.facts().items()}
+    gates = compressor.gates
+    if gates and "remains" not in values:
+        left = {name: float(gate.detach().sum()) for name, gate in gates.items()}
+        unit = compressor.prices.unit
+        gone = sum(unit[s.name] * (s.size - left[s.name]) for s in compressor.structures)
+        values["remains"] = 1 - gone / compressor.prices.total
+    return values
 
 
 def summary(compressor: Compressor) -> dict[str, Any]:
@@ -54,15 +66,15 @@ def summary(compressor: Compressor) -> dict[str, Any]:
         "notes": compressor.notes(),
         "search": {
             **compressor.search.facts(),
-            **({"progress": compressor.progress} if compressor.search.needs_training else {}),
+            **({"progress": compressor.progress} if method.needs_training else {}),
         },
         "search_history": compressor.search.history(),
     }
-    if compressor.macs is not None:
+    if compressor.costs.macs is not None:
         report["macs"] = {
-            "before": compressor.macs.total,
-            "after": cost.macs_of(compressor.macs, structures, plan),
-            "not_counted": list(compressor.macs.not_counted),
+            "before": compressor.costs.macs.total,
+            "after": cost.macs_of(compressor.costs.macs, structures, plan),
+            "not_counted": list(compressor.costs.macs.not_counted),
         }
     return report
 
@@ -75,7 +87,7 @@ def _budget(compressor: Compressor, plan: Plan, params_left: float) -> dict[str,
     facts: dict[str, Any] = {"what": budget.what, "asked": budget.fraction, "reached": reached}
     if budget.what == "latency":
         dense = prices.total
-        seconds = {**compressor.conditions, "dense": dense, "expected": reached * dense}
+        seconds = {**compressor.costs.conditions, "dense": dense, "expected": reached * dense}
         if compressor.seconds is not None:
             seconds["small"] = compressor.seconds
             facts["reached"] = compressor.seconds / dense
@@ -97,7 +109,7 @@ def _groups(compressor: Compressor, plan: Plan) -> list[dict[str, Any]]:
             "kept": sum(len(plan.kept(s)) for s in members),
             "shared": sum(len(plan.shared(s)) for s in members),
             "padded": sum(s.layout == "padded" for s in members),
-            "params": _cost(compressor.param_prices, members, plan),
+            "params": _cost(compressor.costs.param_prices, members, plan),
         }
         for (tower, kind), members in groups.items()
     ]
@@ -115,7 +127,7 @@ def _cost(prices: Prices, members: Sequence[Structure], plan: Plan) -> dict[str,
 
 def _materialised(compressor: Compressor, plan: Plan, stored: int) -> int:
     """Parameters of the small model when shared units are plain copies again."""
-    borrowed, unit = compressor.param_prices.borrowed, compressor.param_prices.unit
+    borrowed, unit = compressor.costs.param_prices.borrowed, compressor.costs.param_prices.unit
     saved = sum(
         (unit[s.name] - borrowed[s.name]) * len(plan.shared(s)) for s in compressor.structures
     )

@@ -1,4 +1,7 @@
-"""Distillation: what the dense model says about a batch, as a part of the loss. Ours."""
+"""Distillation: what the dense model says about a batch, as a part of the loss.
+
+Not from a paper.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +56,10 @@ class Taught(Trainee):
             output = self.model(**batch)
         teach = getattr(self.model, "teach", None)
         with torch.no_grad(), _watched(teacher, self.blocks) as theirs:
-            told = teach(teacher, batch) if teach is not None else teacher(**batch)
+            taught = teach(teacher, batch) if teach is not None else teacher(**batch)
         pairs = {
-            "logits": (_get(output, "logits", mine), _get(told, "logits", theirs)),
-            "similarities": (_of(output, "logits_per_image"), _of(told, "logits_per_image")),
+            "logits": (_get(output, "logits", mine), _get(taught, "logits", theirs)),
+            "similarities": (_of(output, "logits_per_image"), _of(taught, "logits_per_image")),
         }
         loss = output["loss"]
         for name, weight in self.weights.items():
@@ -126,8 +129,8 @@ def _output_head(model: nn.Module) -> nn.Module | None:
         except (AttributeError, NotImplementedError):
             continue
         if head is not None:
-            found: nn.Module = head
-            return found
+            layer: nn.Module = head
+            return layer
     return None
 
 
@@ -154,7 +157,7 @@ def _divergence(ours: Tensor, truth: Tensor, axis: int = -1) -> Tensor:
 
 
 def _logits(ours: Tensor, truth: Tensor, labels: Any) -> Tensor:
-    """Over the positions that have a label, where labels are one a position."""
+    """Over the positions that have a label, where there is one label per position."""
     if ours.dim() == 4:  # (batch, classes, height, width)
         ours, truth = ours.movedim(1, -1), truth.movedim(1, -1)
     apart = _divergence(ours, truth)

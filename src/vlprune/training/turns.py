@@ -10,19 +10,46 @@ import torch
 from torch import Tensor, nn
 
 from ..cutting.gates import evaluating, gated
-from ..cutting.sharing.mixed import mixed
+from ..cutting.sharing.mixed import (
+    mixed,
+)
+from ..cutting.sharing.ties import (
+    is_shared,
+)
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
-from ..methods import Alternating
+from ..methods import Alignment, Look, Method, Search
 from ..methods.vectors import Vectors, alignment, draw_near
 from ..structures.structure import Structure
 from .ranks import averaged, world
 
-__all__ = ["Turns"]
+__all__ = ["Turns", "turns_of"]
+
+
+def turns_of(
+    method: Method,
+    search: Search,
+    model: nn.Module,
+    structures: Sequence[Structure],
+    held_out: Sequence[Mapping[str, Any]],
+    loss: Callable[[Mapping[str, Any]], Tensor] | None,
+) -> Turns | None:
+    """The search's half of each step; None if it does not learn in turn with the weights.
+
+    Raises UnsupportedError if the model shares weights, which such a search cannot go on from.
+    """
+    if not method.uses_held_out:
+        return None
+    if is_shared(model):
+        raise UnsupportedError(
+            "this model shares weights already: call vlprune.materialize on it before it is "
+            f"searched by {type(method).__name__} again"
+        )
+    return Turns(model, structures, search, held_out, loss)
 
 
 class Turns:
-    """Lets an :class:`~vlprune.methods.Alternating` search look at held-out batches.
+    """Shows a search the weights that it learns in turn with (:class:`vlprune.methods.Weights`).
 
     ``loss`` turns a batch into its loss; ``autocast`` is the dtype that training runs in, if any;
     ``seen`` counts the batches looked at; ``reached`` are the structures whose vectors had an
@@ -33,49 +60,50 @@ class Turns:
         self,
         model: nn.Module,
         structures: Sequence[Structure],
-        search: Alternating,
+        search: Search,
         held_out: Sequence[Mapping[str, Any]],
         loss: Callable[[Mapping[str, Any]], Tensor] | None,
     ) -> None:
         self.model, self.structures, self.search = model, structures, search
         self.held_out, self.loss = held_out, loss or self._own_loss
         self.autocast: torch.dtype | None = None
+        self.weight_scale = 1.0
         self.seen = 0
         self.reached: set[str] = set()
 
-    def take(self, progress: float, weight_scale: float) -> None:
-        """After a backward pass: align the weights, and look at a held-out batch if it is time."""
-        self._align(progress, weight_scale)
-        if self.search.due(progress):
-            self._look(progress)
+    def restart(self, search: Search) -> None:
+        """Go on with a new search, from the first held-out batch."""
+        self.search, self.seen, self.reached = search, 0, set()
 
-    def _align(self, progress: float, scale: float) -> None:
+    def take(self, progress: float, weight_scale: float) -> None:
+        """The search's turn, after a backward pass whose loss was scaled by ``weight_scale``."""
+        self.weight_scale = weight_scale
+        self.search.turn(progress, self)
+
+    def align(self, wanted: Alignment) -> None:
         """Draw the weights towards the wanted structure, by their gradients and directly."""
-        wanted = self.search.alignment(progress)
-        if wanted is None:
-            return
         if wanted.strength > 0:
             distance = alignment(self.model, self.structures, wanted.vectors)
             if distance.requires_grad:
-                (wanted.strength * scale * distance).backward()
+                (wanted.strength * self.weight_scale * distance).backward()
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
 
-    def _look(self, progress: float) -> None:
-        """The loss of a held-out batch with and without the vectors; and let the search learn.
+    def look(self, vectors: Vectors, learns: bool) -> Look:
+        """The loss of the next held-out batch with and without the vectors.
 
         The weights are constants here, the model is in eval mode, and training's random numbers
         are left alone.
         """
         batch = self._next_batch()
-        vectors = self.search.draw(progress)
-        learns = self.search.learns(progress)
         keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
         share = {
             n: (source, values.detach().clone().requires_grad_(learns), units)
             for n, (source, values, units) in vectors.share.items()
         }
         live = Vectors(keep, share)
+        leaves = {f"keep/{name}": values for name, values in keep.items()}
+        leaves |= {f"share/{name}": values for name, (_, values, _) in share.items()}
         with (
             evaluating(self.model),
             same_random_numbers(self.model),
@@ -89,24 +117,21 @@ class Turns:
                 gated(self.model, self.structures, live.alive()),
             ):
                 loss = self.loss(batch)
-            if learns:
-                leaves = [*keep.values(), *(values for _, values, _ in share.values())]
-                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        self.search.watch(progress, float(loss.detach()), full)
-        if not learns:
-            return
-        names = [*(f"keep/{n}" for n in keep), *(f"share/{n}" for n in share)]
-        found = averaged(
+            if not learns:
+                return Look(float(loss.detach()), full)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        pulls = averaged(
             {
                 name: torch.zeros_like(leaf) if grad is None else grad.float()
-                for name, leaf, grad in zip(names, leaves, grads, strict=True)
+                for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
             }
         )
-        self.reached |= {name.partition("/")[2] for name, grad in found.items() if grad.any()}
-        self.search.learn(
-            progress,
-            {n: found[f"keep/{n}"].cpu() for n in keep},
-            {n: found[f"share/{n}"].cpu() for n in share},
+        self.reached |= {name.partition("/")[2] for name, grad in pulls.items() if grad.any()}
+        return Look(
+            float(loss.detach()),
+            full,
+            {name: pulls[f"keep/{name}"].cpu() for name in keep},
+            {name: pulls[f"share/{name}"].cpu() for name in share},
         )
 
     def _next_batch(self) -> Any:

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, RecipeError
-from ..files import plain, unfinished
-from ..folders.notes import NO_NOTE, hashed, read_note, set_aside, write_note
-from ..recipe.spec import Recipe, Training
-from ..status import Progress
-from ..tasks import Task
-from ..training.ranks import agreed
+from ...errors import CheckpointError, RecipeError
+from ...files import plain, unfinished
+from ...folders.notes import NO_NOTE, hashed, read_note, set_aside, write_note
+from ...recipe.spec import Recipe, Training
+from ...status import Progress
+from ...tasks import Task
+from ...training.ranks import agreed
 from . import fingerprint
 
 __all__ = [

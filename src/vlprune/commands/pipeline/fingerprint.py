@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import VlpruneError
-from ..files import digest
+from ...errors import VlpruneError
+from ...files import digest
 
 __all__ = ["model_files", "of_data", "of_model"]
 
@@ -50,10 +50,10 @@ def of_model(path: str) -> str:
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(path, "config.json")
+        config = cached_file(path, "config.json")
     except (OSError, ValueError):
         return ""
-    return Path(found).parent.name if found else ""
+    return Path(config).parent.name if config else ""
 
 
 def of_data(items: Sequence[Any]) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..errors import CheckpointError
-from ..files import plain, read_text, reason
+from ...errors import CheckpointError
+from ...files import plain, read_text, reason
 
 __all__ = ["WORK", "claimed", "cleared"]
 

@@ -1,0 +1,105 @@
+"""What a recipe names, made: its task, its method, the held-out items, a model in its place."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...device import place
+from ...errors import UnsupportedError
+from ...folders.opening import guarded
+from ...methods import METHODS, Method
+from ...recipe.spec import Recipe
+from ...tasks import TASKS, Task
+
+__all__ = ["HeldOut", "make_method", "make_task", "model_from", "new_model", "split"]
+
+HELD_OUT = 0.05
+"""The fraction of the training items that a search learns from and does not train on."""
+
+
+def make_task(recipe: Recipe, folder: Path) -> Task:
+    """The task of a recipe, with its data loaded.
+
+    Raises what its readers raise, and UnsupportedError if the processor of ``model.path`` cannot
+    make a batch of that data.
+    """
+    task = TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
+    if recipe.model.path:
+        with guarded(recipe.model.path, f"make batches for {recipe.task} with", UnsupportedError):
+            task.example_inputs(1)
+    return task
+
+
+def make_method(options: Mapping[str, Any], round_to: int | None = None) -> Method:
+    """The method of a recipe, which has checked its name and options.
+
+    ``round_to`` replaces the option of that name.
+    """
+    chosen = dict(options)
+    if round_to is not None:
+        chosen["round_to"] = round_to
+    cls: Any = METHODS[chosen.pop("name")]
+    return cls(**chosen)
+
+
+class HeldOut(Sequence[Any]):
+    """Batches of items that the search does not train on, collated when they are asked for."""
+
+    def __init__(self, task: Task, items: Sequence[Any], batch_size: int) -> None:
+        self.task, self.items, self.batch_size = task, items, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.items) / self.batch_size)
+
+    def __getitem__(self, number: Any) -> Any:
+        start = number * self.batch_size
+        batch = list(self.items[start : start + self.batch_size])
+        return self.task.collate(batch, random.Random(f"held out/{number}"))
+
+
+def split(task: Task, recipe: Recipe) -> tuple[list[Any], HeldOut]:
+    """The training items in two: 95 % to train on, the rest in batches to learn from."""
+    order = list(range(len(task.train)))
+    random.Random(f"{recipe.seed}/held out").shuffle(order)
+    count = max(1, round(HELD_OUT * len(order)))
+    aside = sorted(order[:count])
+    rest = sorted(order[count:])
+    items = [task.train[i] for i in aside]
+    size = min(recipe.search.batch_size, len(items))
+    return [task.train[i] for i in rest], HeldOut(task, items, size)
+
+
+def new_model(task: Task, device: torch.device) -> Any:
+    """The dense model as the recipe describes it, on the device.
+
+    Its config names the dtype of its parts, as ``from_pretrained`` would: a resumed run loads the
+    model instead, and both must save the same ``config.json``.
+    """
+    model = task.dense_model()
+    for name in getattr(model.config, "sub_configs", ()):
+        part = getattr(model.config, name, None)
+        if part is not None:
+            part.dtype = model.dtype
+    return place(model, device)
+
+
+def model_from(folder: Path, task: Task, device: torch.device) -> Any:
+    """The model that an earlier run of the recipe saved in ``folder``, on the device."""
+    return place(in_fresh_memory(task.load(folder)), device)
+
+
+def in_fresh_memory(model: Any) -> Any:
+    """The same model, its weights where torch puts new tensors.
+
+    A loaded file is mapped, so weights begin anywhere. Kernels then sum in another order, and a
+    resumed training would differ in its last bits from the one it continues.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model

@@ -1,0 +1,99 @@
+"""The trainings of a run: of the dense model, during the search, of the small model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from ...architectures import discover
+from ...folders.notes import hashed
+from ...recipe.spec import Training
+from ...structures.plan import Plan
+from ...training.fit import fit
+from ...training.teacher import Taught
+from .notes import deciding
+from .problem import Problem
+
+__all__ = ["Phase", "retraining", "run_phase", "searching", "trainee_of", "training"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training.
+
+    Logs lie in a folder called ``name``, and the bar says ``title``. ``key`` is the same for two
+    runs only if one may go on from the other's checkpoints.
+    """
+
+    name: str
+    title: str
+    spec: Training
+    key: str
+
+
+def training(problem: Problem) -> Phase:
+    """The training of the dense model."""
+    return Phase("train", "training", problem.recipe.train, problem.basis.key)
+
+
+def searching(problem: Problem) -> Phase:
+    """The training that a search watches."""
+    return Phase("search", "searching", problem.recipe.search, problem.key)
+
+
+def retraining(problem: Problem, plan: Plan) -> Phase:
+    """The training of the small model; its checkpoints fit only the plan it started from."""
+    spec = problem.recipe.retrain
+    return Phase(
+        "retrain", "retraining", spec, hashed([problem.key, deciding(spec), plan.to_json()])
+    )
+
+
+def trainee_of(problem: Problem, model: Any, teacher: Any = None) -> nn.Module:
+    """What is trained for ``model``: its task's objective, with the teacher if one is asked for."""
+    recipe, trainee = problem.recipe, problem.task.objective(model)
+    if teacher is None or not recipe.teacher:
+        return trainee
+    structures = discover(teacher, recipe.attention).structures  # type: ignore[arg-type]
+    return Taught(trainee, model, teacher, recipe.teacher, structures)
+
+
+def run_phase(
+    problem: Problem,
+    phase: Phase,
+    model: Any,
+    trainee: nn.Module,
+    items: Sequence[Any],
+    callbacks: Sequence[Any] = (),
+) -> list[dict[str, float]]:
+    """Train ``model`` in place through its ``trainee``; returns the Trainer's log.
+
+    Goes on from the phase's last whole checkpoint, if there is one.
+    """
+    spec = phase.spec
+    if not spec.on:
+        return []
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    steps = spec.count(len(items), PartialState().num_processes)
+    with problem.progress.count(phase.title, steps) as advance:
+        history = fit(
+            trainee,
+            items,
+            problem.task.collate,
+            spec,
+            seed=problem.recipe.seed,
+            report_to=problem.recipe.report_to,
+            callbacks=callbacks,
+            advance=advance,
+            say=problem.progress.note,
+            checkpoints=problem.work / f"{phase.name}-{phase.key}",
+            logs=problem.out / "logs" / phase.name,
+        )
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return history

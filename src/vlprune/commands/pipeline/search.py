@@ -1,0 +1,161 @@
+"""The search, the cut, and the training of the small model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from ...cutting.gates import evaluating
+from ...errors import RecipeError, UnsupportedError
+from ...files import plain
+from ...folders.opening import guarded
+from ...folders.save import (
+    PLAN_FILE,
+    save,
+)
+from ...recipe.spec import Recipe
+from ...structures.plan import Plan
+from ...training.compressor import Compressor
+from ...training.teacher import Taught
+from .evaluate import evaluated
+from .make import model_from
+from .notes import CUT_NOTE, known, remember
+from .phases import retraining, run_phase, searching, trainee_of
+from .problem import Problem
+
+__all__ = ["Small", "earlier_cut", "plan_search", "retrain", "search_and_cut"]
+
+
+@dataclass(frozen=True)
+class Small:
+    """The model that was cut, the plan, the search's report, and metrics and logs since then.
+
+    ``metrics`` has a row ``cut``, then ``retrained``; ``history`` has ``search``, then ``retrain``.
+    """
+
+    model: Any
+    plan: Plan
+    report: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    history: Mapping[str, Any]
+
+
+class OwnLoss:
+    """The loss of a held-out batch, by what the search trains once that is known."""
+
+    trainee: nn.Module | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        assert self.trainee is not None
+        with evaluating(self.trainee):  # queues and averages are not to move
+            return self.trainee(**batch)["loss"]
+
+
+@dataclass(frozen=True)
+class PlannedSearch:
+    """A Compressor that waits for its training, and the loss of its held-out batches."""
+
+    compressor: Compressor
+    loss: OwnLoss
+
+
+def plan_search(problem: Problem, model: Any) -> PlannedSearch:
+    """Describe and price the model, and refuse now what would fail after hours of training."""
+    recipe, batch_size = problem.recipe, problem.batch_size
+    loss, example = OwnLoss(), problem.task.example_inputs(batch_size)
+    if problem.timed:
+        problem.progress.phase(f"measuring the time of every width, batch {batch_size}")
+    with guarded(recipe.model.path or "the model", "compress", UnsupportedError):
+        compressor = Compressor(
+            model,
+            problem.method,
+            recipe.budget,
+            attention=recipe.attention,  # type: ignore[arg-type]
+            example_inputs=example,
+            skip=recipe.skip,
+            uniform=recipe.uniform,
+            held_out=problem.held_out,
+            loss=loss,
+        )
+    _refuse_early(recipe, compressor, len(problem.items))
+    return PlannedSearch(compressor, loss)
+
+
+def _refuse_early(recipe: Recipe, compressor: Compressor, items: int) -> None:
+    if compressor.method.needs_training and not recipe.search.on:
+        raise RecipeError(
+            f"the method {recipe.method['name']} watches a training: give search.steps or "
+            "search.epochs"
+        )
+    if recipe.search.on:
+        compressor.search.expect(recipe.search.count(items, PartialState().num_processes))
+    if recipe.teacher:
+        model = compressor.model
+        Taught(model, model, nn.Module(), recipe.teacher, compressor.structures)
+
+
+def search_and_cut(problem: Problem, search: PlannedSearch, dense: Any) -> Small:
+    """Train the Compressor's model while it searches, and cut it; ``dense`` may teach it."""
+    phase, compressor = searching(problem), search.compressor
+    problem.progress.phase("searching" if phase.spec.on else "planning")
+    compressor.restart()  # with the trained weights, where it looks at weights at all
+    model = compressor.given
+    search.loss.trainee = trainee = trainee_of(problem, model, dense)
+    history = run_phase(problem, phase, model, trainee, problem.items, [compressor.callback()])
+    model = compressor.finish()
+    plan, report = compressor.plan(), compressor.report()
+    metrics = evaluated(problem.task, model, "evaluating cut", problem.progress)
+    small = Small(model, plan, report, {"cut": metrics}, {"search": history})
+    if phase.spec.on and problem.recipe.retrain.on:
+        _note_cut(problem, small)
+    PartialState().wait_for_everyone()
+    return small
+
+
+def _note_cut(problem: Problem, small: Small) -> None:
+    """Keep the cut model, so that a run that is stopped from now on need not search again."""
+    if PartialState().is_main_process:
+        save(small.model, problem.cut_folder)
+        note = {
+            "report": small.report,
+            "metrics": small.metrics["cut"],
+            "history": small.history["search"],
+        }
+        remember(problem.cut_folder / CUT_NOTE, problem.key, note)
+
+
+def earlier_cut(problem: Problem) -> Small | None:
+    """The cut model that an earlier run of the recipe has kept, if there is one."""
+    folder = problem.cut_folder
+    what = f"the cut model in {plain(folder)}"
+    noted = known(folder / CUT_NOTE, problem.key, problem.progress, what)
+    if noted is None:
+        return None
+    problem.progress.phase("cut model: taken from an earlier run of this recipe")
+    return Small(
+        model_from(folder, problem.task, problem.device),
+        Plan.load(folder / PLAN_FILE),
+        noted["report"],
+        {"cut": noted["metrics"]},
+        {"search": noted["history"]},
+    )
+
+
+def retrain(problem: Problem, small: Small, dense: Any) -> Small:
+    """Train the small model in place, if the recipe says so; ``dense`` may teach it."""
+    phase = retraining(problem, small.plan)
+    if not phase.spec.on:
+        return small
+    problem.progress.phase("retraining")
+    trainee = trainee_of(problem, small.model, dense)
+    history = run_phase(problem, phase, small.model, trainee, problem.task.train)
+    metrics = evaluated(problem.task, small.model, "evaluating retrained", problem.progress)
+    return replace(
+        small,
+        metrics={**small.metrics, "retrained": metrics},
+        history={**small.history, "retrain": history},
+    )

@@ -1,0 +1,54 @@
+"""The end of a search: what is said of one that stopped early, and how fast the small model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from ..cutting.gates import evaluating
+from ..device import moved_to
+from ..errors import UnsupportedError
+from ..methods import Method, Search
+from ..prices.clock import (
+    seconds_of,
+    take_turns,
+)
+
+__all__ = ["measured_seconds", "refuse_sharded", "unfinished"]
+
+ROUNDS = 9
+"""Forward passes of which the median is the reached latency."""
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise UnsupportedError if the weights lie in parts on several devices."""
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        raise UnsupportedError(
+            "the weights are sharded (FSDP), which cannot be cut: save compressor.plan(), "
+            "gather the full weights into an unsharded model of the same class, and cut that "
+            "with vlprune.rewrite(model, vlprune.discover(model), plan)"
+        )
+
+
+def unfinished(method: Method, search: Search, progress: float) -> str:
+    """What a cut before the end of its search means; "" if the search has ended."""
+    if not method.needs_training or progress >= 1:
+        return ""
+    gate = float(search.facts().get("gate_of_fading_units", 1.0))
+    fading = f", and removed units still count {gate:.0%}" if 0 < gate < 1 else ""
+    return (
+        f"the search ended at {progress:.0%} of its steps{fading}: the cut is made all "
+        "the same, but the model has not learnt to do without what goes, so expect a loss of "
+        "accuracy"
+    )
+
+
+def measured_seconds(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Median seconds of a forward pass of the model as it is now."""
+    with evaluating(model):
+        timer = partial(seconds_of, model, moved_to(model, inputs))
+        return median(take_turns({"small": timer}, ROUNDS, warm_up=2)["small"])
