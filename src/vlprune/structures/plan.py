@@ -96,7 +96,8 @@ class Plan:
                 if last >= sizes[one]:
                     raise PlanError(
                         f"the plan shares units of {shown(name)} from {shown(source)} up to "
-                        f"number {last}, but {shown(one)} has only {sizes[one]} units (0 to {sizes[one] - 1})"
+                        f"number {last}, but {shown(one)} has only {sizes[one]} units "
+                        f"(0 to {sizes[one] - 1})"
                     )
         for structure in structures:
             if structure.name in self.share and not self.kept(structure):
