@@ -24,7 +24,7 @@ import vlprune
 from mutations import check_message, mutated
 from vlprune.commands.console import Plain
 from vlprune.errors import CheckpointError
-from vlprune.reports import blocks
+from vlprune.reports import blocks, screens
 from vlprune.reports.card import model_card
 from vlprune.reports.markdown import markdown
 from vlprune.reports.page import page
@@ -231,6 +231,49 @@ def test_all_views_show_every_cell_of_the_story(tiny_folder: Path, sharing: Path
             cells = [blocks.cell(column, row) for row in block.rows for column in block.columns]
             for view in views:
                 assert all(cell in view for cell in cells)
+
+
+def test_the_screen_of_bench_names_models_and_failures() -> None:
+    size = {"params": 1200, "macs": 5e6, "disk_bytes": 4800, "load_seconds": 0.5, "peak_bytes": 2e6}
+    eager = {"engine": "eager", "batch": 1, "low": 0.09, "high": 0.12}
+    body = {
+        "conditions": {"device": "cpu", "threads": 2, "dtype": "float32", "torch": "2.13"},
+        "folders": {"small": "a/folder", "dense": "a/folder/dense"},
+        "models": {
+            "small": size | {"peak_batch": 8},
+            "dense": size | {"peak_batch": 8, "params": 2400, "macs": None},
+        },
+        "runs": [
+            eager | {"model": "dense", "median": 0.11, "items_per_second": 9.09},
+            eager | {"model": "small", "median": 0.1, "items_per_second": 1234.5},
+            {"engine": "onnx", "batch": 1, "failed": "no such kernel"},
+        ],
+        "faster": [{"engine": "eager", "batch": 1, "times": 1.1, "low": 1.0, "high": 1.2}],
+    }
+    text = _shown(screens.timings(body), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    told = " ".join(text.split())
+    assert "On 2 CPU threads, float32, torch 2.13." in told
+    assert "dense a/folder/dense 2.4 k - 4.8 kB 0.50 s 2 MB" in told
+    assert "small a/folder 1.2 k 5 M 4.8 kB 0.50 s 2 MB" in told
+    assert "eager 1 dense 110 ms (90-120) 9.1 -" in told
+    assert "eager 1 small 100 ms (90-120) 1,234 6.17 G" in told
+    assert "onnx, batch 1 failed: no such kernel." in told
+    assert "eager, batch 1: 1.10 times as fast (1.00-1.20)." in told
+
+
+def test_the_screen_of_export_says_on_what_it_was_checked() -> None:
+    row = {"shapes": {"pixel_values": [2, 3, 32, 32]}, "difference": 1.2e-6, "compared": 0.75}
+    facts = EXPORT | {"checked": [row], "model": "CLIPModel", "out": "a/onnx", "seconds": 3.4}
+    told = " ".join(_shown(screens.exported(facts), 80).split())
+    assert "CLIPModel as onnx in a/onnx: 10B, 3 s." in told
+    assert "pixel_values 2x3x32x32 1e-06" in told
+    assert "75.0 % of the values were finite and compared." in told
+    stages = [{"stage": "decoder", "difference": 0.0, "compared": 1.0}]
+    told = _shown(screens.exported(facts | {"checked": stages, "int8": True}), 80)
+    assert "the stage decoder" in told
+    assert "int8" in told
+    assert "finite" not in told
 
 
 def test_the_page_needs_no_network(tiny_folder: Path) -> None:

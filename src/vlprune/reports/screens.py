@@ -120,7 +120,7 @@ def timings(body: Mapping[str, Any]) -> list[Block]:
         sizes,
         _runs(body),
         *(
-            Sentence(f"{row['engine']}, batch {row['batch']} failed: {row['failed']}")
+            Sentence(f"{row['engine']}, batch {row['batch']} failed: {row['failed'].rstrip('.')}.")
             for row in body["runs"]
             if "failed" in row
         ),

@@ -151,7 +151,7 @@ def faster(bench: Mapping[str, Any]) -> list[Sentence]:
     for row in bench["faster"]:
         range_ = f" ({row['low']:.2f}-{row['high']:.2f})" if {"low", "high"} <= row.keys() else ""
         share = row.get("of_ideal")
-        ideal = f", {percent(share)} of what the saved MACs allow" if share is not None else ""
+        ideal = f", {percent(share)} of the ideal (the MACs saved)" if share is not None else ""
         text = f"{row['engine']}, batch {row['batch']}: {row['times']:.2f} times as fast"
         sentences.append(Sentence(f"{text}{range_}{ideal}."))
     return sentences
