@@ -83,7 +83,18 @@ def read(
         progress.phase(task.left_out)
     basis = basis_of(recipe, task)
     items, held_out = split(task, recipe) if method.uses_held_out else (task.train, ())
-    problem = Problem(recipe, out, work, device, progress, task, method, basis, items, held_out)
+    problem = Problem(
+        recipe=recipe,
+        out=out,
+        work=work,
+        device=device,
+        progress=progress,
+        task=task,
+        method=method,
+        basis=basis,
+        items=items,
+        held_out=held_out,
+    )
     if recipe.method.get("round_to") == "auto":
         progress.phase("measuring which widths this device likes")
         return replace(problem, method=make_method(recipe.method, _fast_multiple(problem)))
