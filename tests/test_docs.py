@@ -72,6 +72,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_make_lists_its_targets() -> None:
+    done = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = re.findall(r"^make (\w+) +\w.*$", done.stdout, flags=re.MULTILINE)
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert listed == targets.split()
+
+
 def _commands() -> dict[str, set[str]]:
     """{command: its options}, as the command line knows them."""
     import typer
