@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlprune
-from vlprune.errors import VlpruneError
+from vlprune.errors import UnsupportedError, VlpruneError
 from vlprune.folders.exported.write import export
 from vlprune.measuring import bench as benching
 from vlprune.measuring.inputs import made_up_inputs
@@ -108,5 +108,13 @@ def test_mistakes_get_one_sentence(run: Any, pair: Path, tmp_path: Path) -> None
 
 def test_inputs_come_from_the_processor_where_a_prompt_holds_images() -> None:
     model = build("llava").model
-    with pytest.raises(VlpruneError, match="no inputs can be made up for a LlavaFor"):
+    with pytest.raises(VlpruneError, match=r"no inputs can be made up for .*: its prompt"):
         benching._inputs({"small": model}, {"small": Path("nowhere")})
+
+
+@pytest.mark.parametrize("size", [-32, 0, "big", [8], [8, -8], 1.5])
+def test_an_image_of_no_size_is_said(size: object) -> None:
+    model = build("vit").model
+    model.config.image_size = size
+    with pytest.raises(UnsupportedError, match="its config says that an image is"):
+        made_up_inputs(model)

@@ -21,6 +21,7 @@ import torch
 from ..architectures import discover
 from ..device import choose, device_of, moved_to, place
 from ..errors import CheckpointError, UnsupportedError, VlpruneError
+from ..files import plain
 from ..folders.exported.model import Exported, export_folders, is_export
 from ..folders.opening import open_model, open_processor
 from ..folders.weights import check_weights
@@ -165,7 +166,7 @@ def _inputs(models: Mapping[str, Any], folders: Mapping[str, Path]) -> Any:
         prompt = _prompt(model, folders["small"])
         if prompt is None:
             raise UnsupportedError(
-                f"no inputs can be made up for a {type(model).__name__}: {error}"
+                f"no inputs can be made up for {plain(folders['small'])}: {error}"
             ) from None
         return lambda size: {
             name: value.repeat(size, *[1] * (value.dim() - 1)) for name, value in prompt.items()

@@ -9,6 +9,7 @@ import torch
 
 from ..device import device_of, moved_to
 from ..errors import UnsupportedError
+from ..files import shown
 
 __all__ = ["made_up_inputs"]
 
@@ -41,11 +42,11 @@ def made_up_inputs(
             side = getattr(vision, "image_size", None)
             if side is None:
                 raise UnsupportedError("its config does not say how large an image is")
-            height, width = (side, side) if isinstance(side, int) else tuple(side)
-            channels = getattr(vision, "num_channels", 3)
-            inputs["pixel_values"] = torch.randn(
-                batch_size, channels, height, width, generator=numbers
-            )
+            sides = side if isinstance(side, list | tuple) else (side, side)
+            shape = [getattr(vision, "num_channels", 3), *sides]
+            if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise UnsupportedError(f"its config says that an image is {shown(shape)}")
+            inputs["pixel_values"] = torch.randn(batch_size, *shape, generator=numbers)
         if "input_ids" in takes:
             if "attention_mask" in takes and device_of(model).type != "meta":
                 inputs["attention_mask"] = torch.ones(batch_size, tokens, dtype=torch.long)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import PlanError, did_you_mean
 from ..files import parse_json, plain, read_text, shown, write_text
-from .structure import Structure
+from .structure import AttentionUnit, Structure
 
 __all__ = ["Plan"]
 
@@ -136,13 +136,18 @@ class Plan:
         known = {"format", "version", "attention", "fingerprint", "keep", "share"}
         for key in body.keys() - known:
             raise PlanError(f"the plan has the unknown key {shown(key)}.{did_you_mean(key, known)}")
+        unit, units = _text(body, "attention", "head_dim"), get_args(AttentionUnit)
+        if unit not in units:
+            raise PlanError(
+                f"the plan's 'attention' must be one of {', '.join(units)}, not {shown(unit)}"
+            )
         keep, share = body.get("keep", {}), body.get("share", {})
         if not isinstance(keep, dict) or not isinstance(share, dict):
             raise PlanError("the plan's 'keep' and 'share' must be JSON objects")
         return cls(
             keep=keep,
             share=share,
-            attention=_text(body, "attention", "head_dim"),
+            attention=unit,
             fingerprint=_text(body, "fingerprint", ""),
         )
 
