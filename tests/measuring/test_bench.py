@@ -112,7 +112,7 @@ def test_inputs_come_from_the_processor_where_a_prompt_holds_images() -> None:
         benching._inputs({"small": model}, {"small": Path("nowhere")})
 
 
-@pytest.mark.parametrize("size", [-32, 0, "big", [8], [8, -8], 1.5])
+@pytest.mark.parametrize("size", [-32, 0, [8], [8, -8]])
 def test_an_image_of_no_size_is_said(size: object) -> None:
     model = build("vit").model
     model.config.image_size = size
