@@ -72,6 +72,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_the_readmes_picture_is_drawn_from_its_numbers(tmp_path: Path) -> None:
+    pictures = ROOT / "docs" / "pictures"
+    (tmp_path / "demo.json").write_text((pictures / "demo.json").read_text())
+    script = ROOT / "benchmarks" / "picture.py"
+    subprocess.run([sys.executable, str(script), "-o", str(tmp_path)], check=True)
+    readme = (ROOT / "README.md").read_text()
+    for name in ("demo-light.svg", "demo-dark.svg"):
+        assert (tmp_path / name).read_text() == (pictures / name).read_text(), name
+        assert f"docs/pictures/{name}" in readme
+
+
 def test_make_lists_its_targets() -> None:
     done = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = re.findall(r"^make (\w+) +\w.*$", done.stdout, flags=re.MULTILINE)
