@@ -312,6 +312,13 @@ def test_sensitivity_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> 
     assert "there is no recipe" in stderr
 
 
+def test_the_earlier_name_of_sensitivity_is_not_advertised(run: Any) -> None:
+    code, stdout, _ = run("--help")
+    assert code == 0
+    assert "sensitivity" in stdout
+    assert "scan" not in stdout.split()
+
+
 def test_toy_needs_nothing_of_what_a_recipe_names(run: Any, tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "upop" / "nlvr2.yaml"
     code, _, stderr = run("compress", str(recipe), "-o", str(tmp_path / "o"))
