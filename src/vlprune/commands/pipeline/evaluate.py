@@ -93,5 +93,5 @@ def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) 
     task, model = open_folder(folder, recipe)
     towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
     counted = progress.count("measuring", (len(towers) + 1) * len(SHARES))
-    with guarded(folder, "scan", UnsupportedError), counted as advance:
+    with guarded(folder, "measure the sensitivity of", UnsupportedError), counted as advance:
         return scan(task, model, recipe.attention, advance=advance)
