@@ -148,7 +148,7 @@ def test_the_tutorial_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "NOISE", 1e9)  # other tests run beside this one
     monkeypatch.setattr(bench, "LEAST_ROUNDS", 2)
-    monkeypatch.setattr(bench, "_alone", functools.cache(bench._alone))  # it starts processes
+    monkeypatch.setattr(bench, "alone", functools.cache(bench.alone))  # it starts processes
     text = (ROOT / "docs" / "tutorial.md").read_text()
     lines = re.findall(r"^vlprune (.*)$", text, flags=re.MULTILINE)
     assert len(lines) >= 9

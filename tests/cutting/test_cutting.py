@@ -41,7 +41,7 @@ def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before_class = {n: type(m) for n, m in sample.model.named_modules()}
     before = copy.deepcopy(sample.model.state_dict())
     description = discover(sample.model)
-    monkeypatch.setattr(surgery, "_positions_that_stay", _shifted(surgery._positions_that_stay))
+    monkeypatch.setattr(surgery, "positions_that_stay", _shifted(surgery.positions_that_stay))
     with pytest.raises(VerificationError, match="put back"):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     after = sample.model.state_dict()
@@ -69,7 +69,7 @@ def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = build("llava")
     description = discover(sample.model)
     before = copy.deepcopy(sample.model.state_dict())
-    monkeypatch.setattr(surgery, "_positions_that_stay", _shifted(surgery._positions_that_stay))
+    monkeypatch.setattr(surgery, "positions_that_stay", _shifted(surgery.positions_that_stay))
     with pytest.raises(VerificationError):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     assert not any(isinstance(m, PaddedLinear) for m in sample.model.modules())

@@ -118,10 +118,10 @@ def test_a_millionth_in_one_weight_is_refused(family: str, monkeypatch: pytest.M
 
 STAGES = {
     "masked run": (cutting, "run_masked"),
-    "swap": (surgery, "_swap_forwards"),
-    "narrow": (surgery, "_narrow"),
-    "pad": (surgery, "_pad"),
-    "follow": (surgery, "_follow"),
+    "swap": (surgery, "swap_forwards"),
+    "narrow": (surgery, "narrow"),
+    "pad": (surgery, "pad"),
+    "follow": (surgery, "follow"),
     "untie": (cutting, "untie"),
     "tie": (surgery, "tie"),
     "tie one": (ties.parametrize, "register_parametrization"),

@@ -61,7 +61,7 @@ def test_the_command_tells_and_keeps_what_it_measured(
         assert row["ideal"] == pytest.approx(dense["macs"] / small["macs"])
         assert row["of_ideal"] == pytest.approx(row["times"] / row["ideal"])
     assert body["conditions"]["threads"] == torch.get_num_threads()
-    monkeypatch.setattr(benching, "_alone", lambda folder, *_: body["models"][folder.name])
+    monkeypatch.setattr(benching, "alone", lambda folder, *_: body["models"][folder.name])
     code, stdout, _ = run(
         "bench", str(pair), "--batch-sizes", "1", "--seconds", "0.1", "--trust-remote-code"
     )
@@ -88,10 +88,10 @@ def test_models_take_turns_and_warm_up() -> None:
 def test_a_busy_machine_gets_a_sentence() -> None:
     noisy = cycle([1.0, 2.0, 3.0, 1.2, 2.6])
     with pytest.raises(VlpruneError, match="the machine is too busy to tell: eager, batch 8"):
-        benching._steady({"small": lambda: next(noisy)}, 1.0, "eager, batch 8")
+        benching.steady({"small": lambda: next(noisy)}, 1.0, "eager, batch 8")
     together = cycle([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])  # both are slow at once: the ratio is steady
     timers = {"small": lambda: next(together), "dense": lambda: next(together)}
-    assert len(benching._steady(timers, 1.0, "eager")["small"]) >= benching.LEAST_ROUNDS
+    assert len(benching.steady(timers, 1.0, "eager")["small"]) >= benching.LEAST_ROUNDS
 
 
 def test_mistakes_get_one_sentence(run: Any, pair: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_mistakes_get_one_sentence(run: Any, pair: Path, tmp_path: Path) -> None
 def test_inputs_come_from_the_processor_where_a_prompt_holds_images() -> None:
     model = build("llava").model
     with pytest.raises(VlpruneError, match=r"no inputs can be made up for .*: its prompt"):
-        benching._inputs({"small": model}, {"small": Path("nowhere")})
+        benching.inputs_of({"small": model}, {"small": Path("nowhere")})
 
 
 @pytest.mark.parametrize("size", [-32, 0, [8], [8, -8]])

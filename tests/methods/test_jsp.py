@@ -129,7 +129,7 @@ def test_no_structure_is_ever_empty() -> None:
         for head in found.network.heads:
             head.weight.mul_(200)
     for threshold in (-1e9, -5.0, 0.0, 5.0, math.inf):
-        vectors = found._vectors_at(threshold)
+        vectors = found.vectors_at(threshold)
         for name, alive in vectors.alive().items():
             assert float(alive.sum()) >= 1, (threshold, name)
     for _ in range(30):
@@ -142,20 +142,20 @@ def test_the_exported_plan_meets_the_budget_and_is_the_closest() -> None:
     with torch.no_grad():
         for head in found.network.heads:
             head.weight.mul_(10)
-    chosen = found._fitted()
+    chosen = found.fitted()
     assert float(chosen.cost(PRICES)) <= 0.5 * PRICES.total
     levels = torch.cat(found._logits()).add(-math.log(math.log(2))).sort().values.tolist()
     lower = max((x for x in levels if x < found.threshold), default=None)
     if lower is not None:
-        assert float(found._vectors_at(lower).cost(PRICES)) > 0.5 * PRICES.total
-    assert found._fitted().plan(ALL, "", "") == chosen.plan(ALL, "", "")
+        assert float(found.vectors_at(lower).cost(PRICES)) > 0.5 * PRICES.total
+    assert found.fitted().plan(ALL, "", "") == chosen.plan(ALL, "", "")
 
 
 def test_a_unit_is_exported_if_most_draws_keep_it() -> None:
     """The median of Gumbel(0, 1) is 0.3665, so the bar for o + b lies at its negative."""
     found = search(families=("prune",))
     found._logits = lambda: [torch.tensor([-0.36, -0.37, 5.0, -5.0])] * len(found.vectors)
-    assert found._vectors_at(0.0).keep["t0"].tolist() == [1, 0, 1, 0]
+    assert found.vectors_at(0.0).keep["t0"].tolist() == [1, 0, 1, 0]
     draws = torch.stack([found.draw(0.2).keep["t0"] for _ in range(2000)]).mean(0)
     assert draws[:2].tolist() == pytest.approx([0.5, 0.5], abs=0.04)
     assert draws[2:].tolist() == pytest.approx([1, 0], abs=0.01)

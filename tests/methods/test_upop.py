@@ -161,15 +161,15 @@ def test_the_l1_term_cancels_while_no_gate_is_zero() -> None:
     with_l1 = search_with(GRADIENTS, 0.5, l1={"attention": 1.44e-2, "ffn": 5e-4})
     assert not plain.total.equal(with_l1.total)  # it did act on the gradient
     for name in GRADIENTS:
-        assert plain._scores()[name] == pytest.approx(with_l1._scores()[name], abs=1e-6)
+        assert plain.scores()[name] == pytest.approx(with_l1.scores()[name], abs=1e-6)
     assert plain.keep() == with_l1.keep()
     # and on gates that are 0 it does not act: there the constant is missing
     plain.values[0] = with_l1.values[0] = 0
     again = {n: torch.tensor(v) for n, v in GRADIENTS.items()}
-    before = with_l1._scores()["v.attn"][0] - plain._scores()["v.attn"][0]
+    before = with_l1.scores()["v.attn"][0] - plain.scores()["v.attn"][0]
     for search in (plain, with_l1):
         search.after_backward(2e-6, again)
-    assert abs(with_l1._scores()["v.attn"][0] - plain._scores()["v.attn"][0] - before) > 1e-4
+    assert abs(with_l1.scores()["v.attn"][0] - plain.scores()["v.attn"][0] - before) > 1e-4
 
 
 def test_the_interval_counts_steps_and_auto_counts_hundredths() -> None:
@@ -231,7 +231,7 @@ def test_paper_costs_take_p_of_the_prunable_cost() -> None:
 @pytest.mark.parametrize("importance", ["signed", "squared", "gradient_x_gate"])
 def test_importance_by_hand(importance: str) -> None:
     search = search_with(GRADIENTS, importance=importance)
-    attention = search._scores()["v.attn"] + search._scores()["t.attn"]
+    attention = search.scores()["v.attn"] + search.scores()["t.attn"]
     worst = min(range(6), key=attention.__getitem__)
     flat = GRADIENTS["v.attn"] + GRADIENTS["t.attn"]
     if importance == "signed":
@@ -424,8 +424,8 @@ def test_gates_follow_the_model_to_another_device() -> None:
     compressor.attach()
     sample.model.to("meta")  # as a Trainer moves it to a GPU, after the compressor was made
     sample.model(pixel_values=sample.inputs["pixel_values"].to("meta"))
-    assert {gate.device.type for gate in compressor._gating.gates.values()} == {"meta"}
-    assert all(gate.is_leaf and gate.requires_grad for gate in compressor._gating.gates.values())
+    assert {gate.device.type for gate in compressor.gates.values()} == {"meta"}
+    assert all(gate.is_leaf and gate.requires_grad for gate in compressor.gates.values())
 
 
 def test_a_structure_without_gradient_is_named() -> None:
@@ -566,7 +566,7 @@ def test_the_cut_changes_nothing_and_every_decision_obeys(options: dict[str, Any
             model(**batch).loss.backward()
             compressor.step(sum([1 / steps] * (step + 1)))  # ends a little beside 1
             optimizer.step()
-        gates = {n: g.detach().clone() for n, g in compressor._gating.gates.items()}
+        gates = {n: g.detach().clone() for n, g in compressor.gates.items()}
         with torch.no_grad():
             masked = float(model(**batch).loss)
         plan = compressor.plan()

@@ -212,7 +212,7 @@ def test_a_curve_is_walked_down_by_what_each_unit_saves() -> None:
 
 
 def test_odd_widths_cost_their_measured_penalty() -> None:
-    curve = np.array(latency._curve({8: 1.0, 16: 2.0, 24: 3.0}, 24, penalty=1.5))
+    curve = np.array(latency.curve_between({8: 1.0, 16: 2.0, 24: 3.0}, 24, penalty=1.5))
     assert curve[[8, 16, 24]].tolist() == [1.0, 2.0, 3.0]
     assert curve[12] == pytest.approx(1.5 * 1.5)
     assert curve[23] == 3.0  # never above the whole

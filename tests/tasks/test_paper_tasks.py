@@ -315,7 +315,7 @@ def test_momentum_features_pass_through_the_gates(tmp_path: Path) -> None:
     objective.eval()
     with compressor, torch.no_grad():
         before = objective(**batch)["loss"]
-        for gate in compressor._gating.gates.values():
+        for gate in compressor.gates.values():
             gate.fill_(0.0)
         after = objective(**batch)["loss"]
     assert not torch.allclose(before, after)

@@ -25,14 +25,14 @@ def test_the_unbroken_code_passes() -> None:
 
 
 def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = surgery._narrow
+    cut = surgery.narrow
 
     def forgetful(model: Any, name: str, axes: Any, scale: float, log: Any) -> None:
         if name.endswith(".bias"):
             axes = {axis: (torch.arange(len(index)), n) for axis, (index, n) in axes.items()}
         cut(model, name, axes, scale, log)
 
-    monkeypatch.setattr(surgery, "_narrow", forgetful)
+    monkeypatch.setattr(surgery, "narrow", forgetful)
     with pytest.raises(AssertionError, match="apart"):
         masked_equals_cut(partial(build, "clip"), "head_dim")
 

@@ -39,7 +39,7 @@ def searching(family: str = "clip", shared: bool = False) -> tuple[Any, Any, vlp
     compressor.attach()
     generator = torch.Generator().manual_seed(0)
     compressor._gating.set(
-        {n: torch.rand(len(g), generator=generator) for n, g in compressor._gating.gates.items()}
+        {n: torch.rand(len(g), generator=generator) for n, g in compressor.gates.items()}
     )
     return model, sample.inputs, compressor
 
@@ -200,7 +200,7 @@ def test_hooks_of_accelerate_live_beside_gates(order: str) -> None:
     compressor.attach()
     if order == "gates first":
         hook()
-    compressor._gating.set({n: torch.zeros(len(g)) for n, g in compressor._gating.gates.items()})
+    compressor._gating.set({n: torch.zeros(len(g)) for n, g in compressor.gates.items()})
     assert not torch.allclose(numbers(sample.model, sample.inputs)[0], expected)
     used = Counting.calls
     assert used > 0
@@ -220,7 +220,7 @@ def test_torch_compile_sees_the_gates() -> None:
     fast, x = torch.compile(mlp, backend="eager"), torch.ones(1, 2, mlp.fc1.in_features)
     assert not torch.allclose(mlp(x), plain(x))
     assert torch.allclose(fast(x), mlp(x))
-    compressor._gating.set({n: torch.ones(len(g)) for n, g in compressor._gating.gates.items()})
+    compressor._gating.set({n: torch.ones(len(g)) for n, g in compressor.gates.items()})
     assert torch.allclose(fast(x), plain(x))
     compressor.detach()
     assert torch.allclose(fast(x), plain(x))

@@ -150,7 +150,7 @@ def test_ctrl_c_and_train_again(tmp_path: Path) -> None:
 
     class Look(transformers.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            opened.append(all(bool((g == 1).all()) for g in compressor._gating.gates.values()))
+            opened.append(all(bool((g == 1).all()) for g in compressor.gates.values()))
 
     trainer.add_callback(Look)
     with pytest.warns(UserWarning, match="starts a new search"):

@@ -46,18 +46,18 @@ def apply_plan(
     cut = [s for s in structures if len(kept[s.name]) < s.size]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     ties = [*ties, *ties_of(structures, plan, shapes)]
-    index = _positions_that_stay(model, cut, kept)
+    index = positions_that_stay(model, cut, kept)
     scale = {
         param: math.sqrt(len(kept[s.name]) / s.size)
         for s in cut
         if s.layout == "native"
         for param in s.folds
     }
-    _swap_forwards(model, cut, undo)
+    swap_forwards(model, cut, undo)
     for name, axes in index.items():
-        _narrow(model, name, axes, scale.get(name, 1.0), undo)
-    _pad(model, cut, index, undo)
-    _follow(model, cut, kept, undo)
+        narrow(model, name, axes, scale.get(name, 1.0), undo)
+    pad(model, cut, index, undo)
+    follow(model, cut, kept, undo)
     if ties:
         undo.callback(untie, model)
         tie(model, moved(ties, index, scale))
@@ -75,7 +75,7 @@ Axes = Mapping[int, tuple[Tensor, int]]
 """{axis: (positions that stay, old length)} of one parameter."""
 
 
-def _positions_that_stay(
+def positions_that_stay(
     model: nn.Module, cut: Sequence[Structure], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Axes]:
     """For every parameter to be cut."""
@@ -94,7 +94,7 @@ def _positions_that_stay(
     }
 
 
-def _swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
+def swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
     """Give modules our forward where the stock one does not take narrower weights."""
     for structure in cut:
         if structure.swap is None:
@@ -115,7 +115,7 @@ def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) ->
 
 
 @torch.no_grad()
-def _narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
+def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
     """Replace one parameter by its kept rows and columns, times ``scale``."""
     path, leaf = owner_of(name)
     module = model.get_submodule(path)
@@ -137,7 +137,7 @@ def _narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitSta
                 _set(module, attr, width, undo)
 
 
-def _pad(
+def pad(
     model: nn.Module, cut: Sequence[Structure], index: Mapping[str, Axes], undo: ExitStack
 ) -> None:
     """Wrap cut projections so that their outside keeps the old width, where none is native."""
@@ -172,7 +172,7 @@ def _pad(
         setattr(parent, leaf, layer)
 
 
-def _follow(
+def follow(
     model: nn.Module,
     cut: Sequence[Structure],
     kept: Mapping[str, Sequence[int]],

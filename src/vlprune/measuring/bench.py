@@ -100,13 +100,13 @@ def bench(
     folders = {"small": folder, **({"dense": against} if against else {})}
     progress.phase("loading")
     models = {name: place(_opened(path), chosen).eval() for name, path in folders.items()}
-    example = _inputs(models, folders)
+    example = inputs_of(models, folders)
     engines = _engines(models, folders, compiled, trust_remote_code)  # refuses before it measures
     largest = max(batch_sizes)
     facts = {}
     for name, path in folders.items():
         progress.phase(f"memory and loading time of {path}")
-        facts[name] = _alone(path, largest, chosen)
+        facts[name] = alone(path, largest, chosen)
         facts[name] |= _size(models[name], example(1))
     runs: list[dict[str, Any]] = []
     faster: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ def bench(
             batch, where = example(batch_size), {"engine": engine, "batch": batch_size}
             try:
                 timers = {n: _timer(run, models[n], batch) for n, run in callables.items()}
-                timed = _steady(timers, seconds, f"{engine}, batch {batch_size}")
+                timed = steady(timers, seconds, f"{engine}, batch {batch_size}")
             except VlpruneError:
                 raise
             except Exception as error:
@@ -157,7 +157,7 @@ def _opened(folder: Path) -> Any:
     return open_model(str(folder))
 
 
-def _inputs(models: Mapping[str, Any], folders: Mapping[str, Path]) -> Any:
+def inputs_of(models: Mapping[str, Any], folders: Mapping[str, Path]) -> Any:
     """A function from batch size to inputs of one forward pass."""
     model = models["small"]
     try:
@@ -230,7 +230,7 @@ def seconds_exported(run: Exported, batch: Mapping[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def _steady(
+def steady(
     timers: Mapping[str, Callable[[], float]], seconds: float, what: str
 ) -> dict[str, list[float]]:
     """Rounds of all in turns, more of them if they spread. Raises VlpruneError if they still do."""
@@ -274,7 +274,7 @@ def _summary(engine: str, batch_size: int, name: str, values: list[float]) -> di
 # -- in a process of its own ---------------------------------------------------------------
 
 
-def _alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
+def alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Loading time, peak memory and bytes on disk of the model in ``folder``."""
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     facts: dict[str, Any] = {"disk_bytes": sum(path.stat().st_size for path in weights)}
@@ -310,7 +310,7 @@ def _report_alone(folder: Path, batch_size: int, device: torch.device) -> None:
     start = time.perf_counter()
     model = place(open_model(str(folder)), device).eval()
     took = time.perf_counter() - start
-    example = _inputs({"small": model}, {"small": folder})
+    example = inputs_of({"small": model}, {"small": folder})
     with torch.no_grad():
         model(**moved_to(model, example(batch_size)))
     if device.type == "cuda":

@@ -134,7 +134,7 @@ class _UPopSearch(Search):
 
     def _decide(self, progress: float) -> None:
         """Rank, walk down to the scheduled share, let what lies below fade."""
-        kept = self._select(self._scores(), progress)
+        kept = self._select(self.scores(), progress)
         fading = 1 - removed_share(progress) if progress < 1 else 0.0
         values = torch.full((sum(self.sizes),), fading)
         start = 0
@@ -156,7 +156,7 @@ class _UPopSearch(Search):
     def history(self) -> list[dict[str, float]]:
         return self.watched
 
-    def _scores(self) -> dict[str, list[float]]:
+    def scores(self) -> dict[str, list[float]]:
         _, sign = IMPORTANCE[self.method.importance]
         totals = self._split(sign * self.total)
         scores = standardised(self.open.structures, totals)
@@ -196,7 +196,7 @@ class _UPopSearch(Search):
                 "compressor.step(progress) after each backward"
                 + (f" ({self.skipped} steps were not finite)" if self.skipped else "")
             )
-        return self._select(self._scores(), 1.0)
+        return self._select(self.scores(), 1.0)
 
     # -- state ---------------------------------------------------------------------------
 

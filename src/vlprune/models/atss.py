@@ -1,4 +1,4 @@
-"""Dense detection: one anchor a place, and which places answer for which box.
+"""Dense detection: one anchor per place, and which places answer for which box.
 
 Adaptive training sample selection (Zhang et al., CVPR 2020, algorithm 1), the box code and the
 centerness that GLIP trains with. Anchors and boxes are (left, top, right, bottom) in pixels.

@@ -116,7 +116,7 @@ def _measured(
         whole = statistics.fmean(statistics.median(table.spans[n] or [0.0]) for n in names)
         points = {widths[share][names[0]]: whole * middle(measured[share]) for share in WIDTHS}
         penalty = max(1.0, middle(ragged) / middle(measured[0.5])) if size >= 2 * STEP else 1.0
-        curves |= dict.fromkeys(names, _curve({**points, size: whole}, size, penalty))
+        curves |= dict.fromkeys(names, curve_between({**points, size: whole}, size, penalty))
     sizes = {s.name: s.size for s in structures}
     curves = {name: curves[name] for name in sizes}
     fixed = statistics.median(table.totals) - sum(curve[-1] for curve in curves.values())
@@ -141,7 +141,7 @@ def alike(structures: Sequence[Structure], model: nn.Module) -> list[list[Struct
     return list(groups.values())
 
 
-def _curve(points: Mapping[int, float], size: int, penalty: float) -> tuple[float, ...]:
+def curve_between(points: Mapping[int, float], size: int, penalty: float) -> tuple[float, ...]:
     """Seconds of 0, 1, ... ``size`` units, from {width: seconds}; odd widths cost the penalty."""
     widths = sorted(points)
     values = np.maximum.accumulate([points[width] for width in widths])

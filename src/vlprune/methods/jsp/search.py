@@ -40,7 +40,7 @@ class JspSearch(Search):
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=method.learning_rate, weight_decay=method.weight_decay
         )
-        lowest = float(self._vectors_at(math.inf).cost(problem.prices))
+        lowest = float(self.vectors_at(math.inf).cost(problem.prices))
         if lowest > self.target:
             raise BudgetError(
                 f"a budget of {problem.budget:.4g} of the {problem.prices.what} cannot be reached "
@@ -51,7 +51,7 @@ class JspSearch(Search):
         self.weight_steps = self.structure_steps = self.skipped = 0
         self.frozen: Vectors | None = None
         self.threshold, self.remains = 0.0, 1.0
-        self.now = self._vectors_at(0.0)
+        self.now = self.vectors_at(0.0)
         self.watched: list[dict[str, float]] = []
 
     @property
@@ -69,7 +69,7 @@ class JspSearch(Search):
         ]
 
     @torch.no_grad()
-    def _vectors_at(self, threshold: float, whole: Collection[str] = ()) -> Vectors:
+    def vectors_at(self, threshold: float, whole: Collection[str] = ()) -> Vectors:
         """Without noise: u is 1 where the logit, with the noise's median, exceeds a threshold.
 
         And everywhere in the structures that stay ``whole``.
@@ -82,11 +82,11 @@ class JspSearch(Search):
         return assembled(self.vectors, decided, logits)
 
     @torch.no_grad()
-    def _fitted(self) -> Vectors:
+    def fitted(self) -> Vectors:
         """The vectors at the lowest threshold that meets the budget: exported, deterministic."""
         levels = torch.cat(self._logits()).add(MEDIAN).unique()  # ascending
         low, high = 0, len(levels)  # at levels[low] too much may remain, at +inf it fits
-        best, self.threshold = self._vectors_at(math.inf, self.whole), math.inf
+        best, self.threshold = self.vectors_at(math.inf, self.whole), math.inf
         if float(best.cost(self.prices)) > self.target * (1 + 1e-12):
             raise BudgetError(
                 f"the loss on held-out batches does not depend on {min(self.whole)}"
@@ -96,7 +96,7 @@ class JspSearch(Search):
             )
         while low < high:
             middle = (low + high) // 2
-            trial = self._vectors_at(float(levels[middle]), self.whole)
+            trial = self.vectors_at(float(levels[middle]), self.whole)
             if float(trial.cost(self.prices)) <= self.target * (1 + 1e-12):
                 best, self.threshold, high = trial, float(levels[middle]), middle
             else:
@@ -118,7 +118,7 @@ class JspSearch(Search):
     def turn(self, progress: float, weights: Weights) -> None:
         """Draw the weights near, and every so many steps learn from a held-out batch."""
         if progress >= self.method.freeze and self.frozen is None and self.structure_steps:
-            self.frozen = self.now = self._fitted()
+            self.frozen = self.now = self.fitted()
         wanted = self._alignment(progress)
         if wanted is not None:
             weights.align(wanted)
@@ -173,7 +173,7 @@ class JspSearch(Search):
         torch.autograd.backward([v for v, _ in pulled], [g for _, g in pulled])
         self.optimizer.step()
         self.structure_steps += 1
-        self.now = self._vectors_at(0.0)
+        self.now = self.vectors_at(0.0)
 
     def _note(self, progress: float, look: Look) -> None:
         losses = {"progress": progress, "masked_loss": look.masked, "full_loss": look.full}
@@ -190,7 +190,7 @@ class JspSearch(Search):
                 f"them between {self.method.warmup} and {self.method.freeze} of the search"
                 + (f" ({self.skipped} steps were not finite)" if self.skipped else "")
             )
-        return self.frozen if self.frozen is not None else self._fitted()
+        return self.frozen if self.frozen is not None else self.fitted()
 
     def keep(self) -> dict[str, tuple[int, ...]]:
         plan = self.chosen().plan(self.problem.structures, "", "")
@@ -231,7 +231,7 @@ class JspSearch(Search):
         self.generator.set_state(state["generator"])
         self.weight_steps, self.structure_steps, self.skipped = state["counts"].tolist()
         self.threshold, self.remains = state["levels"].tolist()
-        template = self._vectors_at(0.0).share
+        template = self.vectors_at(0.0).share
         restored = {}
         for name in ("now", "frozen"):
             keep = {n: t.clone() for n, t in _below(f"{name}/keep/", state).items()}
