@@ -158,10 +158,12 @@ def test_figures_are_json_whatever_a_report_holds(tiny_folder: Path) -> None:
 
 
 def test_every_file_of_the_page_is_in_the_wheel() -> None:
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    listed = project["tool"]["setuptools"]["package-data"]["vlprune.reports"]
-    there = {path.name for path in Path(blocks.__file__).parent.iterdir() if path.is_file()}
-    assert {name for name in there if not name.endswith(".py")} == set(listed)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["vlprune"]
+    there = [path for path in Path(blocks.__file__).parent.iterdir() if path.is_file()]
+    packed = {path.suffix for path in there} - {".py", ".md"}
+    assert packed == {".html", ".css", ".js"}
+    assert packed <= {Path(pattern).suffix for pattern in patterns}
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "plotly.offline"])

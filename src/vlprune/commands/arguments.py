@@ -23,6 +23,7 @@ __all__ = [
     "check_folder",
     "check_name",
     "check_output",
+    "check_timing",
     "each",
     "numbers_of",
     "on",
@@ -111,6 +112,17 @@ def numbers_of(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise RecipeError(f"batch sizes are numbers of at least 1, as in 1,8,32, not {text!r}")
     return sizes
+
+
+def check_timing(threads: int, seconds: float, batch_sizes: str) -> None:
+    """Raise RecipeError for numbers that no measurement takes; :func:`numbers_of` reads them."""
+    from ..recipe.machine import Timing
+
+    try:
+        sizes = numbers_of(batch_sizes)
+    except RecipeError:  # reported by numbers_of itself
+        sizes = (1,)
+    Timing(threads, seconds, sizes)
 
 
 def recipe_for(folder: Path, given: Path | None, overrides: Sequence[str] | None) -> Recipe | None:

@@ -27,6 +27,7 @@ from .arguments import (
     check_folder,
     check_name,
     check_output,
+    check_timing,
     each,
     numbers_of,
     on,
@@ -213,11 +214,9 @@ def bench(
 
     Example: vlprune bench demo-output --batch-sizes 1,8,32 --compile
     """
-    from ..recipe.machine import Timing
-
     sizes, *_ = each(
         lambda: numbers_of(batch_sizes),
-        lambda: Timing(threads, seconds),
+        lambda: check_timing(threads, seconds, batch_sizes),
         lambda: check_folder(folder),
         lambda: check_folder(against),
         lambda: check_device(device),
