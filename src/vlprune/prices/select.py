@@ -117,7 +117,7 @@ def _leaving_floors(
     prices: Prices,
     floors: Sequence[Floor],
 ) -> Array:
-    """A mask of the blocks that may go: none that breaks a floor, nor a later one beside it."""
+    """A mask of the blocks that may go: none that breaks a floor or follows one that does."""
     goes = np.ones(len(price), dtype=bool)
     numbers = {name: number for number, name in enumerate(names)}
     for floor in floors:
