@@ -313,7 +313,7 @@ def _measure_fused(
 def _measure_apart(
     path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], core: nn.Module
 ) -> Measured:
-    """Measure separate projections; some blocks have only values. Raises Leave if it cannot."""
+    """Measure separate projections; some blocks have only values. Raises Leave if that fails."""
     name, rows = stock_name(core), _rows(path, row.q or row.v[0], modules)
     size = _number(core, layouts.HEAD_SIZES)
     if not size:

@@ -116,7 +116,7 @@ def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
 def _units_elsewhere(
     model: nn.Module, structures: Sequence[Structure]
 ) -> dict[str, tuple[int, ...]]:
-    """{structure: its units that take their weights from another structure}, now."""
+    """{structure: its units that take their weights from another structure} of the model."""
     tied: dict[str, set[int]] = defaultdict(set)
     for one in ties_in(model):
         tied[one.target].update(one.into)

@@ -15,8 +15,8 @@ __all__ = ["Floor", "Prices", "floor_cost", "least", "whole_cost"]
 class Prices:
     """The price list of a model: ``fixed`` for what always stays, ``unit`` for each unit.
 
-    ``what`` is one of ``CURRENCIES`` and gives the unit of all prices (parameters, MACs or
-    seconds); ``sizes`` are the units of each structure. A unit whose weights are stored elsewhere
+    ``what`` is one of ``CURRENCIES``, the currency of all prices (seconds for latency);
+    ``sizes`` are the units of each structure. A unit whose weights are stored elsewhere
     (sharing) costs ``borrowed`` instead; ``elsewhere`` lists such units of a model that shares
     already. Where the cost is not a sum over units, ``curve`` holds the cost of 0, 1, ... units of
     a structure together, and ``unit`` is the average.
