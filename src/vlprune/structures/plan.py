@@ -32,7 +32,7 @@ class Plan:
     dense model that the plan was made for (``Description.fingerprint``); empty means "do not
     check".
 
-    Raises PlanError for entries that are malformed, empty or repeat a unit.
+    Raises PlanError for an entry that is malformed or empty, or that repeats a unit.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

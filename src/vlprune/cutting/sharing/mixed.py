@@ -50,7 +50,7 @@ def mixed(
         for name, weight in whole.items():
             path, leaf = owner_of(name)
             module = model.get_submodule(path)
-            # Python looks here before nn.Module looks into _parameters, which do not change
+            # __dict__ comes before the _parameters of nn.Module, which stay as they are
             module.__dict__[leaf] = weight
             shadowed.append((module, leaf))
         yield model
