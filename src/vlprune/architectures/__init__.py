@@ -1,4 +1,4 @@
-"""What models look like: the layout table and the forwards that need more than a row."""
+"""Model architectures: the layout table, and forwards for models that need more than a row."""
 
 from . import forwards as forwards
 from .discover import discover

@@ -1,7 +1,7 @@
 """From one attention block to its structures, in each of the three units.
 
-A block is first *measured* (how many heads of what size, where the rows of q, k and v and
-the columns of o are), whatever its projections look like. Then one function a unit turns the
+A block is first *measured*, whatever its projections look like: the number and size of its heads,
+and the places of the rows of q, k and v and the columns of o. Then one function per unit turns the
 measured block into structures.
 """
 
@@ -27,16 +27,16 @@ class Leave(Exception):
 
 
 def join(path: str, name: str) -> str:
-    """``path.name``, where either may be empty."""
+    """``path.name``; if either is empty, the other."""
     return f"{path}.{name}" if path and name else path or name
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one of q, k and v: parameters, where they start, and what a gate holds on to.
+    """The rows of q, k or v: the (parameter, axis) pairs, the first row, and the gated module.
 
-    ``gate`` is the module whose output is scaled, or, with ``by_weight``, the module whose
-    parameters are.
+    ``gate`` is the path of the module whose output is scaled or, with ``by_weight``, whose
+    parameters are scaled.
     """
 
     params: tuple[tuple[str, int], ...]
@@ -45,7 +45,7 @@ class Part:
     by_weight: bool = False
 
     def slots(self, repeat: int, inner: int) -> tuple[Slot, ...]:
-        """One slot a parameter."""
+        """One slot per parameter."""
         return tuple(Slot(name, axis, self.start, repeat, inner) for name, axis in self.params)
 
     def gated(self, repeat: int, inner: int) -> Gate:
@@ -60,9 +60,9 @@ class Part:
 class Block:
     """A measured attention block.
 
-    ``heads`` query heads and ``kv`` key-value heads of ``size`` dimensions, values of
-    ``value_size``. ``columns`` are the (parameter, axis) pairs of o. ``core`` is the module
-    that computes the scores, ``native`` what its forward accepts.
+    The block has ``heads`` query heads and ``kv`` key-value heads of ``size`` dimensions;
+    value heads have ``value_size``. ``columns`` are the (parameter, axis) pairs of o. ``core`` is
+    the module that computes the scores; ``native`` says what its forward accepts.
     """
 
     path: str
@@ -95,7 +95,10 @@ class Block:
         folds: tuple[str, ...] = (),
         share: float = 1.0,
     ) -> Structure:
-        """A structure of ``parts`` (rows, repeat, inner) and of the slots ``more``."""
+        """A structure of ``parts`` (rows, repeat, inner) and the slots ``more``.
+
+        The gates act on ``gates``, or on ``parts`` if ``gates`` is not given.
+        """
         slots = [slot for part, repeat, inner in parts for slot in part.slots(repeat, inner)]
         swap = (self.core_path, f"{self.native.swap}:{self.stock_name}")
         return Structure(
@@ -118,7 +121,7 @@ class Block:
         return tuple(Slot(name, axis, 0, repeat, inner) for name, axis in self.columns)
 
     def attrs(self, names: tuple[str, ...], per_unit: int) -> list[Attr]:
-        """Those of ``names`` that the core has, to follow the number of units."""
+        """Attributes among ``names`` that the core has and that follow the number of units."""
         return [
             Attr(self.core_path, name, per_unit)
             for name in names
@@ -139,13 +142,13 @@ class Block:
 
 
 def whole_heads(block: Block) -> list[Structure]:
-    """One structure; a unit is a head, or a KV group with all queries that read it."""
+    """One structure; a unit is a head, or a KV group with all query heads that read it."""
     group = block.heads // block.kv
     queries = [(part, 1, group * block.size) for part in block.q]
     keys = [(part, 1, block.size) for part in block.k]
     values = [(part, 1, block.value_size) for part in block.v]
     # Attention is linear in its values, so gating them gates the head. Only a norm across
-    # heads must see the missing queries and keys as zeros, too.
+    # heads must also see the missing queries and keys as zeros.
     gates = values + queries + keys if block.across_heads else values
     native = block.native.head and not block.across_heads
     per_head = [
@@ -170,7 +173,10 @@ def whole_heads(block: Block) -> list[Structure]:
 
 
 def head_dims(block: Block) -> list[Structure]:
-    """One structure; a unit is the same dimension of every head, in q, k, v and o (UPop)."""
+    """One structure; a unit is the same dimension of every head, in q, k, v and o (UPop).
+
+    Raises Leave if value heads and query heads differ in size.
+    """
     if block.value_size != block.size and block.q:
         raise Leave("its value heads have another size than its query heads")
     parts = [(part, block.heads, 1) for part in block.q]
@@ -234,9 +240,9 @@ UNITS: Mapping[str, Callable[[Block], list[Structure]]] = {
 def measure_projected(
     path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], tower: str
 ) -> Block:
-    """Attention whose projections are modules of their own, or one fused module.
+    """The block at ``path`` whose projections are separate modules, or one fused module.
 
-    Raises Leave if it cannot be measured.
+    Raises Leave if the block cannot be measured.
     """
     core_path = owner_of(join(path, row.qkv or row.q or row.v[0]))[0]
     core = modules[core_path]
@@ -268,7 +274,7 @@ def measure_projected(
 
 Parts = tuple["Part", ...]
 Measured = tuple[Parts, Parts, Parts, dict[str, int]]
-"""q, k, v, and the block's ``heads``, ``kv`` heads, ``size`` and ``value_size`` of a head."""
+"""q, k, v, and the block's ``heads``, ``kv``, ``size`` and ``value_size``."""
 
 
 def _part(path: str, child: str, modules: Mapping[str, nn.Module], start: int = 0) -> Part:
@@ -288,7 +294,7 @@ def _rows(path: str, child: str, modules: Mapping[str, nn.Module]) -> int:
 def _measure_fused(
     path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], core: nn.Module
 ) -> Measured:
-    """q, k and v one below the other in one projection."""
+    """Measure q, k and v stacked in one projection. Raises Leave if its rows are not known."""
     name, rows = stock_name(core), _rows(path, row.qkv, modules)
     timm = type(core).__module__.startswith("timm.") and name == "Attention"
     if not timm and name not in layouts.FUSED_ORDER_KNOWN:
@@ -307,7 +313,7 @@ def _measure_fused(
 def _measure_apart(
     path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], core: nn.Module
 ) -> Measured:
-    """Projections of their own; some blocks have values only."""
+    """Measure separate projections; some blocks have only values. Raises Leave if that fails."""
     name, rows = stock_name(core), _rows(path, row.q or row.v[0], modules)
     size = _number(core, layouts.HEAD_SIZES)
     if not size:
@@ -327,9 +333,9 @@ def _measure_apart(
 
 
 def measure_multihead(path: str, module: Any, tower: str) -> Block:
-    """nn.MultiheadAttention: one parameter for q, k and v, never called as modules.
+    """The block of an nn.MultiheadAttention, whose q, k and v are one parameter, not modules.
 
-    Raises Leave if it cannot be measured.
+    Raises Leave if the block cannot be measured.
     """
     if module.in_proj_weight is None:
         raise Leave("its keys or values have another width than its queries")
@@ -360,7 +366,7 @@ def measure_multihead(path: str, module: Any, tower: str) -> Block:
 
 
 def _native(core: nn.Module, name: str) -> Native:
-    """What the forward accepts; nothing for a class that only shares a known one's name."""
+    """The table's entry for the forward; PADDED for unknown classes, even under a known name."""
     home = next(c for c in type(core).__mro__ if not c.__name__.startswith("Parametrized"))
     known = home.__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
     return NATIVE.get(name, PADDED) if known else PADDED

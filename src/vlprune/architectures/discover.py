@@ -23,14 +23,16 @@ __all__ = ["discover"]
 
 
 def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Description:
-    """All structures of any model, and what stays dense and why.
+    """All structures of any model, and the reasons why its other modules stay dense.
 
     ``attention`` chooses the unit: ``"head_dim"`` (the same dimension of every head in q,
-    k, v and o: UPop's), ``"qk_vo"`` (query-key and value-output dimensions apart) or
-    ``"head"`` (whole heads; whole KV groups where queries share keys).
+    k, v and o, as in UPop), ``"qk_vo"`` (query-key and value-output dimensions apart) or
+    ``"head"`` (whole heads, or whole KV groups where queries share keys).
 
-    Needs no data and does not run the model; works on meta tensors. The result depends on
-    module names and shapes only, so calling it twice gives equal descriptions.
+    Discovery needs no data, does not run the model and works on meta tensors. Calling it twice
+    on one model gives equal descriptions.
+
+    Raises UnsupportedError if ``attention`` is not one of these.
     """
     if attention not in get_args(AttentionUnit):
         raise UnsupportedError(
@@ -41,7 +43,7 @@ def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Descrip
 
 
 class _Discovery:
-    """One walk over the modules."""
+    """One walk over the modules of a model."""
 
     def __init__(self, model: nn.Module, attention: AttentionUnit) -> None:
         self.model, self.attention = model, attention
@@ -65,7 +67,7 @@ class _Discovery:
     # -- attention ---------------------------------------------------------------------
 
     def _attention(self, path: str, module: nn.Module) -> list[Structure]:
-        """The structures of the attention block at ``path``, if it is one."""
+        """The structures of the attention block at ``path``; none if it is not one."""
         structures = UNITS[self.attention]
         if isinstance(module, nn.MultiheadAttention):
             return self._guarded(
@@ -86,7 +88,7 @@ class _Discovery:
         return []
 
     def _free(self, path: str, module: nn.Module, names: list[str]) -> bool:
-        """Whether the module has these children and none of them is part of a block already."""
+        """Whether the module has all these children and none is part of another block already."""
         return all(
             child_of(module, name) is not None and join(path, name) not in self.taken
             for name in names
@@ -95,7 +97,7 @@ class _Discovery:
     def _guarded(
         self, path: str, names: list[str], build: Callable[[], list[Structure]]
     ) -> list[Structure]:
-        """The structures of one block, or none and the reason."""
+        """The structures of one block; if it must stay dense, none, with the reason noted."""
         blocks = [join(path, name) for name in names]
         try:
             if type(self.modules[path]).__name__ in layouts.DENSE:
@@ -166,7 +168,7 @@ class _Discovery:
         )
 
     def _between(self, path: str, module: nn.Module, names: list[str], size: int) -> str:
-        """The child whose own parameters have the hidden width, if any."""
+        """The child between the projections that has the hidden width, or ""."""
         inside = {n.split(".")[0] for n in names}
         holder = owner_of(names[0])[0]
         nearby = module if not holder else self.modules[join(path, holder)]
@@ -219,7 +221,7 @@ class _Discovery:
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
-    """{name: another name} for parameters that two modules hold."""
+    """{name: another name of the same parameter} for parameters that two modules hold."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -233,7 +235,7 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _convolves(layer: nn.Module, size: int) -> bool:
-    """Whether a convolution over ``size`` channels is inside (SegFormer mixes tokens so)."""
+    """Whether ``layer`` contains a convolution over ``size`` channels, as SegFormer's FFN does."""
     return any(
         isinstance(m, nn.Conv1d | nn.Conv2d) and m.in_channels == size for m in layer.modules()
     )
@@ -242,7 +244,7 @@ def _convolves(layer: nn.Module, size: int) -> bool:
 def _is_residual_norm(
     layer: nn.Module, modules: dict[str, nn.Module], path: str, names: list[str]
 ) -> bool:
-    """A norm of the residual width beside an FFN that happens to be just as wide."""
+    """Whether ``layer`` is as wide as the residual stream: a norm beside an FFN of equal width."""
     down = modules[join(path, names[-1])]
     width = down.weight.shape[linear_axes(down)[0]]  # type: ignore[index]
     return all(p.shape[0] == width for p in layer.parameters(False))

@@ -1,9 +1,9 @@
 """Attention forwards that the cut puts in place of stock ones.
 
 Each is a subclass of the stock module with the same state dict; cutting swaps the
-``__class__`` of the module. Some exist because the stock forward fixes its shapes, some because
-it spells attention out: on two CPU cores that is a third of a BLIP's time, and one fused kernel
-(SDPA) computes the same. Attention maps are still there for who asks for them.
+``__class__`` of the module. Some exist because the stock forward fixes its shapes, others because
+it computes attention step by step: on two CPU cores that takes a third of a BLIP's time, and one
+fused kernel (SDPA) computes the same. Attention maps are still returned on request.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention: (batch, heads, tokens, size) -> (batch, tokens, heads, size), and its maps.
 
-    The maps are computed where ``maps`` asks for them, or where somebody watches the module.
+    The maps are computed only if ``maps`` is true or a hook watches the module; otherwise None.
     """
     if not maps and not _watched(module):
         drop = dropout if module.training else 0.0
@@ -59,8 +59,8 @@ def _attend(
 def _watched(module: nn.Module) -> bool:
     """Whether a hook wants the module's attention maps.
 
-    transformers collects ``output_attentions`` by hooks that stay after the call; theirs count
-    only while it collects.
+    transformers collects ``output_attentions`` through hooks that stay after the call; they count
+    only while it is collecting.
     """
     hooks = module._forward_hooks.values()
     if not hooks:
@@ -72,9 +72,9 @@ def _watched(module: nn.Module) -> bool:
 
 
 class _FusedForward:
-    """Self-attention with one projection for q, k and v, of any sizes.
+    """Self-attention with one fused projection for q, k and v and any head sizes.
 
-    ``head_dim`` is the size of a query or key head, ``value_dim`` of a value head.
+    ``head_dim`` is the size of a query or key head, ``value_dim`` that of a value head.
     """
 
     num_heads: int
@@ -91,7 +91,7 @@ class _FusedForward:
         self.value_dim = self.head_dim
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, width) -> the same, and the attention maps."""
+        """(batch, tokens, width) -> the same shape, and the attention maps or None."""
         batch, tokens, _ = hidden_states.shape
         narrow, wide = self.num_heads * self.head_dim, self.num_heads * self.value_dim
         q, k, v = self.qkv(hidden_states).split([narrow, narrow, wide], dim=-1)
@@ -129,7 +129,7 @@ class CutInstructBlipAttention(_FusedForward, InstructBlipAttention):
 
 
 class _ProjectedForward:
-    """Attention with q, k and v of their own, whose temperature follows the size of a head."""
+    """Attention with separate q, k and v, whose softmax temperature follows the head size."""
 
     attention_head_size: int
     query: nn.Module
@@ -138,7 +138,7 @@ class _ProjectedForward:
     dropout: nn.Dropout
 
     def adopt(self) -> None:
-        """Nothing: all attributes are the stock module's."""
+        """Do nothing: the stock module has all attributes that this class needs."""
 
     def heads(self, x: Tensor) -> Tensor:
         """(batch, tokens, heads x size) -> (batch, heads, tokens, size)."""
@@ -147,14 +147,14 @@ class _ProjectedForward:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Heads of q, k and v -> (batch, tokens, heads x size), and the attention maps."""
+        """Heads of q, k and v -> (batch, tokens, heads x size), and the attention maps or None."""
         scaling = self.attention_head_size**-0.5
         out, weights = _attend(self, q, k, v, mask, scaling, self.dropout.p, maps)  # type: ignore[arg-type]
         return out.flatten(2), weights
 
 
 class _PairForward(_ProjectedForward):
-    """Self-attention that returns its maps only on demand."""
+    """Self-attention that returns its maps only on request."""
 
     def forward(
         self,
@@ -162,7 +162,7 @@ class _PairForward(_ProjectedForward):
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
-        """(batch, tokens, width) -> the heads' output, and the attention maps on demand."""
+        """(batch, tokens, width) -> the heads' output, and the attention maps on request."""
         q, k, v = (self.heads(p(hidden_states)) for p in (self.query, self.key, self.value))
         out, weights = self.attend(q, k, v, attention_mask, output_attentions)
         return (out, weights) if output_attentions and weights is not None else (out,)
@@ -170,17 +170,17 @@ class _PairForward(_ProjectedForward):
 
 @register_native_forward("spelled:ViltSelfAttention")
 class CutViltSelfAttention(_PairForward, ViltSelfAttention):
-    """ViltSelfAttention by SDPA."""
+    """ViltSelfAttention computed by SDPA."""
 
 
 @register_native_forward("spelled:FlavaSelfAttention")
 class CutFlavaSelfAttention(_PairForward, FlavaSelfAttention):
-    """FlavaSelfAttention by SDPA."""
+    """FlavaSelfAttention computed by SDPA."""
 
 
 @register_native_forward("spelled:BlipTextSelfAttention")
 class CutBlipTextSelfAttention(_ProjectedForward, BlipTextSelfAttention):
-    """BlipTextSelfAttention by SDPA."""
+    """BlipTextSelfAttention computed by SDPA."""
 
     layer_idx: int
 
@@ -194,8 +194,8 @@ class CutBlipTextSelfAttention(_ProjectedForward, BlipTextSelfAttention):
         cache: Any = None,
         **_kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, width) -> the heads' output, and the attention maps."""
-        # transformers 5.24 calls ``cache`` what was ``past_key_values``
+        """(batch, tokens, width) -> the heads' output, and the attention maps or None."""
+        # transformers 5.24 renamed ``past_key_values`` to ``cache``
         past = cache if cache is not None else past_key_values
         crosses = encoder_hidden_states is not None
         source = encoder_hidden_states if encoder_hidden_states is not None else hidden_states
@@ -218,9 +218,9 @@ class CutBlipTextSelfAttention(_ProjectedForward, BlipTextSelfAttention):
 
 @register_native_forward("multihead:MultiheadAttention")
 class CutMultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention with fewer or smaller heads than its width says.
+    """nn.MultiheadAttention with fewer or smaller heads than its width implies.
 
-    ``head_dim`` is the size of a query or key head, ``value_dim`` of a value head; the
+    ``head_dim`` is the size of a query or key head, ``value_dim`` that of a value head; the
     softmax temperature stays that of the uncut module (``scale``).
     """
 
@@ -243,8 +243,12 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward, for batched inputs of shape (batch, tokens, width)
-        or, without ``batch_first``, (tokens, batch, width)."""
+        """Compute attention as nn.MultiheadAttention.forward does, and its maps if requested.
+
+        Inputs are (tokens, width), or batched: (batch, tokens, width) with ``batch_first``,
+        (tokens, batch, width) without. Raises RuntimeError for ``is_causal`` without
+        ``attn_mask``, ValueError if heads were cut and the mask differs between heads.
+        """
         if is_causal and attn_mask is None:  # a hint about attn_mask, as in the stock module
             raise RuntimeError("is_causal needs attn_mask: it only says what the mask looks like")
         unbatched = query.dim() == 2

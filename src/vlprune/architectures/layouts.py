@@ -1,12 +1,12 @@
-"""The table: where attention and FFN projections are, and what a stock forward accepts.
+"""The layout table: where attention and FFN projections are, and what stock forwards accept.
 
 Layouts are matched by child names and shapes, so a family never seen before is usually
-covered. Whether its forward takes narrower weights is known only for the classes listed
-here; every other class gets padded projections, which are exact under any forward.
+covered. Whether a forward takes narrower weights is known only for the classes listed in
+``NATIVE``; every other class gets padded projections, which are exact under any forward.
 
-To add an architecture: add a row. To let its forward run natively: add a model to
+To add an architecture, add a row. To let its forward run natively, add a model to
 ``vlprune.testing.families`` and the class to ``NATIVE`` under that model's name; the
-conformance suite decides.
+conformance suite decides whether the row is right.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 class Attention:
     """Child paths of an attention block. ``qkv`` is one fused projection, rows [q | k | v].
 
-    ``q`` and ``k`` are empty where weights do not come from a dot product (deformable
-    attention). Several ``v`` and ``o`` belong to attention that runs in both directions.
+    ``q`` and ``k`` are empty where attention weights do not come from a dot product
+    (deformable attention). Attention in both directions has several ``v`` and ``o``.
     """
 
     q: str = ""
@@ -88,7 +88,7 @@ FFN = (
     Ffn("intermediate_query.dense", "output_query.dense"),
 )
 
-# Attributes that stock modules read in forward, by meaning.
+# Attributes that stock modules read in their forward, by meaning.
 HEAD_SIZES = ("head_dim", "attention_head_size")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads",)
@@ -100,11 +100,12 @@ class Native:
     """What a stock attention forward accepts without padding.
 
     ``family`` names the family or variant of :mod:`vlprune.testing` in which the class is cut
-    natively, so there is no row that nothing tests. ``head`` and ``head_dim``: fewer heads,
-    smaller heads (the same for q, k and v). ``qk_vo``: value heads of another size than query
-    heads. ``fold``: the forward derives the softmax temperature from the head size. ``swap``:
-    our subclass does the forward. ``widths``: further attributes equal to heads x head size.
-    ``per_head``: parameters with one column per head, as (path below the block, axis).
+    natively, so that every row is tested. ``head``: the forward accepts fewer heads.
+    ``head_dim``: smaller heads, of the same size for q, k and v. ``qk_vo``: value heads of
+    another size than query heads. ``fold``: the forward derives the softmax temperature from the
+    head size. ``swap``: vlprune's subclass takes over the forward. ``widths``: further attributes
+    equal to heads x head size. ``per_head``: parameters with one column per head, as (path below
+    the block, axis).
     """
 
     family: str
@@ -118,7 +119,7 @@ class Native:
 
 
 PADDED = Native("", head=False, head_dim=False)
-"""What a forward is taken to accept while nothing is known about it."""
+"""The entry for any forward about which nothing is known: it accepts neither change."""
 
 
 def _rows(accepts: Callable[[str], Native], **families: str) -> dict[str, Native]:
@@ -127,7 +128,7 @@ def _rows(accepts: Callable[[str], Native], **families: str) -> dict[str, Native
 
 
 NATIVE: dict[str, Native] = {
-    # forward views its projections as (..., -1, head_dim) and keeps its own scale
+    # the forward views its projections as (..., -1, head_dim) and keeps its own scale
     **_rows(
         Native,
         CLIPAttention="clip",
@@ -165,14 +166,15 @@ NATIVE: dict[str, Native] = {
         SwinAttention="swin",
     ),
     **_rows(partial(Native, widths=("embed_dim",)), InternVLVisionAttention="internvl"),
-    # forward divides by sqrt(attention_head_size), and spells attention out: ours is fused
+    # the forward divides by sqrt(attention_head_size) and computes attention step by step;
+    # vlprune's subclass uses a fused kernel
     **_rows(
         partial(Native, fold=True, swap="spelled"),
         BlipTextSelfAttention="blip_captioning",
         ViltSelfAttention="vilt",
         FlavaSelfAttention="flava",
     ),
-    # and its callers build masks with the full number of heads, which would broadcast
+    # the same temperature, but callers build masks for all heads, which would broadcast
     **_rows(
         partial(Native, head=False, fold=True),
         GroundingDinoMultiheadAttention="grounding_dino",
@@ -195,7 +197,7 @@ NATIVE: dict[str, Native] = {
         Qwen2_5_VLVisionAttention="qwen2_5_vl",
         Qwen3VLVisionAttention="qwen3_vl",
     ),
-    # forward fixes its shapes: our subclass reads them from the weights
+    # the forward fixes its shapes: vlprune's subclass takes them from its head sizes
     **_rows(
         partial(Native, qk_vo=True, swap="fused"),
         BlipAttention="blip",
@@ -211,7 +213,7 @@ FUSED_ORDER_KNOWN = frozenset(
     "Qwen3VLVisionAttention Florence2VisionWindowAttention GPT2Attention".split()
 )
 
-# Blocks that look like a row of the table but are something else.
+# Blocks that match a row of the table but are something else.
 DENSE = {
     "Florence2VisionChannelAttention": "attends over channels, not over tokens",
 }

@@ -1,4 +1,4 @@
-"""Which tower a module belongs to, and in which order modules run."""
+"""The tower that a module belongs to, and the order in which modules run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["child_of", "default_tower", "in_order"]
 
 
 def tower_of(path: str) -> str:
-    """``vision``, ``text``, ``cross``, ``fusion`` or ``decoder``, read off a module path."""
+    """The tower in a module path: one of the names in ``_TOWERS``, or "" if none matches."""
     for pattern, tower in _TOWERS:
         if re.search(pattern, path):
             return tower
@@ -32,13 +32,13 @@ _TOWERS = (
 
 
 def default_tower(model: nn.Module) -> str:
-    """The tower of a model that is one tower: vision, text, or just model."""
+    """The tower of modules whose path names none: ``vision``, ``text`` or just ``model``."""
     return {"pixel_values": "vision", "input_ids": "text"}.get(
         str(getattr(model, "main_input_name", "")), "model"
     )
 
 
-# Blocks whose children are defined in another order than they run.
+# Blocks whose children are defined in a different order from the one in which they run.
 _ORDER = {
     "GroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
     "MMGroundingDinoEncoderLayer": ("fusion_layer", "text_enhancer_layer", "deformable_layer"),
@@ -52,7 +52,7 @@ _ORDER = {
 }
 
 
-# Lists of layers that run in turn: one of each, then the next of each.
+# Lists of layers that run in turn: the first of each list, then the second of each, ...
 _IN_TURN = {"BridgeTowerModel": ("cross_modal_text_layers", "cross_modal_image_layers")}
 
 
@@ -83,7 +83,7 @@ def in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
-    """The child at a dotted path below ``module``; None where there is none."""
+    """The child at the dotted path ``name`` below ``module``, or None."""
     for part in name.split("."):
         found = module._modules.get(part)
         if found is None:

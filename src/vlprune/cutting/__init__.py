@@ -1,1 +1,1 @@
-"""Making a plan true: gates, shared weights, and the cut itself with its proof."""
+"""Carrying out a plan: gates, shared weights, and the cut itself with its proof."""

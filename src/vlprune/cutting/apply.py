@@ -1,4 +1,4 @@
-"""Surgery: smaller parameters in the modules of a model, and what follows from them."""
+"""Surgery: put smaller parameters into a model's modules and adjust all that depends on them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def apply_plan(
     undo: ExitStack | None = None,
     ties: Sequence[Tie] = (),
 ) -> None:
-    """Cut and share without any check. Works on meta tensors, which is how loading uses it.
+    """Cut and share without any check. Works on meta tensors, as loading needs.
 
-    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are those
-    that the model had before and that go on. ``undo`` takes the calls that put back what was
-    there before; without it old weights are freed one by one.
+    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are the
+    ties that the model had before the cut and keeps. ``undo`` takes the calls that put the old
+    state back; without it, each old weight is freed as soon as it is replaced.
     """
     undo = undo if undo is not None else _Forget()
     kept = {s.name: plan.kept(s) for s in structures}
@@ -67,7 +67,7 @@ class _Forget(ExitStack):
     """An undo list that keeps nothing."""
 
     def callback(self, callback: Any, /, *_args: Any, **_kwds: Any) -> Any:
-        """Drop the call."""
+        """Drop the call, and with it the old weight that it refers to."""
         return callback
 
 
@@ -78,7 +78,7 @@ Axes = Mapping[int, tuple[Tensor, int]]
 def positions_that_stay(
     model: nn.Module, cut: Sequence[Structure], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Axes]:
-    """For every parameter to be cut."""
+    """The positions that stay, for every parameter to be cut: {parameter: :data:`Axes`}."""
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for structure in cut:
         for slot in structure.slots:
@@ -95,7 +95,7 @@ def positions_that_stay(
 
 
 def swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
-    """Give modules our forward where the stock one does not take narrower weights."""
+    """Give modules vlprune's forward where the stock one does not take narrower weights."""
     for structure in cut:
         if structure.swap is None:
             continue
@@ -116,7 +116,10 @@ def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) ->
 
 @torch.no_grad()
 def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
-    """Replace one parameter by its kept rows and columns, times ``scale``."""
+    """Replace one parameter by its kept rows and columns, times ``scale``.
+
+    Raises PlanError if the module holds None in place of the parameter.
+    """
     path, leaf = owner_of(name)
     module = model.get_submodule(path)
     old = module._parameters[leaf]
@@ -140,7 +143,7 @@ def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStac
 def pad(
     model: nn.Module, cut: Sequence[Structure], index: Mapping[str, Axes], undo: ExitStack
 ) -> None:
-    """Wrap cut projections so that their outside keeps the old width, where none is native."""
+    """Replace the cut projections of padded structures by layers that keep the old outer width."""
     padded: dict[str, dict[int, tuple[Tensor, int]]] = defaultdict(dict)
     for structure in cut:
         for slot in structure.slots if structure.layout == "padded" else ():
@@ -178,7 +181,7 @@ def follow(
     kept: Mapping[str, Sequence[int]],
     undo: ExitStack,
 ) -> None:
-    """Let the numbers that forwards read follow the cut."""
+    """Set the module attributes that native forwards read to the numbers after the cut."""
     for structure in cut:
         for attr in structure.attrs if structure.layout == "native" else ():
             module = model.get_submodule(attr.module)

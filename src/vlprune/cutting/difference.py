@@ -1,8 +1,8 @@
 """How far two models' outputs lie apart: the one measure that every proof uses.
 
-Cutting, exporting and the conformance suite all ask the same question. Here is the only answer,
-so that a hole in it can be closed once: a place where one side is a number and the other is not
-is never skipped, and what could not be compared is said, not counted as equal.
+Cutting, exporting and the conformance suite all use this module, so that a gap in the comparison
+needs closing only once. A place where only one side is a finite number is never skipped, and
+values that cannot be compared are reported, not counted as equal.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Difference:
     """Two lists of outputs side by side.
 
     ``largest`` is the largest absolute difference, ``scale`` the largest absolute value expected,
-    ``relative`` the largest difference of any output over its own scale (an output below the
-    floor counts as of the floor's scale), ``compared`` the fraction of all values that are finite
-    and so were compared.
+    ``relative`` the largest difference of any output divided by its own scale (or by the floor,
+    where the scale is smaller), ``compared`` the fraction of all values that are finite and so
+    were compared.
     """
 
     largest: float
@@ -41,9 +41,10 @@ def difference(
     """Compare two lists of floating tensors, value by value.
 
     Places that are NaN on both sides, or the same infinity, are not compared (attention masks
-    leave such). ``floor`` is the smallest scale by which a difference is divided. Raises
-    VerificationError where number, shapes or finiteness differ, and IncomparableError where there
-    is nothing to compare: no output, or one that is nowhere finite.
+    leave such places). ``floor`` is the smallest scale by which a difference is divided. Raises
+    VerificationError if the number, shapes or finiteness of the outputs differ, and
+    IncomparableError if there is nothing to compare: no output, or an output that is nowhere
+    finite.
     """
     if len(expected) != len(found):
         raise VerificationError(f"{len(expected)} outputs became {len(found)}")
@@ -79,9 +80,9 @@ def difference(
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """Every floating tensor in a model output, depth first; attention maps are left out.
+    """Every floating tensor in a model output, depth first, without attention maps.
 
-    They have as many heads as the model has left.
+    Attention maps have one entry per remaining head, so a cut changes their shape.
     """
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []

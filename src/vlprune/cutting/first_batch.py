@@ -1,4 +1,4 @@
-"""The batch that a cut is proved on: the first one of training, copied; and how it is run again."""
+"""The batch that a cut is proved on: a copy of the first training batch, ready to run again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["copied", "run_inputs"]
 def copied(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one forward pass by name, tensors copied to main memory at any depth.
 
-    Caches of keys and values are left out: the pass fills them, so they are no inputs any more.
+    Caches of keys and values are left out: the pass fills them, so a second pass would not start
+    from the same state.
     """
     names = list(inspect.signature(model.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -32,7 +33,10 @@ def _copy(tensor: Tensor) -> Tensor:
 def run_inputs(
     model: nn.Module, inputs: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """``inputs`` for a model on ``device`` in ``dtype``, at any depth, without caches."""
+    """``inputs`` for a model on ``device``, floating tensors in ``dtype``, without caches.
+
+    Tensors are moved and cast at any depth; ``use_cache`` is False where the model takes it.
+    """
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)

@@ -1,4 +1,4 @@
-"""Gates: one number per unit, multiplied into a running model without changing it."""
+"""Gates: one number per unit, multiplied into a running model without changing its weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Gates = Mapping[str, Tensor]
 
 
 def ones(structures: Sequence[Structure], requires_grad: bool = False) -> dict[str, Tensor]:
-    """Gates that change nothing, float32."""
+    """Gates that change nothing: float32 ones, {structure: (size,)}."""
     return {s.name: torch.ones(s.size, requires_grad=requires_grad) for s in structures}
 
 
 def plan_gates(structures: Sequence[Structure], plan: Plan) -> dict[str, Tensor]:
-    """The plan as gates: 1 for a unit that stays, 0 for one that goes."""
+    """The plan as float32 gates {structure: (size,)}: 1 for a unit that stays, 0 for the others."""
     gates = {}
     for structure in structures:
         values = torch.zeros(structure.size)
@@ -44,9 +44,10 @@ def plan_gates(structures: Sequence[Structure], plan: Plan) -> dict[str, Tensor]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode while the block runs; afterwards every module as it was.
+    """The model in eval mode while the block runs; afterwards every module in its old mode.
 
-    Modules are remembered by path, so that one replaced inside the block inherits the mode.
+    Modes are remembered by path, so that a module put in inside the block inherits the mode of
+    the module that it replaces.
     """
     modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
@@ -65,11 +66,11 @@ def gated(
 
     ``values`` are gates {structure: (size,)} or a plan. All ones give the untouched model
     bit for bit. Values may require gradients; they are read anew at every forward pass, so
-    changing them in place takes effect at once. Nothing stays behind, whatever happens, and copies
-    of the model have no gates.
+    changing them in place takes effect at once. The gates are removed even if the block raises,
+    and copies of the model have none.
 
-    Raises PlanError for an unknown structure or a wrong number of values, UnsupportedError if
-    there are gates in the model already.
+    Raises PlanError for an unknown structure or a wrong number of values, UnsupportedError if the
+    model is gated already or has a module that cannot be gated.
     """
     model = uncompiled(model)
     if isinstance(values, Plan):
@@ -99,17 +100,17 @@ def has_gates(model: nn.Module) -> bool:
     return any(GATES in module.__dict__ for module in model.modules())
 
 
-# A gated module is of a subclass made for the purpose. Nothing in it refers to another module, and
-# a copy of it, a pickle, or the module once its gates are gone is of the stock class again: so
-# copies made during a search (momentum encoders, averages, checkpoints) compute with their own
-# weights, without gates.
+# A gated module's class is a subclass made for the purpose. The module refers to no other module,
+# and a copy or pickle of it, like the module itself once its gates are gone, is of the stock class
+# again. So copies made during a search (momentum encoders, averages, checkpoints) compute with
+# their own weights, without gates.
 
 GATES = "_vlprune_gates"
 
 
 @dataclass(frozen=True)
 class _Gates:
-    """What a gated module carries: its gates, and the ``forward`` of its own that it had."""
+    """The gates of a module, its stock class, and the ``forward`` of the instance, if any."""
 
     members: tuple[tuple[Gate, Tensor], ...]
     base: type[nn.Module]
@@ -132,13 +133,13 @@ def _put_on(module: nn.Module, path: str, members: Sequence[tuple[Gate, Tensor]]
     base, own = type(module), module.__dict__.get("forward")
     module.__dict__[GATES] = _Gates(tuple(members), base, own)
     module.__class__ = _gated_class(base)
-    if own is not None:  # as accelerate leaves it on a model that is spread over devices
+    if own is not None:  # accelerate sets one on a model that is spread over devices
         module.__dict__["forward"] = partial(_through_own_forward, module)
     return module
 
 
 def _take_off(module: nn.Module) -> None:
-    """The module as it was; whoever has changed its class meanwhile keeps that."""
+    """Put the module back as it was, except for a class that other code gave it meanwhile."""
     gates: _Gates | None = module.__dict__.pop(GATES, None)
     if gates is None:
         return
@@ -154,7 +155,7 @@ def _bare(module: nn.Module) -> Iterator[None]:
     cls: Any = type(module)
     gates, own_forward = module.__dict__.get(GATES), module.__dict__.get("forward")
     _take_off(module)
-    if type(module) is cls:  # its gates are gone already, its class is not
+    if type(module) is cls:  # its gates are gone already, but not its gated class
         module.__class__ = cls.__mro__[1]
     try:
         yield
@@ -167,7 +168,7 @@ def _bare(module: nn.Module) -> Iterator[None]:
 
 
 def _gated_class(base: type[nn.Module]) -> Any:
-    """The subclass of ``base`` that multiplies by gates, and leaves no trace in copies."""
+    """A subclass of ``base`` that multiplies by gates, and leaves no trace in copies."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         gates = getattr(self, GATES, None)
@@ -186,7 +187,7 @@ def _gated_class(base: type[nn.Module]) -> Any:
             reduced: Any = self.__reduce_ex__(protocol)
             function, *parts = reduced
             if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-                function = object.__new__  # pickle insists that the other makes our own class
+                function = object.__new__  # with __newobj__, pickle insists on the gated class
             return function, *(dict(part) if isinstance(part, dict) else part for part in parts)
 
     members = {
@@ -202,7 +203,7 @@ def _gated_class(base: type[nn.Module]) -> Any:
 
 
 def _through_own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """As the gated class's forward, for a module whose instance has a ``forward`` of its own."""
+    """Like the gated class's forward, for an instance that has a ``forward`` of its own."""
     gates = module.__dict__[GATES]
     return _through(module, gates.members, gates.forward, args, kwargs)
 
@@ -239,11 +240,11 @@ def _through(
 
 
 def _product(weight: Tensor, gate: Gate, values: Tensor) -> Tensor:
-    """The rows of a weight times the gates."""
+    """The rows of a weight times the gates, in the weight's shape."""
     scale = _like(weight, spread(values, gate, weight.shape[0]))
     product = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        # torch's matmul picks its kernel by this flag; without it the last bit moves
+        # torch's matmul picks its kernel by this flag; without it the last bit differs
         product.requires_grad_(weight.requires_grad)
     return product
 
@@ -251,8 +252,8 @@ def _product(weight: Tensor, gate: Gate, values: Tensor) -> Tensor:
 def _through_weight(module: Any, members: Sequence[tuple[Gate, Tensor]], inputs: Tensor) -> Tensor:
     """A linear layer with its gated weight.
 
-    A weight is small beside the activations of a batch, so this costs a small fraction of
-    what scaling activations costs in time, and next to no memory.
+    A weight is small compared with the activations of a batch, so scaling the weight takes a
+    small fraction of the time that scaling the activations would, and next to no memory.
     """
 
     def scale(at: str, like: Tensor, size: int) -> Tensor | None:
@@ -274,7 +275,7 @@ class _GatedLinear(torch.autograd.Function):
     """inputs @ (rows * weight * columns).T + rows * bias, without keeping the gated weight.
 
     inputs (..., in), weight (out, in), bias (out,), rows (out,), columns (in,); all but the
-    first two may be None. The gated weight is made again in the backward pass.
+    first two may be None. The backward pass computes the gated weight again.
     """
 
     @staticmethod
@@ -287,7 +288,7 @@ class _GatedLinear(torch.autograd.Function):
     ) -> Tensor:
         gated_weight = _gated_weight(weight, rows, columns)
         if weight.requires_grad and not torch.is_inference_mode_enabled():
-            # torch's matmul picks its kernel by this flag; without it the last bit moves
+            # torch's matmul picks its kernel by this flag; without it the last bit differs
             gated_weight.requires_grad_()
         gated_bias = bias if bias is None or rows is None else (rows * bias).to(bias.dtype)
         return nn.functional.linear(inputs, gated_weight, gated_bias)

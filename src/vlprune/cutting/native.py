@@ -1,7 +1,7 @@
 """Named subclasses that accept narrower weights than the stock forward does.
 
-A structure names its subclass by a key; the architecture that owns the forward registers
-it here, so that cutting (which knows no architectures) can find it.
+A structure names its subclass by a key. The architecture that owns the forward registers the
+subclass here, so that cutting, which knows no architectures, can look it up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ C = TypeVar("C", bound=type[Any])
 
 
 def register_native_forward(key: str) -> Callable[[C], C]:
-    """Class decorator: the subclass found under ``key``.
+    """Class decorator that registers a subclass under ``key``.
 
-    The class must offer ``adopt(module)``, called once on a module of the stock class right
+    The class must have a method ``adopt()``, called once on a module of the stock class right
     after its ``__class__`` was swapped and before any weight is cut.
     """
 
@@ -30,5 +30,5 @@ def register_native_forward(key: str) -> Callable[[C], C]:
 
 
 def native_forward(key: str) -> type[Any]:
-    """The class registered under ``key``."""
+    """The class registered under ``key``. Raises KeyError if the key is unknown."""
     return _FORWARDS[key]

@@ -1,4 +1,4 @@
-"""The one layer a cut may add: a projection that keeps its old width on the outside."""
+"""The one layer that a cut may add: a projection that keeps its old width on the outside."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def stock_name(module: nn.Module) -> str:
-    """The name of the stock class, also where a cut or sharing has put another in its place."""
+    """The name of the stock class, even where a cut or sharing has put a subclass in its place."""
     return type(module).__name__.removeprefix("Parametrized").removeprefix("Cut")
 
 
@@ -33,17 +33,20 @@ def linear_axes(module: nn.Module) -> tuple[int, int]:
 
 
 def expect_index(module: nn.Module, name: str, values: Tensor) -> None:
-    """Note what an index buffer of an empty model must hold once its weights are loaded."""
+    """Note the ``values`` that an index buffer of an empty model must hold after loading.
+
+    Raises ValueError if ``values`` are on the meta device.
+    """
     if values.is_meta:
         raise ValueError("the positions themselves are needed, not a tensor without numbers")
     module.__dict__.setdefault("expected_indices", {})[name] = values
 
 
 def check_indices(model: nn.Module) -> None:
-    """Compare the loaded index buffers with what the plan says, and forget that.
+    """Compare the loaded index buffers with the noted positions, then drop the notes.
 
-    A wrong one would read or write other positions, or memory outside of a weight. Raises
-    CheckpointError.
+    A wrong buffer would read or write other positions, or memory outside a weight. Raises
+    CheckpointError if a buffer differs.
     """
     for path, module in model.named_modules():
         for name, wanted in module.__dict__.pop("expected_indices", {}).items():
@@ -59,14 +62,14 @@ class PaddedLinear(nn.Module):
     """A small projection with the full width outside.
 
     ``rows`` are the output positions that exist: the small result is scattered into zeros
-    of ``full_out``. ``columns`` are the input positions that are read. The forward around
-    it sees the shapes it always saw, so rotary embeddings, q/k norms and hard-coded
-    reshapes stay exact; parameters and projection MACs fall, the attention core does not.
-    Both index buffers are saved with the weights.
+    of ``full_out``. ``columns`` are the input positions that are read. The surrounding
+    forward sees the same shapes as before the cut, so rotary embeddings, q/k norms and
+    hard-coded reshapes stay exact. Parameters and projection MACs fall; those of the attention
+    core do not. Both index buffers are saved with the weights.
 
-    It is no ``nn.Linear``, because its weight is smaller than its inputs and outputs say: what
-    replaces or wraps every ``nn.Linear`` by these numbers (adapters, quantizers) would compute
-    something else, so it must pass by, or refuse.
+    The class is not an ``nn.Linear``, because its weight is smaller than ``in_features`` and
+    ``out_features`` say. Code that replaces or wraps every ``nn.Linear`` by these numbers
+    (adapters, quantizers) would compute something else, so it must skip this layer, or refuse.
     """
 
     weight: nn.Parameter
@@ -104,7 +107,7 @@ class PaddedLinear(nn.Module):
         return full.index_copy(-1, self.rows, small)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """The text inside the parentheses when the model is printed."""
         inside = tuple(self.weight.shape)
         return (
             f"in={self.in_features}, out={self.out_features}, stored={inside}, "

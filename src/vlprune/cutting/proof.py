@@ -1,4 +1,4 @@
-"""The proof of a cut: masked and cut model give the same outputs."""
+"""The proof of a cut: the masked and the cut model give the same outputs."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
 
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Relative difference of masked and cut model that is rounding."""
+"""Largest relative difference between masked and cut model that counts as rounding."""
 
 
 HALF_TOLERANCE = 5e-2
-"""The same where a kernel knows only half precision."""
+"""The same for any other dtype, where a kernel supports only half precision."""
 
 
 @dataclass(frozen=True)
 class Verification:
     """How the cut was proved.
 
-    The largest ``difference`` between masked and cut model, the outputs' ``scale``, the ``dtype``
-    it was measured in, the fraction of all values that was ``compared`` (the others are infinite
-    or NaN on both sides), and the attention ``kernel`` that ran, "" for the model's own.
+    ``difference`` is the largest absolute difference between masked and cut model, ``scale`` the
+    largest absolute output value, ``dtype`` the dtype of both passes, ``compared`` the fraction of
+    all values that was compared (the others are infinite or NaN on both sides), and ``kernel`` the
+    attention kernel that ran, "" for the model's own.
     """
 
     difference: float
@@ -58,10 +59,12 @@ def run_masked(
 ) -> tuple[list[Tensor], Mapping[str, Any], torch.dtype, str]:
     """The masked model's outputs, the inputs and dtype of that pass, and the kernel that ran.
 
-    Tried are the wide dtype with the kernels that the model has, then without labels (a loss may
-    hold numbers of another dtype), with other kernels that may know that dtype (flash attention
-    does not), and last the model's own dtype. ``setting`` keeps what worked until the cut model
-    has run in it, too.
+    The first attempt uses the wide dtype and the model's own kernels. If it fails, the proof is
+    tried without labels (a loss may hold numbers of another dtype), then with other kernels that
+    may support the wide dtype (flash attention does not), and last in the model's own dtype.
+    ``setting`` keeps the combination that worked until the cut model has run in it, too.
+
+    Raises IncomparableError if every attempt fails.
     """
     problems: list[str] = []
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
@@ -95,7 +98,11 @@ def run_masked(
 def compare(
     model: nn.Module, masked: Sequence[Tensor], inputs: Mapping[str, Any], dtype: torch.dtype
 ) -> Difference:
-    """How far the cut model is from the masked one. Raises VerificationError."""
+    """How far the outputs of the cut model are from those of the masked one.
+
+    ``inputs`` and ``dtype`` are those that :func:`run_masked` returned with ``masked``. Raises
+    VerificationError if the cut model does not run or the difference is more than rounding.
+    """
     advice = (
         "the model was put back as it was: report this architecture, or, if you know better, "
         "cut without proof by finish(verify=False)"
@@ -123,7 +130,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
-    """Dtypes and kernels to try the proof in, best first."""
+    """The (dtype, kernel) pairs to try the proof with, best first."""
     count = sum(p.numel() for p in model.parameters())
     wide = torch.float64 if count <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
     yield wide, ""
@@ -137,7 +144,7 @@ def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
 
 @contextmanager
 def _kernels(model: Any, name: str) -> Iterator[None]:
-    """The model with other attention kernels, and plain ones for experts, while the block runs."""
+    """The model with attention kernel ``name``, and eager experts, while the block runs."""
     fields = ("_attn_implementation_internal", "_experts_implementation_internal")
     before = {
         place: (config, {f: config.__dict__[f] for f in fields if f in config.__dict__})
@@ -145,18 +152,18 @@ def _kernels(model: Any, name: str) -> Iterator[None]:
     }
     try:
         model.set_attn_implementation(name)
-        with suppress(Exception):  # only models with experts can
+        with suppress(Exception):  # only models with experts have the setting
             model.set_experts_implementation("eager")
         yield
     finally:
-        now = _configs(model)  # those of a cut model are new ones
+        now = _configs(model)  # a cut model has new config objects
         for place, (config, values) in before.items():
             config.__dict__.update(values)
             now.get(place, config).__dict__.update(values)
 
 
 def _configs(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """{(module, sub-config): config} of all configs that the model refers to."""
+    """{(module path, sub-config name): config} of all configs that the model refers to."""
     found = {}
     for path, module in model.named_modules():
         config: Any = getattr(module, "config", None)

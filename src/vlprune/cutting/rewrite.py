@@ -1,4 +1,4 @@
-"""The cut: a settled plan made true in place, proved on the spot, undone if anything fails."""
+"""The cut: a settled plan carried out in place, proved at once, undone if anything fails."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def rewrite(
     Everything is checked before the first weight is touched. Units that the plan shares are
     stored once afterwards (:mod:`vlprune.cutting.sharing`). With ``verify`` (inputs for one forward
     pass) the masked and the cut model must give the same output, in float64 for models of
-    up to 100 M parameters, in float32 above, and in the model's own dtype where its kernels know
-    no wider one. If they differ, or anything else ends the cut early (Ctrl-C, no memory), the
-    model is put back as it was; so the old weights are held until the cut is done.
+    up to 100 M parameters, in float32 above, and in the model's own dtype where its kernels
+    support no wider one. If they differ, or anything else ends the cut early (Ctrl-C, out of
+    memory), the model is put back as it was, so the old weights are held until the cut is done.
 
-    Raises PlanError for a plan that does not fit, UnsupportedError for a model that
-    carries another quantizer, VerificationError if masked and cut model differ, and its kind
-    IncomparableError if they could not be compared.
+    Raises PlanError for a plan that does not fit, UnsupportedError for a model that carries
+    another quantizer, adapters, gates, weights that are not ordinary parameters or a wrapper for
+    parallel training, VerificationError if masked and cut model differ, and IncomparableError (a
+    kind of VerificationError) if they could not be compared.
     """
     model = unwrapped(model)
     perform(model, settle(model, structures, plan), verify)
@@ -48,7 +49,7 @@ def rewrite(
 def perform(
     model: nn.Module, cut: Cut, verify: Mapping[str, Any] | None = None
 ) -> Verification | None:
-    """Cut the model as :func:`rewrite` does; returns the proof, None without ``verify``."""
+    """Cut the model as :func:`rewrite` does; returns the proof, or None without ``verify``."""
     if verify is None:
         with _undone_on_failure() as undo:
             _apply(model, cut, undo)
@@ -65,7 +66,7 @@ def perform(
 
 
 def _apply(model: nn.Module, cut: Cut, undo: ExitStack) -> None:
-    """Cut, whole weights first: what was tied is tied again, as far as it is left."""
+    """Untie shared weights, cut, and tie again the shared positions that are left."""
     ties = ties_in(model)
     if ties:
         undo.callback(remember_ties(model))
@@ -75,7 +76,7 @@ def _apply(model: nn.Module, cut: Cut, undo: ExitStack) -> None:
 
 @contextmanager
 def _undone_on_failure() -> Iterator[ExitStack]:
-    """A list of calls that are made, last first, if the block is left by any exception."""
+    """A stack of calls, made last first if any exception ends the block."""
     with ExitStack() as undo:
         yield undo
         undo.pop_all()

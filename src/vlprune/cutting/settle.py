@@ -1,4 +1,4 @@
-"""A plan, checked once against the model that it is for, before anything changes."""
+"""A plan, checked once against its model before anything changes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ __all__ = ["Cut", "settle"]
 
 @dataclass(frozen=True)
 class Cut:
-    """A plan, resolved for one model and checked once: what :func:`perform` makes true.
+    """A plan, resolved for one model and checked, for :func:`perform` to carry out.
 
-    ``structures`` are those that lose units, share or are shared; ``plan`` also says what follows
-    from sharing that the model had before; ``record`` is what the model will remember.
+    ``structures`` are those that lose units, share or are shared. ``plan`` includes the
+    consequences of any sharing that the model had before. ``record`` is the record that the model
+    will keep of the cut.
     """
 
     description: Description
@@ -38,7 +39,7 @@ def settle(model: nn.Module, structures: Description | Sequence[Structure], plan
     """The cut that ``plan`` means for ``model``.
 
     Raises PlanError for a plan that does not fit, UnsupportedError for a model that carries
-    another quantizer, gates, or weights that are no plain parameters.
+    another quantizer, gates, or weights that are not ordinary parameters.
     """
     if isinstance(structures, Description):
         description = structures
@@ -71,8 +72,9 @@ def settle(model: nn.Module, structures: Description | Sequence[Structure], plan
 def check_plain(model: nn.Module, structures: Sequence[Structure]) -> None:
     """Raise UnsupportedError unless all weights of the structures are ordinary parameters.
 
-    Our own sharing aside, a weight that is computed from others (adapters, ``weight_norm``,
-    ``torch.nn.utils.prune``) cannot be cut: what it is computed from would keep its size.
+    Except for vlprune's own sharing, a weight that is computed from others (adapters,
+    ``weight_norm``, ``torch.nn.utils.prune``) cannot be cut: the tensors behind it would keep their
+    size.
     """
     shared = {one.target for one in ties_in(model)}
     for structure in structures:
@@ -87,7 +89,7 @@ def check_plain(model: nn.Module, structures: Sequence[Structure]) -> None:
 
 
 def _is_plain(weight: Any) -> bool:
-    """Whether a weight is numbers of its own: neither missing, nor packed, nor a quantized kind."""
+    """Whether a weight is an ordinary parameter: neither missing, nor packed, nor quantized."""
     return (
         isinstance(weight, nn.Parameter)
         and weight.is_floating_point()

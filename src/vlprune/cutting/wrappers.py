@@ -1,4 +1,4 @@
-"""What people put around a model: looked through where that is exact, refused where it is not."""
+"""Wrappers around a model: looked through where that is exact, refused where it is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REFUSED = {
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that ``torch.compile`` was given; any other as it is."""
+    """The module inside ``torch.compile``; any other model unchanged."""
     while type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
         model = model._orig_mod
     return model

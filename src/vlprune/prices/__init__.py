@@ -1,1 +1,1 @@
-"""What a unit costs, and which units a budget pays for."""
+"""Prices of units, and the choice of the units that a budget pays for."""

@@ -1,4 +1,4 @@
-"""Budgets: the fraction of the whole model that is to stay."""
+"""Budgets: the fraction of the whole model that must stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clocks: seconds of forward passes, side by side, and of parts of a running model."""
+"""Clocks: seconds of forward passes, compared in turns, and of parts of a running model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 4.0
 
 
 def conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a measured time depends on: device, threads, dtype, shapes. Plain values."""
+    """The conditions of a measured time, as plain values: device, threads, dtype, input shapes."""
     weight = next(model.parameters())
     return {
         "device": device_name(weight.device),
@@ -35,16 +35,16 @@ def conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Clock:
-    """Moments in time, comparable after :meth:`wait`: GPU events where the model is on one.
+    """Moments in time, comparable after :meth:`wait`; on a CUDA device they are GPU events.
 
-    On accelerators other than CUDA's every moment waits for all that was launched before.
+    On other accelerators, reading a moment first waits for all work launched before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
 
     def now(self) -> Any:
-        """A moment."""
+        """The current moment, for :meth:`between`."""
         if not self.on_gpu:
             self.wait()
             return time.perf_counter()
@@ -53,7 +53,7 @@ class Clock:
         return event
 
     def wait(self) -> None:
-        """Until all that was launched is done."""
+        """Wait until all launched work is done."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
@@ -66,7 +66,7 @@ class Clock:
 
 @torch.no_grad()
 def seconds_of(model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """Seconds of one forward pass, launched alone and waited for."""
+    """Seconds of one forward pass that starts on an idle device, up to its end."""
     clock = Clock(device_of(model))
     clock.wait()
     start = clock.now()
@@ -79,10 +79,10 @@ def seconds_of(model: nn.Module, inputs: Mapping[str, Any]) -> float:
 def take_turns(
     timers: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """What each timer said, ``rounds`` times: {name: (rounds,)}.
+    """The seconds of each timer in ``rounds`` rounds: {name: (rounds,)}.
 
-    They take turns, so that a busy moment of the machine falls on all of them; the first
-    ``warm_up`` rounds are not counted.
+    The timers take turns, so that a busy moment of the machine affects all of them. Another
+    ``warm_up`` rounds run first and are not counted.
     """
     timed: dict[str, list[float]] = {name: [] for name in timers}
     for turn in range(rounds + warm_up):
@@ -96,9 +96,9 @@ def take_turns(
 class Stopwatch:
     """Seconds inside each structure of a running model, from its first projection to its last.
 
-    It stands around the ``forward`` of the projections and sets no hook: attention forwards look
-    for hooks, and where they find one they spell attention out for it, in place of the fused
-    kernel that is to be timed.
+    It wraps the ``forward`` of the projections and sets no hook: attention forwards look for
+    hooks, and where they find one they compute attention step by step, in place of the fused kernel
+    that is to be timed.
     """
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
@@ -113,7 +113,7 @@ class Stopwatch:
                 module = model.get_submodule(path)
                 parent = owner_of(path)[0]
                 if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-                    path, module = parent, model.get_submodule(parent)  # never calls out_proj
+                    path, module = parent, model.get_submodule(parent)  # never calls its out_proj
                 inward = leaf == "weight" and reads(module, slot.axis)
                 inward = inward or isinstance(module, nn.MultiheadAttention)
                 ends[path] = ends.get(path, False) or inward
@@ -122,14 +122,14 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Times what runs inside the block."""
+        """Time the structures that run inside the block."""
         with ExitStack() as stack:
             for module, names in self.members.items():
                 stack.callback(self._stand_around(module, names))
             yield
 
     def read(self) -> dict[str, float]:
-        """Seconds a structure since it was last read."""
+        """{structure: seconds} since the last call, then start again from zero."""
         self.clock.wait()
         seconds = {
             name: sum(self.clock.between(a, b) for a, b in spans)
@@ -140,7 +140,7 @@ class Stopwatch:
         return seconds
 
     def _stand_around(self, module: nn.Module, names: Mapping[str, bool]) -> Callable[[], None]:
-        """Time a module's forward for {structure: whether it ends there}; returns the undoing."""
+        """Time a module's forward for {structure: whether it ends here}; returns the undo call."""
         before, forward = module.__dict__.get("forward"), module.forward
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ class Stopwatch:
 
 
 def reads(module: nn.Module, axis: int) -> bool:
-    """Whether this axis of the module's weight is its input."""
+    """Whether this axis of the module's weight is its input axis."""
     return len(getattr(module, "weight", torch.empty(0)).shape) == 2 and (
         axis == linear_axes(module)[1]
     )

@@ -1,4 +1,4 @@
-"""What a model costs, as ``vlprune.cost``: parameters and MACs, of a plan, of gates, of a unit."""
+"""The functions of ``vlprune.cost``: parameters and MACs of a plan, of gates and of a unit."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ __all__ = ["STEP", "WIDTHS", "alike", "latency_prices", "width_of"]
 
 
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-"""The shares of its units that each structure is measured at."""
+"""The fractions of its units that each structure is measured with."""
 
 
 STEP = 8
-"""Widths are measured at multiples of this; kernels round up to it or to a multiple of it."""
+"""Measured widths are multiples of this number; kernels round widths up to such a multiple."""
 
 
 def latency_prices(
@@ -43,9 +43,10 @@ def latency_prices(
     """Seconds of one forward pass on ``inputs``, as a price list with one curve per structure.
 
     Copies of the model are cut to :data:`WIDTHS`, one after the other, and timed in turns with
-    the model itself; structures of one shape and tower are averaged. Between measured widths the
-    curve is a line; a width that is no multiple of :data:`STEP` costs what such a width was
-    measured to cost. In a distributed run all processes get the first one's table.
+    the model itself; structures of the same shape and tower are averaged. Between measured widths
+    the curve is a straight line; a width that is not a multiple of :data:`STEP` costs more by the
+    factor that was measured for such widths. In a distributed run all processes get the table of
+    the first process.
 
     Raises VlpruneError if the model is on the meta device.
     """
@@ -63,7 +64,7 @@ def latency_prices(
 
 @dataclass
 class _Table:
-    """What was measured: seconds of the model and of its structures, and ratios cut to dense."""
+    """Measurements: seconds of the model and of its structures, and ratios of cut to dense."""
 
     model: nn.Module
     structures: tuple[Structure, ...]
@@ -74,7 +75,7 @@ class _Table:
     spans: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def ratios(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """Median of cut over dense seconds of every structure, the two models taking turns."""
+        """Median ratio of cut to dense seconds per structure, with the two models taking turns."""
         small = copy.deepcopy(self.model)
         keep = {s.name: tuple(range(kept[s.name])) for s in self.structures}
         rewrite(small, self.structures, Plan(keep=keep, attention=self.attention))
@@ -125,14 +126,14 @@ def _measured(
 
 
 def width_of(size: int, share: float) -> int:
-    """So many units, a multiple of :data:`STEP` where there are enough of them."""
+    """About ``size * share`` units, a multiple of :data:`STEP` if the structure is large enough."""
     if size < 2 * STEP:
         return max(1, round(size * share))
     return max(STEP, round(size * share / STEP) * STEP)
 
 
 def alike(structures: Sequence[Structure], model: nn.Module) -> list[list[Structure]]:
-    """Structures of one tower whose parameters have the same shapes."""
+    """Groups of structures of one tower, kind and layout whose parameters have the same shapes."""
     weights = named_weights(model)
     groups: dict[Any, list[Structure]] = defaultdict(list)
     for s in structures:
@@ -142,7 +143,11 @@ def alike(structures: Sequence[Structure], model: nn.Module) -> list[list[Struct
 
 
 def curve_between(points: Mapping[int, float], size: int, penalty: float) -> tuple[float, ...]:
-    """Seconds of 0, 1, ... ``size`` units, from {width: seconds}; odd widths cost the penalty."""
+    """Seconds of 0, 1, ... ``size`` units: (size + 1,), from ``points`` {width: seconds}.
+
+    A width that is not a multiple of :data:`STEP` costs ``penalty`` times as much, but never more
+    than the whole structure.
+    """
     widths = sorted(points)
     values = np.maximum.accumulate([points[width] for width in widths])
     slope = (values[1] - values[0]) / (widths[1] - widths[0]) if len(widths) > 1 else 0.0

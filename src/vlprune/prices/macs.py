@@ -1,4 +1,4 @@
-"""MACs: of a model, under a plan or gates, and of one unit. One multiply-add counts 1."""
+"""MACs of a model, under a plan or gates, and of one unit; one multiply-add counts as 1."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = ["MacsProfile", "macs", "macs_of", "measure_macs"]
 class MacsProfile:
     """MACs of one forward pass of the dense model, split so that any cut can be priced.
 
-    ``total`` is everything; ``unit`` what one unit of a structure adds; ``not_counted``
-    names operations that did arithmetic we cannot price.
+    ``total`` counts the whole pass, ``unit`` one unit of each structure; ``sizes`` are the units
+    of each structure; ``not_counted`` names operations that ran but have no known price.
     """
 
     total: int
@@ -54,7 +54,7 @@ def macs(
 ) -> int | Tensor:
     """Multiply-adds of one forward pass on ``example_inputs`` after the cut.
 
-    An int for a plan, a differentiable scalar for gates. The dense model runs once.
+    An int for a plan or for None, a differentiable scalar for gates. The dense model runs once.
     """
     return macs_of(measure_macs(model, structures, example_inputs), structures, plan_or_gates)
 
@@ -62,15 +62,15 @@ def macs(
 def macs_of(
     profile: MacsProfile, structures: Sequence[Structure], choice: Plan | Gates | None
 ) -> int | Tensor:
-    """As :func:`macs`, from a profile measured before."""
+    """As :func:`macs`, from a profile measured before, without running the model."""
     total: Any = float(profile.total)
     for structure in structures:
         total = total - profile.unit[structure.name] * (structure.size - kept_of(structure, choice))
     return total if isinstance(total, Tensor) else round(total)
 
 
-# torch's flop registry has no formula for the fused attention kernel that CPUs use, and says
-# nothing when it meets it.
+# torch's flop registry has no formula for the fused attention kernel of CPUs and skips it in
+# silence.
 def _sdpa_cpu(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
@@ -121,7 +121,7 @@ class _Counter(TorchDispatchMode):
 def measure_macs(
     model: nn.Module, structures: Sequence[Structure], example_inputs: Mapping[str, Any]
 ) -> MacsProfile:
-    """Run the dense model once, where it lies, and split its MACs by structure."""
+    """Run the dense model once, on its own device, and split its MACs by structure."""
     counter, by_projection = _Counter(), defaultdict[str, int](int)
     with ExitStack() as hooks:
         for handle in _projection_hooks(model, by_projection):
@@ -129,7 +129,7 @@ def measure_macs(
         for core in {s.core for s in structures if s.core}:
             for handle in counter.watch(core, model.get_submodule(core)):
                 hooks.callback(handle.remove)
-        # its fused kernel has no formula
+        # the fast path's fused kernel has no formula
         hooks.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
@@ -147,7 +147,7 @@ def measure_macs(
 
 
 def _projection_hooks(model: nn.Module, macs: dict[str, int]) -> Iterator[RemovableHandle]:
-    """Hooks that add up, by weight, the MACs of every projection that runs."""
+    """Hooks that add up the MACs of every projection that runs, by the name of its weight."""
 
     def linear(path: str, width_in: int, width_out: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
@@ -182,7 +182,7 @@ def _macs_per_unit(
     by_projection: Mapping[str, int],
     by_core: Mapping[str, int],
 ) -> float:
-    """A unit's part of its projections and, where the cut reaches it, of the attention core."""
+    """A unit's MACs in its projections and, where a cut shrinks it, in the attention core."""
     price = 0.0
     for slot in structure.slots:
         rows = shapes[slot.param][slot.axis]

@@ -1,4 +1,4 @@
-"""Parameters: of a model, under a plan or gates, and of one unit."""
+"""Parameter counts: of a model, under a plan or gates, and of one unit."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def params(
 ) -> int | Tensor:
     """Parameters of the whole model after the cut, as they are stored.
 
-    An int for a plan (or for nothing: the model as it is), a differentiable scalar for
-    gates. Parameters shared by several modules count once, and so do units that a plan shares;
-    buffers do not count. A plan's sharing adds to that which the model has already.
+    An int for a plan or for None (the model as it is), a differentiable scalar for gates.
+    Parameters shared by several modules count once, and so do units that a plan shares; buffers
+    do not count. A plan's sharing adds to the sharing that the model has already.
     """
     if isinstance(plan_or_gates, Plan):
         plan_or_gates = settled(model, structures, plan_or_gates)
@@ -67,7 +67,7 @@ def _stored_elsewhere(
     choice: Plan | Gates | None,
     shapes: Mapping[str, Sequence[int]],
 ) -> int:
-    """Numbers in weights that take them from another weight, now or after the plan."""
+    """How many numbers weights take from other weights, now or after the plan."""
     ties = ties_in(model)
     if isinstance(choice, Plan):
         ties = [*ties, *ties_of(structures, choice, shapes)]
@@ -90,8 +90,8 @@ def _stored_elsewhere(
 def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
     """The price of one unit of each structure in parameters.
 
-    Linear in the number of kept units, because no parameter has two pruned axes. A unit whose
-    weights are stored elsewhere costs its bias alone (``Prices.borrowed``).
+    The cost is linear in the number of kept units, because no parameter has two pruned axes. A
+    unit whose weights are stored elsewhere costs its bias alone (``Prices.borrowed``).
     """
     weights = named_weights(model)
     shapes = {name: tuple(p.shape) for name, p in weights.items()}
@@ -116,7 +116,7 @@ def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
 def _units_elsewhere(
     model: nn.Module, structures: Sequence[Structure]
 ) -> dict[str, tuple[int, ...]]:
-    """{structure: its units that take their weights from another}, of a model that shares."""
+    """{structure: its units that take their weights from another structure} of the model."""
     tied: dict[str, set[int]] = defaultdict(set)
     for one in ties_in(model):
         tied[one.target].update(one.into)

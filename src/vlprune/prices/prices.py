@@ -1,4 +1,4 @@
-"""What one unit of each structure costs, and what always stays."""
+"""Price lists: the cost of one unit of each structure, and of all that always stays."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ __all__ = ["Floor", "Prices", "floor_cost", "least", "whole_cost"]
 class Prices:
     """The price list of a model: ``fixed`` for what always stays, ``unit`` for each unit.
 
-    ``what`` is one of ``CURRENCIES``; ``sizes`` are the units of each structure. A unit whose
-    weights are stored elsewhere (sharing) costs ``borrowed`` instead; ``elsewhere`` lists those of
-    a model that shares already. Where prices are no sum over units, ``curve`` says what 0, 1, ...
-    units of a structure cost together, and ``unit`` is the average.
+    ``what`` is one of ``CURRENCIES``, the currency of all prices (seconds for latency);
+    ``sizes`` are the units of each structure. A unit whose weights are stored elsewhere
+    (sharing) costs ``borrowed`` instead; ``elsewhere`` lists such units of a model that shares
+    already. Where the cost is not a sum over units, ``curve`` holds the cost of 0, 1, ... units of
+    a structure together, and ``unit`` is the average.
     """
 
     what: str
@@ -30,26 +31,26 @@ class Prices:
     curve: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def of(self, name: str) -> np.ndarray[Any, Any]:
-        """What each unit of a structure costs: (size,)."""
+        """The cost of each unit of a structure: (size,), float64."""
         prices = np.full(self.sizes[name], self.unit[name], dtype=np.float64)
         if name in self.elsewhere:
             prices[list(self.elsewhere[name])] = self.borrowed[name]
         return prices
 
     def whole(self, name: str) -> float:
-        """What all units of a structure cost together."""
+        """The cost of all units of a structure together."""
         if name in self.curve:
             return self.curve[name][-1]
         return float(self.of(name).sum())
 
     def ranked(self, name: str, order: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """What each unit saves when they go in this order, those before it being gone: (size,)."""
+        """What each unit saves when the units go in this ``order``, one by one: (size,)."""
         if name in self.curve:
             return -np.diff(np.asarray(self.curve[name])[::-1])
         return self.of(name)[order]
 
     def fixing(self, names: Collection[str]) -> Prices:
-        """The same prices where these structures stay whole, and so count as fixed."""
+        """The same prices with the structures ``names`` whole, so that they count as fixed."""
         if not names:
             return self
 
@@ -69,13 +70,13 @@ class Prices:
 
     @property
     def total(self) -> float:
-        """What the uncut model costs."""
+        """The cost of the uncut model."""
         return self.fixed + sum(self.whole(name) for name in self.unit)
 
     def cost(self, kept: Mapping[str, int | Sequence[int]]) -> float:
-        """What the model costs when these units of each structure stay (absent: all).
+        """The cost of the model when the units ``kept`` of each structure stay (absent: all).
 
-        A number of units stands for any so many of a structure whose units cost the same.
+        A number in place of the units means that many units, where all cost the same.
         """
         total = self.fixed
         for name, price in self.unit.items():
@@ -99,10 +100,10 @@ class Floor:
 
 
 def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> float:
-    """The smallest fraction that is reached whatever the scores: one block of each structure stays.
+    """The smallest fraction of the total in reach whatever the scores: one block per structure.
 
-    Where units of a structure differ in price, that is its dearest block. With ``floors`` a lower
-    bound: units are whole, so a plan may have to stay above it.
+    Where the units of a structure differ in price, its dearest block counts. With ``floors`` the
+    result is a lower bound: units are whole, so a plan may have to stay above it.
     """
     last = {
         name: prices.curve[name][min(max(1, round_to), size)]
@@ -119,10 +120,10 @@ def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> fl
 
 
 def whole_cost(names: Sequence[str], prices: Prices) -> float:
-    """What all units of these structures cost together."""
+    """The cost of all units of these structures together."""
     return sum(prices.whole(name) for name in names)
 
 
 def floor_cost(floor: Floor, prices: Prices) -> float:
-    """What must stay at least, in the currency of the prices."""
+    """The cost that must stay at least, in the currency of ``prices``."""
     return floor.share * whole_cost(floor.structures, prices)

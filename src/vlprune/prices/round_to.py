@@ -1,4 +1,4 @@
-"""Which multiples of units the device at hand is fast at."""
+"""The multiples of units that are fast on the device at hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MULTIPLES = (1, 2, 4, 8, 16, 32)
 
 
 NEAR = 1.03
-"""How much more time than its size says is no difference."""
+"""A model counts as fast if its time is at most this many times what its size predicts."""
 
 
 def best_round_to(
@@ -34,10 +34,11 @@ def best_round_to(
     inputs: Mapping[str, Any],
     attention: str = "head_dim",
 ) -> int:
-    """The multiple of units that the model's device likes: the smallest as fast as 32.
+    """The smallest multiple of units that is as fast on the model's device as its size predicts.
 
-    Two copies of the model take turns: one keeps about half of every structure, a multiple of 64
-    where it has so many, the other 1, 2, 4, ... units fewer, which should take a little less time.
+    Two copies of the model take turns. One keeps about half of every structure, a multiple of 64
+    where the structure is large enough; the other keeps 1, 2, 4, ... units fewer, so it should take
+    a little less time. If no smaller multiple passes, the result is 32.
     """
     with evaluating(model), same_random_numbers(model):
         inputs = moved_to(model, inputs)
@@ -66,7 +67,7 @@ def best_round_to(
 
 
 def _aligned(size: int) -> int:
-    """About half of so many units: a multiple of 64, or of the largest power of two below."""
+    """About half of ``size``: a multiple of 64, or of the largest power of two up to the half."""
     block = 64
     while block > 1 and block > size // 2:
         block //= 2

@@ -1,4 +1,4 @@
-"""The one solver: which units stay, for scores, prices and a budget."""
+"""The one solver: it chooses the units that stay, from scores, prices and a budget."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ def select(
 ) -> dict[str, tuple[int, ...]]:
     """The units that stay: {structure: units, ascending}.
 
-    All units of all structures compete in one ranking; the lowest scores go first until the
-    model costs at most ``budget`` times its total. Every structure keeps at least one unit.
-    With ``round_to=8`` units go in blocks, so that every cut structure keeps a multiple of
-    8 (a block's score is the mean of its units). A block whose removal would break one of the
-    ``floors`` stays; no two floors share a structure. Equal scores are settled by the order of
-    ``scores`` and then by unit, so the result depends on nothing else. Structures of one of the
-    ``groups`` {structure: group} (of the same size, under the same floor) keep equally many units,
-    each its own best: what goes first in all of them is then ranked by the mean of their scores.
-    A larger budget keeps all that a smaller one keeps: which block goes next depends on no budget.
+    ``scores`` holds one number per unit, (size,) per structure. All units of all structures
+    compete in one ranking; the lowest scores go first until the model costs at most ``budget``
+    times its total. Every structure keeps at least one unit. With ``round_to=8`` units go in
+    blocks, so that every cut structure keeps a multiple of 8 (a block's score is the mean of its
+    units). A block whose removal would break one of the ``floors`` stays; no two floors share a
+    structure. Equal scores are settled by the order of ``scores`` and then by unit, so the result
+    depends on nothing else. Structures of one of the ``groups`` {structure: group} (of the same
+    size, under the same floor) keep equally many units, each its own best; the nth best units of
+    all members are then ranked together by the mean of their scores. A larger budget keeps every
+    unit that a smaller one keeps, because the order of removal does not depend on the budget.
 
-    Raises BudgetError if the budget cannot be reached (``closest``: what comes nearest to it is
-    returned instead), or a score is not a number.
+    Raises BudgetError if the budget cannot be reached (with ``closest``, the choice nearest to it
+    is returned instead), if ``round_to`` is not a positive whole number, if scores are not
+    finite or not one per unit, or if structures of a group have different sizes.
     """
     if groups:
         return _select_groups(scores, prices, budget, round_to, floors, groups, closest)
@@ -59,7 +61,7 @@ def select(
 
 
 class _Blocks(NamedTuple):
-    """Units of one structure in blocks, worst first; all but the last, which always stays."""
+    """Blocks of units of one structure, worst first, without the last, which always stays."""
 
     order: Array
     """All units, worst first."""
@@ -69,7 +71,7 @@ class _Blocks(NamedTuple):
 
 
 def _ranked(name: str, values: Sequence[float], prices: Prices, round_to: int) -> _Blocks:
-    """The blocks of one structure. Raises BudgetError for scores that rank nothing."""
+    """The blocks of one structure. Raises BudgetError for scores that cannot rank its units."""
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (prices.sizes[name],):
         raise BudgetError(f"{name} has {prices.sizes[name]} units but {array.size} scores")
@@ -92,7 +94,7 @@ def _ranked(name: str, values: Sequence[float], prices: Prices, round_to: int) -
 def _removed(
     ranked: Mapping[str, _Blocks], prices: Prices, target: float, floors: Sequence[Floor]
 ) -> tuple[dict[str, int], float]:
-    """How many units go of each structure until ``target`` is met, and what is left costs."""
+    """How many units of each structure go until ``target`` is met, and the cost of the rest."""
     blocks = list(ranked.values())
     structure = np.repeat(np.arange(len(blocks)), [len(one.sizes) for one in blocks])
     sequence = np.argsort(np.concatenate([one.scores for one in blocks]), kind="stable")
@@ -102,7 +104,7 @@ def _removed(
     goes = _leaving_floors(structure, price, list(ranked), prices, floors)
     structure, sizes, price = structure[goes], sizes[goes], price[goes]
     left = np.subtract.accumulate(np.concatenate([[prices.total], price]))
-    # prices may be 0 or rise again by rounding, so this is the first time, not a bisection
+    # prices may be 0, and the cost may rise again by rounding: find the first hit, do not bisect
     count = int(np.argmax(left <= target)) if (left <= target).any() else len(price)
     gone = np.bincount(structure[:count], sizes[:count], minlength=len(blocks))
     return dict(zip(ranked, gone.astype(int).tolist(), strict=True)), float(left[count])
@@ -115,7 +117,7 @@ def _leaving_floors(
     prices: Prices,
     floors: Sequence[Floor],
 ) -> Array:
-    """Which blocks of a ranking may go: those that break no floor, nor follow one that does."""
+    """A mask of the blocks that may go: none that breaks a floor or follows one that does."""
     goes = np.ones(len(price), dtype=bool)
     numbers = {name: number for number, name in enumerate(names)}
     for floor in floors:
@@ -139,7 +141,7 @@ def _select_groups(
     groups: Mapping[str, str],
     closest: bool,
 ) -> dict[str, tuple[int, ...]]:
-    """As :func:`select`, on one stand-in a group, whose nth unit is the nth best of each member."""
+    """As :func:`select`, with one stand-in per group: its nth unit is each member's nth worst."""
     if prices.elsewhere:
         raise BudgetError(
             "a model that shares weights cannot get one width a tower: call vlprune.materialize "
@@ -182,7 +184,7 @@ def _select_groups(
 
 
 def _room(floor: Floor, prices: Prices) -> float:
-    """How much of a floor's structures may go, with room for rounding."""
+    """How much of the cost of a floor's structures may go, with a tolerance for rounding."""
     whole = whole_cost(floor.structures, prices)
     return (1 - floor.share) * whole + 1e-9 * whole
 

@@ -1,1 +1,1 @@
-"""What a model is and what was decided about it, as plain values."""
+"""Descriptions, plans and records of models, as plain values."""

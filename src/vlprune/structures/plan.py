@@ -1,4 +1,4 @@
-"""A plan: which units stay and which are shared with what. Plain data, JSON, no torch."""
+"""A plan: which units stay and which share weights, as plain data, in JSON, without torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ VERSION = 1
 class Plan:
     """Which units of which structures stay, and which take their weights from another's.
 
-    ``keep`` maps a structure's name to the units that stay, ascending; a structure that
-    is absent stays whole. ``share`` maps a structure to ``(source, units)``: each of these units
-    takes its weights from the unit of the same number in the source, and keeps its own bias; or to
-    ``(source, units, source units)`` where the numbers differ. A source may share in its turn. A
-    unit shared from one that does not stay does not stay either. ``fingerprint`` names the
-    dense model the plan was made for (``Description.fingerprint``); empty means "do not check".
+    ``keep`` maps a structure's name to the units that stay, ascending; a structure that is absent
+    stays whole. ``share`` maps a structure to ``(source, units)``, or to ``(source, units, source
+    units)`` where the unit numbers differ: each of the units takes its weights from the unit of
+    the same number in the source, or from the source unit at the same place in the list, and keeps
+    its own bias. A source may itself share. A unit whose source unit does not stay does not stay
+    either. ``attention`` is the attention unit that the plan counts in. ``fingerprint`` names the
+    dense model that the plan was made for (``Description.fingerprint``); empty means "do not
+    check".
+
+    Raises PlanError for an entry that is malformed or empty, or that repeats a unit.
     """
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -43,7 +47,7 @@ class Plan:
         object.__setattr__(self, "share", share)
 
     def kept(self, structure: Structure) -> tuple[int, ...]:
-        """The units of ``structure`` that stay, its own and those it shares."""
+        """The units of ``structure`` that stay, whether their weights are its own or shared."""
         units = self.keep.get(structure.name, tuple(range(structure.size)))
         if structure.name not in self.share:
             return units
@@ -55,7 +59,7 @@ class Plan:
         return self._alive(structure.name) if structure.name in self.share else {}
 
     def _alive(self, name: str, below: tuple[str, ...] = ()) -> dict[int, int]:
-        """The shared units of a structure that it keeps and its source has."""
+        """The shared units that a structure and its source keep. Raises PlanError for a circle."""
         if name in below:
             raise PlanError(f"the plan shares in a circle: {' from '.join([*below, name])}")
         source, units, theirs = self.share[name]
@@ -67,7 +71,7 @@ class Plan:
         return {unit: other for unit, other in pairs if unit in kept and other in there}
 
     def check(self, structures: Sequence[Structure], fingerprint: str = "") -> None:
-        """Raise PlanError unless every entry fits ``structures``."""
+        """Raise PlanError unless every entry fits ``structures``, and ``fingerprint`` if given."""
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
             raise PlanError(
                 "this plan was made for another model (fingerprint "
@@ -124,7 +128,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that :meth:`to_json` wrote. Raises PlanError on anything else."""
+        """The plan that :meth:`to_json` wrote as ``text``. Raises PlanError for any other text."""
         body = parse_json(text, "the plan", PlanError)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise PlanError(f'this is not a plan: it lacks "format": "{FORMAT}"')
@@ -152,7 +156,7 @@ class Plan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to ``path``, all of it or nothing."""
+        """Write the plan to ``path``, whole or not at all. Raises PlanError if that fails."""
         write_text(path, self.to_json() + "\n", PlanError)
 
     @classmethod
@@ -176,7 +180,7 @@ def _text(body: Mapping[str, Any], key: str, default: str) -> str:
 
 
 def _share(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """``(source, units, source units)``, by ascending units. Raises PlanError."""
+    """``(source, units, source units)``, units ascending. Raises PlanError for a bad entry."""
     is_list = isinstance(entry, Sequence) and not isinstance(entry, str | bytes)
     if not is_list or not 2 <= len(entry) <= 3 or not isinstance(entry[0], str):
         raise PlanError(
@@ -199,7 +203,7 @@ def _share(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]
 
 
 def _units(name: str, units: Any) -> tuple[int, ...]:
-    """``units`` as an ascending tuple. Raises PlanError on repeats, negatives, nothing."""
+    """``units`` as an ascending tuple. Raises PlanError if they repeat, are negative or empty."""
     listed = sorted(_numbers(name, units))
     for unit, following in pairwise(listed):
         if unit == following:
@@ -208,7 +212,7 @@ def _units(name: str, units: Any) -> tuple[int, ...]:
 
 
 def _numbers(name: str, units: Any) -> list[int]:
-    """``units`` as a list of unit numbers, at least one. Raises PlanError."""
+    """``units`` as a list of unit numbers. Raises PlanError for other values or an empty list."""
     if isinstance(units, str | bytes | Mapping) or not hasattr(units, "__iter__"):
         raise PlanError(f"the plan must list the units of {shown(name)}, not {shown(units)}")
     listed = list(units)

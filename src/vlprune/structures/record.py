@@ -1,9 +1,9 @@
-"""What a cut model remembers of its cut: one section in its own config.
+"""The record that a cut model keeps of its cut: one section in its own config.
 
-The section is named ``quantization_config`` because that is the one hook transformers
-offers for "rebuild the module shapes before the weights are loaded". It holds the whole
-plan in a compact form (a bit mask per structure), so every folder that ``save_pretrained``
-writes can be loaded, and cut again, without any other file.
+The section is named ``quantization_config`` because that is the only hook that transformers
+offers for rebuilding module shapes before the weights are loaded. It holds the whole plan in a
+compact form (one bit mask per structure), so every folder that ``save_pretrained`` writes can be
+loaded, and cut again, without any other file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["METHOD", "Record", "gather_record", "read_record", "record_of", "wri
 
 METHOD = "vlprune"
 VERSIONS = (1, 2)
-"""1: units that stay. 2: also units that are shared; written only where there are some."""
+"""1: units that stay. 2: also units that are shared; written only where a plan shares any."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Record:
     """The cut of a model: its plan in terms of the dense model's units, and how it was made.
 
     ``sizes`` are the dense sizes of the structures in the plan; ``layouts`` says which were
-    cut natively and which padded, so that loading repeats exactly what cutting did.
+    cut ``"native"`` and which ``"padded"``, so that loading rebuilds exactly the same layers.
     """
 
     plan: Plan
@@ -45,13 +45,13 @@ class Record:
     layouts: Mapping[str, str] = field(default_factory=dict)
 
     def alive(self) -> dict[str, tuple[int, ...]]:
-        """{structure: units that stay}, without those shared from a unit that does not."""
+        """{structure: units that stay}, without units whose source unit does not stay."""
         sizes = self.sizes.items()
         bare = [Structure(name, "", size, "", (), ()) for name, size in sizes]
         return {structure.name: self.plan.kept(structure) for structure in bare}
 
     def renamed(self, new_name: Callable[[str], str]) -> Record:
-        """The same record with other names for the structures."""
+        """The same record with every structure renamed by ``new_name``."""
         keep = {new_name(name): units for name, units in self.plan.keep.items()}
         share = {
             new_name(name): (new_name(source), *pairs)
@@ -64,7 +64,7 @@ class Record:
         )
 
     def check(self, structures: Sequence[Structure]) -> None:
-        """Raise UnsupportedError if a model with these structures was not cut as it says."""
+        """Raise UnsupportedError if ``structures`` do not have the sizes that the record says."""
         alive = self.alive()
         for structure in structures:
             left = len(alive.get(structure.name, range(structure.size)))
@@ -77,7 +77,7 @@ class Record:
                 )
 
     def section(self, prefix: str = "") -> dict[str, Any]:
-        """The record as a config section, for the sub-model at ``prefix``."""
+        """The record as a config section, for the sub-model whose names start with ``prefix``."""
         keep = {
             name.removeprefix(prefix): {
                 "kept": len(units),
@@ -149,9 +149,10 @@ def record_of(
 ) -> Record:
     """The record after cutting ``plan``; ``before`` is the record of an earlier cut, if any.
 
-    A second cut is expressed in units of the original dense model, so that loading needs
+    A second cut is expressed in units of the original dense model, so that loading takes
     one step however often a model was cut. Structures that share, and their sources, are listed
-    even where all of their units stay.
+    even where all of their units stay. Raises UnsupportedError if the earlier cut counted
+    attention in another unit.
     """
     keep = before.alive() if before else {}
     share = dict(before.plan.share) if before else {}
@@ -188,7 +189,7 @@ def _composed(
     share: Mapping[str, tuple[Any, ...]],
     keep: Mapping[str, tuple[int, ...]],
 ) -> tuple[str, list[int], list[int]]:
-    """What ``plan`` shares of a structure, in dense units, joined with what it shared before."""
+    """The sharing of a structure by ``plan``, in dense units, joined with its earlier sharing."""
     source = plan.share[structure.name][0]
     ours, theirs = keep[structure.name], keep[source]
     pairs = {ours[unit]: theirs[other] for unit, other in plan.shared(structure).items()}
@@ -201,9 +202,9 @@ def _composed(
 def read_record(model: nn.Module) -> Record | None:
     """The record of a cut model, None for a dense one.
 
-    Where only a part of the model was cut (its vision tower, say), the part's record in the names
-    that the whole model has for it. Raises UnsupportedError if the model carries another
-    quantizer, or its parts were cut with different attention units.
+    If only a part of the model was cut (its vision tower, say), the result is that part's record
+    under the whole model's names. Raises UnsupportedError if the model carries another quantizer
+    or its parts were cut with different attention units, CheckpointError if a record is damaged.
     """
     record = _own_record(model)
     seen = {id(getattr(model, "config", None))}
@@ -219,7 +220,7 @@ def read_record(model: nn.Module) -> Record | None:
 
 
 def gather_record(model: nn.Module) -> Record | None:
-    """As :func:`read_record`; what only a part of the model knew, its own config says, too."""
+    """As :func:`read_record`, and copy records held only by parts into the model's own config."""
     record, own = read_record(model), _own_record(model)
     if record is not None and (own is None or own.plan.keep.keys() != record.plan.keep.keys()):
         write_record(model, record)
@@ -227,7 +228,7 @@ def gather_record(model: nn.Module) -> Record | None:
 
 
 def _own_record(model: nn.Module) -> Record | None:
-    """What the model's own config says, in the model's own names."""
+    """The record in the model's own config, in the model's own names."""
     section = getattr(getattr(model, "config", None), "quantization_config", None)
     if section is None:
         return getattr(model, "_vlprune_record", None)
@@ -243,7 +244,7 @@ def _own_record(model: nn.Module) -> Record | None:
 
 
 def _joined(whole: Record | None, part: Record, prefix: str) -> Record:
-    """``whole`` with what only ``part``, a sub-model at ``prefix``, knows."""
+    """``whole`` plus the structures recorded only by ``part``, a sub-model at ``prefix``."""
     if whole is None:
         whole = Record(Plan(attention=part.plan.attention), {})
     named = part.renamed(lambda name: prefix + name)
@@ -267,10 +268,11 @@ def _joined(whole: Record | None, part: Record, prefix: str) -> Record:
 
 
 def write_record(model: nn.Module, record: Record, undo: ExitStack | None = None) -> None:
-    """Make the model remember its cut, in its config and in those of its sub-models.
+    """Write the record into the model's config and into those of its sub-models.
 
-    The model gets a config of its own for this: another model that was built from the same config
-    object stays what it is. ``undo`` takes the calls that put everything back.
+    The model first gets its own copy of the config, so that another model built from the same
+    config object is not affected. A model without a config keeps the record as an attribute.
+    ``undo`` takes the calls that put everything back.
     """
     undo = undo if undo is not None else ExitStack()
     if getattr(model, "config", None) is None:
@@ -298,7 +300,7 @@ def _own_config(model: nn.Module, undo: ExitStack) -> Any:
 
 
 def _refer_to(model: nn.Module, copies: Mapping[int, Any], undo: ExitStack) -> None:
-    """Put ``copies`` {id of a config: its copy} in place wherever the model refers to one."""
+    """Replace every config that the model refers to by its copy in ``copies`` {id: copy}."""
     for module in model.modules():
         for name, value in list(module.__dict__.items()):
             if hasattr(value, "model_type") and id(value) in copies:
@@ -307,7 +309,7 @@ def _refer_to(model: nn.Module, copies: Mapping[int, Any], undo: ExitStack) -> N
 
 
 def _adopt_parts(model: nn.Module, config: Any, undo: ExitStack) -> None:
-    """Let ``config`` hold the configs of sub-models that got one of their own, when cut alone."""
+    """Let ``config`` hold the configs that sub-models got when they were cut on their own."""
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     used = {id(getattr(module, "config", None)) for module in model.modules()}
     for name, part in parts.items():
@@ -327,20 +329,20 @@ def _adopt_parts(model: nn.Module, config: Any, undo: ExitStack) -> None:
 
 
 def _unshare(entry: Mapping[str, Any], size: int) -> tuple[Any, ...]:
-    """``(source, units, source units)`` as a section has it."""
+    """``(source, units, source units)`` from an entry of a section."""
     units = _unpack(entry["mask"], size)
     return entry["from"], units, entry.get("units", units)
 
 
 def _pack(units: Sequence[int], size: int) -> str:
-    """A bit a unit, base64."""
+    """A bit mask of ``units``, one bit per unit, in base64."""
     mask = np.zeros(size, dtype=bool)
     mask[list(units)] = True
     return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
 
 
 def _unpack(text: str, size: int) -> tuple[int, ...]:
-    """The units whose bit is set."""
+    """The units whose bit is set. Raises ValueError if the mask does not fit ``size``."""
     raw = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
     if raw.size != (size + 7) // 8:
         raise ValueError(f"a mask of {raw.size} bytes for {size} units")

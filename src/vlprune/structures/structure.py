@@ -2,7 +2,7 @@
 
 Nothing here imports torch. A *structure* is a set of *units* (FFN neurons, head
 dimensions, whole heads, KV groups) that live and die together; its *slots* say which
-slices of which parameters belong to each unit. From slots alone follow the cut, the
+slices of which parameters belong to each unit. The slots alone determine the cut, the
 exact and the differentiable parameter count, and the shapes needed to reload.
 """
 
@@ -37,7 +37,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Gate:
-    """Where a structure's gate multiplies, laid out as a :class:`Slot`.
+    """The place where a structure's gate multiplies, laid out as a :class:`Slot`.
 
     ``at`` is ``"output"`` or ``"input"`` (last axis of what a module returns or
     receives), or ``"weight"``: rows of the parameters ``params``, for modules such as
@@ -65,11 +65,11 @@ class Attr:
 class Structure:
     """Units that live and die together.
 
-    ``layout`` is ``"native"`` when the module's own forward (or our subclass named by
-    ``swap``) accepts the narrower weights, ``"padded"`` when the narrow result is
-    scattered back to the full width so that the forward stays untouched. ``folds`` are
-    query parameters to be multiplied by ``sqrt(kept / size)``, for a forward that derives
-    its softmax temperature from the head size. ``core`` is the module that computes
+    ``layout`` is ``"native"`` when the module's own forward (or the vlprune subclass named
+    by ``swap``, a (module path, key) pair) accepts the narrower weights, ``"padded"`` when the
+    narrow result is scattered back to the full width so that the forward stays untouched.
+    ``folds`` are query parameters to be multiplied by ``sqrt(kept / size)``, for a forward that
+    derives its softmax temperature from the head size. ``core`` is the module that computes
     attention scores, ``core_share`` the fraction of its MACs that follow this structure.
     """
 
@@ -94,7 +94,7 @@ def fingerprint(attention: str, structures: Iterable[Structure]) -> str:
 
 
 def unit_of(structures: Iterable[Structure]) -> str:
-    """The attention unit that structures were described in; "" where only FFNs are among them."""
+    """The attention unit that the structures were described in; "" if all of them are FFNs."""
     attention = [s for s in structures if s.kind != "ffn"]
     if any(s.kind != "attention" for s in attention):
         return "qk_vo"
@@ -105,11 +105,11 @@ def unit_of(structures: Iterable[Structure]) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """All structures of a model, and what stays dense and why.
+    """All structures of a model, and the reasons why its other modules stay dense.
 
     ``structures`` follow the order in which a forward pass reaches them inside each
-    tower. ``dense`` maps the path of every other module that holds parameters to one
-    sentence. Iterating over a description iterates over its structures.
+    tower. ``dense`` maps the path of every other module that holds parameters to its reason,
+    one phrase. Iterating over a description iterates over its structures.
     """
 
     structures: tuple[Structure, ...]

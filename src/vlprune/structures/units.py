@@ -20,12 +20,15 @@ def owner_of(name: str) -> tuple[str, str]:
 
 
 def span(slot: Slot | Gate, size: int) -> int:
-    """How many positions the slot covers."""
+    """How many positions the slot covers, for a structure of ``size`` units."""
     return slot.repeat * size * slot.inner
 
 
 def positions(slot: Slot | Gate, size: int, units: Sequence[int] | Tensor) -> Tensor:
-    """Positions on the slot's axis that belong to ``units``, ascending. Shape (n,), int64."""
+    """Positions on the slot's axis that belong to ``units``: shape (n,), int64, on the CPU.
+
+    They follow the slot's layout (repeat, units in the order given, inner).
+    """
     layout = torch.arange(span(slot, size), device="cpu").reshape(slot.repeat, size, slot.inner)
     return (
         layout[:, torch.as_tensor(units, dtype=torch.long, device="cpu"), :].reshape(-1)
@@ -34,7 +37,7 @@ def positions(slot: Slot | Gate, size: int, units: Sequence[int] | Tensor) -> Te
 
 
 def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
-    """``values`` (size,) laid out over an axis of ``width`` positions, 1 where no unit lives.
+    """``values`` (size,) laid out over an axis of ``width`` positions, 1 where no unit is.
 
     Differentiable; shape (width,).
     """
@@ -46,10 +49,10 @@ def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under the name that a forward pass knows it by.
+    """Every parameter under the name that a forward pass uses.
 
-    A weight that is put together from shared parts appears whole, under its own name, instead of
-    the part that is stored; a parameter that several modules hold appears under its first name.
+    A weight that is put together from shared parts appears whole, under its own name, in place of
+    its stored part; a parameter that several modules hold appears under its first name.
     """
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -61,7 +64,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """``"a.weight"`` for ``"a.parametrizations.weight.original"``; other names as they are."""
+    """``"a.weight"`` for ``"a.parametrizations.weight.original"``; other names unchanged."""
     if not name.endswith(".original"):
         return name
     return name.removesuffix(".original").replace(".parametrizations.", ".")
@@ -71,8 +74,8 @@ def plain_name(name: str) -> str:
 def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[str, Tensor]:
     """Sum of squared weights of every unit, float32: {structure: (size,)}.
 
-    Summed over all slots of the unit, biases included; computed one parameter at a time,
-    so no copy of the model is made.
+    Each sum runs over all slots of the unit, biases included. The sums are computed one parameter
+    at a time, so no copy of the model is made.
     """
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **named_weights(model)}
     sums: dict[tuple[str, int], Tensor] = {}

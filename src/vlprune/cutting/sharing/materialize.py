@@ -14,8 +14,8 @@ __all__ = ["materialize"]
 def materialize(model: Any) -> Any:
     """The same model object with plain dense layers in place of shared weights.
 
-    It gives the same outputs, faster (nothing is put together any more) and with more memory;
-    from here on its units are trained, saved and cut each for itself.
+    The model gives the same outputs, faster (no weight is put together any more) and with more
+    memory; from here on each unit is trained, saved and cut on its own.
     """
     record = read_record(model)
     untie(model)

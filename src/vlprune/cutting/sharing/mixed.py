@@ -26,11 +26,12 @@ def mixed(
 ) -> Iterator[nn.Module]:
     """The model with shared weights while the block runs.
 
-    ``shares`` maps a structure to its source, to one number per unit, 1 where the unit takes the
-    source's weights and 0 where it keeps its own, and to the source's unit that it would take
-    (both (size,)); or it is a plan. A source that shares is mixed first. The mixture is made once,
-    on entering, and is differentiable in the numbers and in the weights of both. Gates
-    (:func:`vlprune.gated`) may be put on top.
+    ``shares`` is a plan, or maps a structure to (source, values, units). ``values`` holds one
+    number per unit: 1 where the unit takes the source's weights, 0 where it keeps its own.
+    ``units`` holds the source's unit that each unit would take; both are (size,). A source that
+    itself shares is mixed first. The mixture is computed once, on entering, and is differentiable
+    in the values and in the weights of both structures. Gates (:func:`vlprune.gated`) may be put
+    on top.
 
     Raises UnsupportedError for a model that shares already: :func:`materialize` it first.
     """
@@ -49,7 +50,7 @@ def mixed(
         for name, weight in whole.items():
             path, leaf = owner_of(name)
             module = model.get_submodule(path)
-            # found before nn.Module looks into _parameters, which stay as they are
+            # __dict__ comes before the _parameters of nn.Module, which stay as they are
             module.__dict__[leaf] = weight
             shadowed.append((module, leaf))
         yield model
@@ -59,7 +60,10 @@ def mixed(
 
 
 def pairing(size: int, shared: Mapping[int, int]) -> tuple[Tensor, Tensor]:
-    """1 for the units that share, and which unit each takes; both (size,)."""
+    """``(values, units)`` of :func:`mixed`: 1 where a unit shares, and the unit that it takes.
+
+    Both have shape (size,).
+    """
     values, taken = torch.zeros(size), torch.zeros(size, dtype=torch.long)
     for unit, other in shared.items():
         values[unit], taken[unit] = 1, other
@@ -96,7 +100,7 @@ def _mixtures(
             share = share.to(own.device, own.dtype).reshape(shape)
             before = own.index_select(ours.axis, into)
             there = taken.index_select(theirs.axis, out_of).to(own.device)
-            # a product each, not share * (there - before): exact where share is 1
+            # two products, not before + share * (there - before): exact where share is 1
             mixture = share * there + (1 - share) * before
             done[ours.param] = own.index_copy(ours.axis, into, mixture)
 

@@ -1,4 +1,4 @@
-"""Which units can take their weights from which, and what follows from what is shared."""
+"""Which units can take their weights from which others, and what follows from sharing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
 def shareable(target: Structure, source: Structure, shapes: Mapping[str, Sequence[int]]) -> str:
     """Why units of ``target`` cannot take the weights of ``source``; empty if they can.
 
-    The weights of a unit must be laid out alike: the same slots in the same order, and the same
-    width across them. Biases are never shared.
+    ``shapes`` are those of the parameters, by name. The units of both must be laid out alike: the
+    same slots in the same order, and the same width across them. Biases are never shared.
     """
     ours, theirs = _weights(target, shapes), _weights(source, shapes)
     if target.name == source.name:
@@ -51,7 +51,7 @@ def shareable(target: Structure, source: Structure, shapes: Mapping[str, Sequenc
 
 
 def check_shares(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> None:
-    """Raise PlanError unless everything that the plan shares can be shared."""
+    """Raise PlanError unless all units that the plan shares can be shared."""
     if not plan.share:
         return
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
@@ -78,7 +78,7 @@ def check_shares(model: nn.Module, structures: Sequence[Structure], plan: Plan) 
 
 
 def _folded(structure: Structure, record: Record | None) -> float:
-    """What earlier cuts have multiplied into the query weights of a structure, squared."""
+    """The square of the factor that earlier cuts multiplied into a structure's query weights."""
     if record is None or not structure.folds or structure.name not in record.plan.keep:
         return 1.0
     return len(record.plan.keep[structure.name]) / record.sizes[structure.name]
@@ -100,7 +100,7 @@ def _times(widths: Sequence[int]) -> str:
 def slot_pairs(
     target: Structure, source: Structure, weights: Mapping[str, Any]
 ) -> list[tuple[Slot, Slot]]:
-    """The slots of two structures that are shared with each other.
+    """The pairs of slots, (target's, source's), that two structures share with each other.
 
     ``weights`` are parameters, or their shapes, by name.
     """
@@ -111,7 +111,7 @@ def slot_pairs(
 def unit_weights(
     structure: Structure, units: Tensor, parameters: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """The weights of some units, one matrix per slot: (units, numbers per unit) each."""
+    """The weights of some units, one matrix (units, numbers per unit) per slot, without biases."""
     found = []
     for slot in structure.slots:
         weight = parameters[slot.param]
@@ -126,7 +126,10 @@ def unit_weights(
 
 @torch.no_grad()
 def similarity(model: nn.Module, target: Structure, source: Structure) -> Tensor:
-    """Cosine between every unit of two structures, over all their weights: (target, source)."""
+    """Cosine similarity of every pair of units of two structures, over all their weights.
+
+    Shape (target's size, source's size), float32 on the CPU.
+    """
     weights = named_weights(model)
     sides = []
     for structure in (target, source):
@@ -137,9 +140,10 @@ def similarity(model: nn.Module, target: Structure, source: Structure) -> Tensor
 
 
 def settled(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> Plan:
-    """The plan with what follows from the sharing that the model has already.
+    """The plan with the consequences of the sharing that the model has already.
 
-    A unit whose weights are stored in one that goes, goes with it.
+    A unit whose weights are stored in another goes if that one goes. Raises PlanError if this
+    leaves a structure without units.
     """
     record = read_record(model)
     if record is None or not record.plan.share:
@@ -163,7 +167,7 @@ def settled(model: nn.Module, structures: Sequence[Structure], plan: Plan) -> Pl
 
 
 def _shared_now(record: Record) -> dict[str, tuple[str, dict[int, int]]]:
-    """What a model shares already, in units as they are numbered now."""
+    """{structure: (source, {unit: source's unit})} of a cut model, units as numbered now."""
     alive = record.alive()
     found = {}
     for name, (source, units, theirs) in record.plan.share.items():
@@ -174,14 +178,14 @@ def _shared_now(record: Record) -> dict[str, tuple[str, dict[int, int]]]:
 
 
 def with_followers(model: nn.Module, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gates where a unit whose weights are stored in another is no more open than that one.
+    """Gates in which a unit whose weights are stored in another is no more open than that one.
 
-    The cut takes such a unit away with its source, so a search must fade both.
+    The cut removes such a unit together with its source, so a search must fade both.
     """
     record = read_record(model)
     followed = dict(gates)
     shares = _shared_now(record) if record is not None and record.plan.share else {}
-    for _ in shares:  # as often as a chain of sources can be long
+    for _ in shares:  # one pass per link of the longest possible chain of sources
         for name, (source, pairs) in shares.items():
             if name in followed and source in followed:
                 units, theirs = [*pairs], [*pairs.values()]

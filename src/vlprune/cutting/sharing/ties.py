@@ -1,4 +1,4 @@
-"""Shared weights for good: every shared position is stored once, with its source."""
+"""Permanently shared weights: every shared position is stored once, with its source."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Tie:
-    """Positions ``into`` of one axis of the parameter ``target`` are those ``out_of`` ``source``.
+    """Positions ``into`` on one axis of ``target`` are the positions ``out_of`` of ``source``.
 
-    Times ``scale``, which differs from 1 only where a cut has folded a softmax temperature into
-    one of the two.
+    ``target`` and ``source`` are parameter names. The source is multiplied by ``scale``, which
+    differs from 1 only where a cut has folded a softmax temperature into one of the two.
     """
 
     target: str
@@ -49,7 +49,7 @@ class Tie:
 def ties_of(
     structures: Sequence[Structure], plan: Plan, shapes: Mapping[str, Sequence[int]]
 ) -> list[Tie]:
-    """What the plan shares, as positions of the uncut parameters."""
+    """The sharing of the plan, as positions of the uncut parameters."""
     by_name = {s.name: s for s in structures}
     ties = []
     for name, (source, *_) in plan.share.items():
@@ -69,9 +69,10 @@ def moved(
     index: Mapping[str, Mapping[int, tuple[Tensor, int]]],
     scale: Mapping[str, float],
 ) -> list[Tie]:
-    """The ties after a cut that keeps the positions in ``index`` {parameter: {axis: ...}}.
+    """The ties after a cut that keeps the positions in ``index``.
 
-    ``scale`` are the factors that the cut has multiplied into parameters.
+    ``index`` is {parameter: {axis: (positions that stay, old length)}}; ``scale`` maps parameters
+    to the factors that the cut has multiplied into them.
     """
     where: dict[tuple[str, int], dict[int, int]] = {}
 
@@ -102,8 +103,8 @@ class SharedWeight(nn.Module):
     """A weight put together from the part it stores and parts of other weights.
 
     The parametrization of one parameter: ``own`` and ``part_N`` say where along ``axis`` each part
-    comes from, ``order`` where it goes. The index buffers are saved with the weights. ``later``
-    are the parameters that come after this one in its module, whose order untying restores.
+    comes from, ``order`` where it goes. These index buffers are saved with the weights. ``later``
+    names the parameters that follow this one in its module, so that untying can restore the order.
     """
 
     own: Tensor
@@ -113,7 +114,7 @@ class SharedWeight(nn.Module):
     def __init__(self, weight: Tensor, axis: int, parts: Sequence[tuple[nn.Module, str, Tie]]):
         super().__init__()
         self.axis = axis
-        # in tuples: a source must not become a child of what reads it
+        # in a tuple: a source must not become a child of the module that reads it
         self.sources = tuple((module, leaf) for module, leaf, _ in parts)
         self.scales = tuple(one.scale for _, _, one in parts)
         taken = torch.tensor([i for *_, one in parts for i in one.into], device="cpu")
@@ -168,9 +169,9 @@ def tie(model: nn.Module, ties: Sequence[Tie]) -> None:
 
 
 def _merged(ties: Sequence[Tie]) -> list[Tie]:
-    """One tie for each target and source, in one order, however many cuts they came from.
+    """One tie per target, source and axis, in a fixed order, however many cuts they came from.
 
-    So a model that was cut twice stores the same parts as one that is loaded, in one step.
+    So a model that was cut twice stores the same parts as one that is loaded in one step.
     """
     groups: dict[tuple[str, str, int], dict[int, int]] = {}
     scales: dict[tuple[str, str, int], float] = {}
@@ -191,7 +192,7 @@ def is_shared(model: nn.Module) -> bool:
 
 
 def ties_in(model: nn.Module) -> list[Tie]:
-    """The ties that a model has, in positions of its weights as they are now."""
+    """The ties of a model, in positions of its weights as they are now."""
     paths = {id(module): path for path, module in model.named_modules()}
     found = []
     for path, leaf, shared in _shared_weights(model):
@@ -210,9 +211,10 @@ def ties_in(model: nn.Module) -> list[Tie]:
 
 
 def remember_ties(model: nn.Module) -> Callable[[], None]:
-    """A call that ties the model again as it is tied now, whatever was untied meanwhile.
+    """A function that ties the model again as it is tied now, whatever was untied meanwhile.
 
-    It only puts references back, so it cannot fail, and optimizers keep their parameters.
+    The function only puts references back, so it cannot fail, and optimizers keep their
+    parameters.
     """
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
     classes, stored = [], []
@@ -237,15 +239,15 @@ def remember_ties(model: nn.Module) -> Callable[[], None]:
 
 
 def untie(model: nn.Module) -> list[Tie]:
-    """Give every module its whole weight as a parameter of its own; returns what was tied."""
+    """Give every module its whole weight as a parameter of its own; returns the old ties."""
     ties = ties_in(model)
     for path, leaf, shared in _shared_weights(model):
         module = model.get_submodule(path)
-        # torch takes the weight's property off the module's class, which copies of it have, too
+        # torch deletes the weight's property from the class, which copies of the module share
         cls = type(module)
         module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
         parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
-        for name in shared.later:  # torch appends the weight; optimizers go by this order
+        for name in shared.later:  # torch appends the weight, but optimizers go by this order
             if name in module._parameters:
                 module._parameters[name] = module._parameters.pop(name)
     return ties
