@@ -52,7 +52,7 @@ def guarded(
 ) -> Iterator[None]:
     """No prompts, a clean stdout, and one error of ``kind`` for whatever goes wrong."""
     asks = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # else a part of a model may still ask
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # otherwise a part of a model may still ask
     try:
         with contextlib.redirect_stdout(sys.stderr), _native_output():
             yield
@@ -245,9 +245,9 @@ def open_processor(name: str | Path) -> Any:
 def open_model(name: str, config_only: bool = False) -> Any:
     """The model in a folder or on the hub, by the class its config names.
 
-    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
-    then also be a model type, which stands for that type's default sizes. Raises CheckpointError,
-    UnsupportedError.
+    With ``config_only``, only its architecture is built, without weights, on the meta device;
+    ``name`` may then also be a model type, which stands for that type's default sizes. Raises
+    CheckpointError, UnsupportedError.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -57,7 +57,7 @@ def export(
     generation: bool = False,
     calibration: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write ``model`` to the folder ``out`` in the format ``to``; returns what was checked.
+    """Write ``model`` to the folder ``out`` in the format ``to``; returns the facts about it.
 
     The first of ``inputs`` (keywords of one forward pass; of ``generate`` with ``generation``) is
     traced with all its dimensions dynamic; the export is then read back and must answer as the
