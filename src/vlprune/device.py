@@ -42,11 +42,12 @@ def available() -> tuple[str, ...]:
 def choose(wanted: str = "auto") -> torch.device:
     """The device that this process computes on.
 
-    ``auto`` is a CUDA GPU where there is one and the CPU elsewhere; ``cpu``, ``cuda``,
-    ``cuda:1``, ``mps`` and the like ask for one device. Where several processes run, each has a
-    GPU of its own, so a number is refused there.
+    ``auto`` means a CUDA GPU if the machine has one, else the CPU; ``cpu``, ``cuda``, ``cuda:1``,
+    ``mps`` and the like name one device. Where several processes run, each has a device of its
+    own, so only its type may be named.
 
-    Raises RecipeError if this machine has no such device.
+    Raises RecipeError if this machine has no such device, or if several processes run and
+    ``wanted`` has a number or another type than their devices.
     """
     here = available()
     named = wanted
@@ -74,9 +75,9 @@ def choose(wanted: str = "auto") -> torch.device:
 
 
 def use(device: torch.device) -> None:
-    """Make accelerate and torch take this device of several, not the first one.
+    """Make accelerate and torch use this device rather than the first one.
 
-    Several processes have had their devices from accelerate already: those stay.
+    Where several processes run, accelerate has already given each its device: those stay.
     """
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
@@ -87,13 +88,13 @@ def use(device: torch.device) -> None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where the model's weights are; an exported model, which shows none, says so itself."""
+    """The device of the model's weights; an exported model, which shows none, names its own."""
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return torch.device(model.device) if weight is None else weight.device
 
 
 def place(model: Any, device: torch.device) -> Any:
-    """The same model object, with all its weights and buffers on ``device``; or a tensor there."""
+    """The same model object, its weights and buffers moved to ``device``; or a tensor moved."""
     return model.to(device)
 
 
@@ -109,10 +110,10 @@ def placed(model: Any, device: torch.device) -> Iterator[None]:
 
 
 def moved_to(model: Any, inputs: Any) -> Any:
-    """Inputs as the model takes them: on its device, and floating ones in its dtype.
+    """Inputs as the model takes them: on its device, and floating-point ones in its dtype.
 
     Tensors are moved at any depth of lists and mappings. The dtype changes only for the keywords
-    of a forward pass, not for what their labels hold.
+    of a forward pass, not for tensors nested in them, such as those of labels.
     """
     moved = send_to_device(inputs, device_of(model))
     if isinstance(moved, Mapping):
@@ -123,7 +124,7 @@ def moved_to(model: Any, inputs: Any) -> Any:
 def _in_dtype_of(model: Any, value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    if not isinstance(model, nn.Module):  # an export has no weights to ask
+    if not isinstance(model, nn.Module):  # an export shows no weights
         return value
     weights = (p for p in model.parameters() if p.is_floating_point())
     weight = next(weights, None)
@@ -132,9 +133,9 @@ def _in_dtype_of(model: Any, value: Any) -> Any:
 
 @contextmanager
 def same_random_numbers(model: Any) -> Iterator[None]:
-    """Afterwards torch draws the random numbers that it would have drawn without the block.
+    """After the block, torch draws the random numbers that it would have drawn without it.
 
-    A measurement must not change a training. Holds for the CPU and for the model's GPU.
+    A measurement must not change the training around it. Holds for the CPU and the model's GPU.
     """
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -142,5 +143,5 @@ def same_random_numbers(model: Any) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a report calls a device: the name of a GPU, or its kind, as in ``cpu``."""
+    """The name of a device in a report: that of a CUDA GPU, or the device type, as in ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -2,16 +2,16 @@
 
     VlpruneError            one clear sentence that says what to do
     ├── PlanError           a plan that does not fit the model, or is malformed
-    ├── BudgetError         a budget that is no budget, or cannot be reached
+    ├── BudgetError         a budget that is invalid, or cannot be reached
     ├── UnsupportedError    a model or a request that vlprune cannot handle exactly
     ├── VerificationError   the cut model does not answer like the masked one
-    │   └── IncomparableError   the two could not be compared at all
+    │   └── IncomparableError   the two models could not be compared at all
     ├── CheckpointError     a folder that is incomplete, damaged or cannot be written
     ├── DataError           a data file that is missing, malformed or empty
     └── RecipeError         a recipe with an unknown key or an impossible value
 
 The command line prints the sentence and exits with code 2; a library caller catches
-``VlpruneError`` or the kind they care about.
+``VlpruneError`` or the subclass that matters to them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PlanError(VlpruneError):
 
 
 class BudgetError(VlpruneError):
-    """A budget that is no budget, or cannot be reached."""
+    """A budget that is invalid, or cannot be reached."""
 
 
 class UnsupportedError(VlpruneError):
@@ -54,7 +54,7 @@ class VerificationError(VlpruneError):
 
 
 class IncomparableError(VerificationError):
-    """Masked and cut model could not be compared; the model was put back."""
+    """The masked and the cut model could not be compared; the model was put back."""
 
 
 class CheckpointError(VlpruneError):
@@ -68,7 +68,7 @@ class DataError(VlpruneError):
 class RecipeError(VlpruneError):
     """A recipe or an option with an unknown key or an impossible value.
 
-    ``problems`` has one line per mistake, where several were found at once.
+    ``problems`` has one line per mistake.
     """
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:

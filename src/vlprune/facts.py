@@ -1,7 +1,7 @@
-"""The files of a folder that are read back, as types: reports, timings, exports, sections.
+"""Types for the files that are read back from a folder: reports, timings, exports, sections.
 
-Only what is used is listed; other keys may be there. Reading is strict, because these files may be
-damaged or a stranger's: a text where a number belongs is a message that names the key.
+Only the keys in use are listed; a file may have others. Reading is strict, because these files may
+be damaged or untrusted: text in place of a number raises an error that names the key.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def check_facts(
     error: type[VlpruneError] = CheckpointError,
     advice: str = "copy the file again",
 ) -> None:
-    """Raise ``error`` unless ``value`` is of the type ``kind``: file, key and problem, up to three.
+    """Raise ``error`` unless ``value`` has the type ``kind``, a class of this module.
 
-    ``kind`` is a class of this module.
+    The message names the file ``where`` and up to three keys with their problems, and ends with
+    ``advice``.
     """
     try:
         _adapter(kind).validate_python(value)
@@ -83,7 +84,7 @@ class _Group(_Facts):
     params: dict[Literal["before", "after"], Count] | None = None
 
     def model_post_init(self, _context: Any) -> None:
-        """More cannot stay than there was."""
+        """No more units can be kept or shared than there were."""
         if self.kept > self.units or self.shared > self.units:
             raise ValueError(f"{max(self.kept, self.shared)} of {self.units} units")
         if self.params is not None and len(self.params) < 2:
@@ -100,7 +101,7 @@ class _Layer(_Facts):
     source: str | None = None
 
     def model_post_init(self, _context: Any) -> None:
-        """More cannot stay than there was."""
+        """No more units can be kept than there were, or shared than are kept."""
         if self.kept > self.units or self.shared > self.kept:
             raise ValueError(f"{self.kept} kept and {self.shared} shared of {self.units} units")
 
@@ -113,7 +114,7 @@ class _Timed(_Facts):
     shapes: dict[str, Annotated[list[Count], Field(min_length=1)]] = {}
 
     def model_post_init(self, _context: Any) -> None:
-        """A batch size is told where both were timed."""
+        """A time of the small model needs that of the dense one, the threads and the shapes."""
         there = self.model_fields_set
         if "small" in there and not ({"dense", "threads"} <= there and self.shapes):
             raise ValueError("it has small, and not dense, threads and shapes")
@@ -159,7 +160,7 @@ class _Step(_Row):
     step: float = 0.0
 
     def model_post_init(self, _context: Any) -> None:
-        """A loss belongs to a step."""
+        """A loss needs the step that it belongs to."""
         if "loss" in self.model_fields_set and "step" not in self.model_fields_set:
             raise ValueError("it has a loss and no step")
 
@@ -180,7 +181,7 @@ def _same_columns(rows: Any) -> Any:
 
 
 class Report(_Facts):
-    """``report.json``, as far as it is told and drawn."""
+    """``report.json``, as far as texts and figures use it."""
 
     budget: _Budget
     method: str
@@ -203,7 +204,7 @@ class Report(_Facts):
     threads: Count = 0
 
     def model_post_init(self, _context: Any) -> None:
-        """What is told together must be there together."""
+        """Keys that are reported together must be present together."""
         if self.metrics:
             if self.metric is None or any(self.metric not in m for m in self.metrics.values()):
                 raise ValueError(f"metrics has no {self.metric!r}, which metric names")
@@ -231,7 +232,7 @@ class _Run(_Facts):
     failed: str = ""
 
     def model_post_init(self, _context: Any) -> None:
-        """A run has times, or says why not."""
+        """A run has times, or says why it has none."""
         there = self.model_fields_set
         if "failed" not in there and not {"model", "median", "items_per_second"} <= there:
             raise ValueError("it has neither model, median and items_per_second nor failed")
@@ -245,7 +246,7 @@ class _Faster(_Facts):
 
 
 class Bench(_Facts):
-    """``bench.json``, as far as a report tells of it."""
+    """``bench.json``, as far as a report uses it."""
 
     conditions: _Conditions
     runs: list[_Run]
@@ -293,7 +294,7 @@ class _Shared(_Facts):
 
 
 class Section(_Facts):
-    """The section of a cut model in ``config.json``."""
+    """The vlprune section in the ``config.json`` of a cut model."""
 
     version: int
     attention: Literal["head_dim", "qk_vo", "head"]

@@ -1,7 +1,7 @@
-"""Reading and writing small files: one message for whatever is wrong, all or nothing.
+"""Small files: every failure is one clear error, and a write is all or nothing.
 
-A path may come from a stranger's folder, so reading is bounded: a pipe, a device or a file larger
-than its kind ever is, is refused before a byte of it is read.
+A path may come from an untrusted folder, so reading is bounded: a pipe, a device or a file that is
+too large for its kind is refused before any of it is read.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ __all__ = [
 
 MiB = 2**20
 LARGEST = 64 * MiB
-"""More than any config, plan or report needs: a plan of a million units has some 8 MiB."""
+"""More than any config, plan or report needs: a plan of a million units takes about 8 MiB."""
 
 
 def plain(text: object) -> str:
-    """A name or text of somebody else for a message: control characters escaped.
+    """A name or text from outside, for a message: control characters are escaped.
 
-    Escape sequences would move the cursor of a terminal, colour it, or hide what follows.
+    Escape sequences could move a terminal's cursor, change its colours, or hide what follows.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
 
 
 def shown(value: object) -> str:
-    """A value of somebody else for a message: short, with control characters escaped."""
+    """A value from outside, for a message: shortened, with control characters escaped."""
     if value is None:
         return "nothing"
     short = reprlib.Repr()
-    short.maxstring = 100  # names of modules have up to 80
+    short.maxstring = 100  # module names have up to 80 characters
     short.maxother = short.maxlong = 60
     try:
         return plain(short.repr(value)).replace("\n", "\\n")
@@ -64,9 +64,10 @@ def shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why the system or a library refused, in some 300 characters.
+    """Why the system or a library refused, in at most 300 characters.
 
-    Without the path, which the message names anyway; a library may quote all of a damaged file.
+    The system's path is left out, as the message names it anyway. The text of a library is cut
+    short, as it may quote all of a damaged file.
     """
     text = plain(getattr(error, "strerror", None) or " ".join(str(error).split()))
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"
@@ -76,10 +77,10 @@ FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def is_full(error: BaseException, place: Path | None = None) -> bool:
-    """Whether an error says that a disk (or a quota) is full, by its number or that of its cause.
+    """Whether an error means that the disk or quota is full, by its errno or that of its cause.
 
-    The writers of torch and safetensors lose the number on the way: with a ``place``, the folder
-    they wrote to, a megabyte is written there and removed again, to be refused in the same way.
+    The writers of torch and safetensors lose the errno. Given ``place``, the folder they wrote to,
+    a mebibyte is written into it and removed again, to see whether that fails in the same way.
     """
     one: BaseException | None = error
     while one is not None:
@@ -111,7 +112,7 @@ def opened(
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     except FileNotFoundError:
         raise kind(f"there is no file {name}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL or half a character in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the name
         raise kind(f"cannot read {name}: {reason(error)}") from None
     with file:
         facts = os.fstat(file.fileno())
@@ -131,7 +132,7 @@ def read_text(
     """The UTF-8 text of a regular file of at most ``most`` bytes. Raises ``kind``."""
     with opened(path, kind, most) as file:
         try:
-            # read(most) would take that much memory for every file, however small
+            # read(most) would allocate that much memory for every file, however small
             size = max(os.fstat(file.fileno()).st_size, MiB)
             return file.read(min(size, most) + 1).decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -143,7 +144,7 @@ def read_text(
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe that nobody writes to would block here for ever."""
+    """Open a file without blocking: a pipe that nobody writes to would block forever."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -165,8 +166,8 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text from ``where``. Raises ``kind`` with line and column.
 
-    Of a key that an object holds twice the last counts, as everywhere in Python; with ``unique``
-    it is refused.
+    If an object repeats a key, its last value counts, as everywhere in Python; with ``unique``, a
+    repeated key is refused.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -179,12 +180,12 @@ def parse_json(
         raise kind(
             f"cannot read {plain(where)}: brackets are nested too deeply for JSON of ours"
         ) from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise kind(f"cannot read {plain(where)}: not valid JSON ({reason(error)})") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. Raises ValueError for a key that stands there twice."""
+    """The object made of these pairs. Raises ValueError for a repeated key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -203,10 +204,11 @@ def read_json(
 
 
 def write_text(path: str | Path, text: str, kind: type[VlpruneError] = CheckpointError) -> None:
-    """Write a file, all of it or nothing. Raises ``kind``.
+    """Write a file completely or not at all. Raises ``kind``.
 
-    A link or a device (``/dev/stdout``) is written into: replacing it would leave a regular file
-    where the user had put something else. Other files keep their mode, new ones follow the umask.
+    A link or a device (``/dev/stdout``) is written to in place: replacing it would leave a regular
+    file where the user had put something else. Other files that exist keep their mode; new ones
+    follow the umask.
     """
     path = Path(path)
     try:
@@ -226,9 +228,9 @@ def write_text(path: str | Path, text: str, kind: type[VlpruneError] = Checkpoin
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What :func:`write_text` left beside ``path`` when it was killed.
+    """The partial files that :func:`write_text` left beside ``path`` when it was killed.
 
-    Only who knows that nobody is writing the file may remove them.
+    Only a caller who knows that nobody is writing ``path`` may remove them.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}")
     return [entry for entry in path.parent.iterdir() if name.fullmatch(entry.name)]

@@ -1,4 +1,4 @@
-"""Where a run says what it is doing."""
+"""How a run reports what it is doing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Says nothing; the command line shows phases and bars instead."""
+    """Shows nothing; the command line shows phases and bars instead."""
 
     def phase(self, title: str) -> None:
         """A new phase begins."""
 
     def note(self, text: str) -> None:
-        """Something the user should know, in a line of its own."""
+        """Something the user should know, on a line of its own."""
 
     @contextmanager
     def count(self, title: str, total: int) -> Iterator[Any]:

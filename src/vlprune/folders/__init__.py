@@ -1,1 +1,1 @@
-"""What is on disk: a model saved whole or not at all, loaded without code of its own."""
+"""Models on disk: saved completely or not at all, and loaded without running their own code."""

@@ -1,4 +1,4 @@
-"""``config.json`` of a stranger: read as a type, its numbers looked at first."""
+"""Reads an untrusted ``config.json`` and checks it before anything is built from it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MOST_LAYERS = 1000
 
 
 MOST = 2**20
-"""The largest number that any config needs, except for what follows."""
+"""The largest number that any config needs, except for vocabularies and positions."""
 
 
 MOST_WORDS = 2**24
-"""The same for vocabularies and positions."""
+"""The largest number for vocabularies and positions."""
 
 
 MOST_UNITS = 2**26
-"""Layers times the widest one: their prices alone take half a gigabyte."""
+"""The most layers times the widest layer: the prices of their units alone take half a gigabyte."""
 
 
 DEEPEST = 40
@@ -46,7 +46,7 @@ _FACTOR = re.compile(r"ratio|factor|multipl|expan")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, checked. Raises CheckpointError, UnsupportedError."""
+    """The checked ``config.json`` of a folder. Raises CheckpointError, UnsupportedError."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {plain(folder)}")
     path = folder / "config.json"
@@ -76,7 +76,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
 
 
 def _check_part(part: Mapping[str, Any], where: str, above: str, depth: int) -> None:
-    """One object of a config and those inside."""
+    """Check one object of a config and the objects nested in it."""
     if depth > DEEPEST:
         raise CheckpointError(f"{where}: {plain(above[:80])} is nested too deeply for a config")
     layers, widest, experts = 0, 0, 1
@@ -130,7 +130,7 @@ def _check_numbers(key: str, numbers: list[Any], where: str, path: str) -> None:
 
 
 def _check_kernels(value: object, where: str, path: str) -> None:
-    """A name with a slash is a repository whose code would be fetched and run."""
+    """Refuse a name with a slash: it is a repository whose code would be fetched and run."""
     values = value.values() if isinstance(value, dict) else [value]
     if any(isinstance(one, str) and "/" in one for one in values):
         raise UnsupportedError(

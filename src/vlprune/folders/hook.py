@@ -21,16 +21,16 @@ __all__ = ["install"]
 
 
 def install() -> None:
-    """Register now, or the moment the module that holds each registry is imported."""
+    """Register with each registry now, or as soon as the module that holds it is imported."""
     for name, register in REGISTRIES.items():
         wrapt.register_post_import_hook(register, name)
 
 
 def _register_configs(auto: Any) -> None:
-    """Teach AutoConfig our model types; the configs teach AutoModel when they are imported."""
+    """Teach AutoConfig vlprune's model types; the configs teach AutoModel when imported."""
     for model_type, name in MODEL_TYPES.items():
         auto.CONFIG_MAPPING.register(model_type, _Later(name), exist_ok=True)
-        # For folders from before the prefix, unless transformers has a model of that type itself.
+        # For folders older than the prefix, unless transformers has a model of that type itself.
         former = model_type.removeprefix(PREFIX)
         if former not in auto.CONFIG_MAPPING:
             auto.CONFIG_MAPPING.register(former, _Later(name))
@@ -72,7 +72,7 @@ def _register_quantizer(auto: Any) -> None:
         def from_dict(
             cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
         ) -> Any:
-            """The config for a section; extra keywords are handed back when asked for."""
+            """The config for a section; extra keywords are returned on request."""
             config = cls(**{k: v for k, v in config_dict.items() if k != "quant_method"})
             return (config, kwargs) if return_unused_kwargs else config
 
@@ -92,14 +92,14 @@ def _register_quantizer(auto: Any) -> None:
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
-            # From here on it is an ordinary model: no flag may keep Trainer, .half() or a
+            # From here on this is an ordinary model: no flag may keep Trainer, .half() or a
             # real quantizer away. The section stays in the config, so saving keeps it.
             for module in model.modules():
                 if hasattr(getattr(module, "config", None), "_is_quantized"):
                     module.config._is_quantized = False
             importlib.import_module("vlprune.cutting.padded").check_indices(model)
-            # In its own names, as another class may have written the folder; and without the
-            # digest of the weights, which the next training makes wrong.
+            # The record uses this model's names, as another class may have written the folder, and
+            # omits the digest of the weights, which the next training would make wrong.
             importlib.import_module("vlprune.structures.record").write_record(model, self.record)
             model.is_quantized = False
             for flag in ("hf_quantizer", "quantization_method"):
@@ -118,7 +118,7 @@ def _register_quantizer(auto: Any) -> None:
 
         @property
         def is_qat_trainable(self) -> bool:
-            """True, for the same reason."""
+            """True, as for :attr:`is_trainable`."""
             return True
 
         @property
@@ -134,4 +134,4 @@ REGISTRIES: dict[str, Callable[[Any], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configs,
 }
-"""Which module of transformers holds a registry, and what enters us there."""
+"""{module of transformers that holds a registry: the function that registers vlprune there}."""

@@ -1,4 +1,4 @@
-"""Loading: the model in a folder that vlprune wrote, checked, by its own class."""
+"""Loads and checks the model in a folder that vlprune wrote, with the model's own class."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def load(folder: str | Path, **kwargs: Any) -> Any:
     """The model in a folder that :func:`save` (or ``save_pretrained`` of a cut model) wrote.
 
     Its class is the one named in ``config.json``; ``kwargs`` go to ``from_pretrained``. Nothing is
-    written. While another process saves into the folder, it is tried again for some seconds. Says
-    what is wrong where ``from_pretrained`` would raise from deep inside. Raises CheckpointError for
-    a folder that is missing, incomplete or damaged.
+    written. While another process saves into the folder, loading is retried for some seconds.
+
+    Raises CheckpointError for a folder that is missing, incomplete, damaged or without a plan, with
+    a clear message where ``from_pretrained`` would raise from deep inside; UnsupportedError for a
+    class that is not known or a config that names foreign code.
     """
     folder = Path(folder)
     for seconds in (*WAITS, None):
@@ -56,7 +58,7 @@ WAITS = (0.1, 0.3, 1.0, 2.0, 4.0)
 
 
 def _version(folder: Path) -> tuple[int, int, int] | None:
-    """Changes whenever a save puts another config in place."""
+    """A value that changes whenever a save puts another config in place."""
     try:
         facts = (folder / CONFIG).stat()
     except (OSError, ValueError):

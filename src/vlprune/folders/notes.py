@@ -1,8 +1,8 @@
-"""Notes that vouch for the files beside them: a kill, a bad disk or a stranger's file is noticed.
+"""Notes that vouch for the files beside them: a kill, a bad disk or a foreign file is noticed.
 
-A note is a small JSON file, written when everything it speaks of is on the disk. It holds a key
-(which recipe, which phase), whatever is to be remembered, sizes and SHA-256 of the files, and a
-digest of itself. Hashing runs at some 1.3 GB a second, which is faster than disks are written.
+A note is a small JSON file, written once all the files it covers are on disk. It holds a key
+(which recipe, which phase), a body to remember, the sizes and SHA-256 of the files, and a digest
+of itself. Hashing runs at about 1.3 GB per second, which is faster than disks are written.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..files import digest, plain, read_json, reason, write_text
 __all__ = ["NO_NOTE", "Note", "hashed", "note_text", "read_note", "set_aside", "write_note"]
 
 NO_NOTE = "unfinished"
-"""The key of a note that only says whose folder it is, until the real one is written."""
+"""The key of a note that only claims the folder, until the real note is written."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What was noted: under which key, and what."""
+    """The key and the body of a note."""
 
     key: str
     body: Any
@@ -39,25 +39,25 @@ def hashed(value: Any) -> str:
 
 
 def write_note(path: Path, key: str, body: Any = None, files: Iterable[str] = ()) -> None:
-    """Write a note that vouches for ``files``, names relative to its folder.
+    """Write a note that vouches for ``files``, named relative to its folder.
 
-    Raises CheckpointError if a file cannot be read or the note not be written.
+    Raises CheckpointError if a file cannot be read or the note cannot be written.
     """
     write_text(path, note_text(key, body, {n: digest(path.parent / n) for n in sorted(files)}))
 
 
 def note_text(key: str, body: Any = None, files: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """A note as text; ``files`` {name: [bytes, SHA-256]}."""
-    # as it will be read again: JSON knows no tuples, and no keys but text
+    """A note as JSON text; ``files`` is {name: [bytes, SHA-256]}."""
+    # the digest is of the value as it will be read: JSON has no tuples, and only text as keys
     text = json.loads(json.dumps({"key": key, "body": body, "files": dict(files)}))
     return json.dumps(text | {"digest": hashed(text)}, indent=1) + "\n"
 
 
 def read_note(path: Path, only: bool = False) -> Note | None:
-    """The note, after a look at every file it vouches for; None if there is none.
+    """The note, after a check of every file it vouches for; None if ``path`` does not exist.
 
-    With ``only`` its folder may hold no other files, hidden ones left aside. Raises CheckpointError
-    with the reason if the note or a file is not as it was written.
+    With ``only``, its folder may hold no other files except hidden ones. Raises CheckpointError
+    with the reason if the note, a file or the folder is not as it was written.
     """
     if not os.path.lexists(path):
         return None
@@ -81,9 +81,9 @@ def read_note(path: Path, only: bool = False) -> Note | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to ``damaged-NAME``, so that nothing is lost; its new path.
+    """Rename a damaged file or folder to ``damaged-NAME``, so that nothing is lost.
 
-    Raises CheckpointError if that cannot be done.
+    Returns the new path. Raises CheckpointError if the rename fails.
     """
     number, place = 1, path.with_name(f"damaged-{path.name}")
     while os.path.lexists(place):

@@ -1,8 +1,8 @@
-"""The one door through which models and processors come in: nobody else's code runs.
+"""The only way in for models and processors: no code that comes with them is run.
 
-A folder or a hub name may be a stranger's. transformers would ask on stdin whether to run code that
+A folder or a hub name may be untrusted. transformers would ask on stdin whether to run code that
 the config names, read pickles, fetch kernels, and build whatever sizes a config states. Here the
-answer is always no, and sizes are looked at before anything is built (docs/folders.md, Trust).
+answer is always no, and sizes are checked before anything is built (docs/folders.md, Trust).
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 def guarded(
     where: object, doing: str = "open", kind: type[VlpruneError] = CheckpointError
 ) -> Iterator[None]:
-    """Nobody is asked, stdout stays clean, and whatever goes wrong is one message of ``kind``."""
+    """No prompts, a clean stdout, and one error of ``kind`` for whatever goes wrong."""
     asks = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # else a part of a model may still ask
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # otherwise a part of a model may still ask
     try:
         with contextlib.redirect_stdout(sys.stderr), _native_output():
             yield
@@ -66,9 +66,9 @@ def guarded(
 
 @contextlib.contextmanager
 def _native_output() -> Iterator[None]:
-    """What compiled libraries print past Python goes to stderr, as text without escape sequences.
+    """Send output that compiled libraries print past Python to stderr, without escape sequences.
 
-    The tokenizers' Rust code quotes keys of a damaged file on stdout, for one.
+    The Rust code of tokenizers, for one, quotes keys of a damaged file on stdout.
     """
     try:
         before = os.dup(1)
@@ -89,7 +89,7 @@ def _native_output() -> Iterator[None]:
 
 
 def _why(error: Exception, where: object) -> str:
-    """The first sentence of what another library says, without its advice to trust."""
+    """The first sentence of another library's error, without its advice to trust the code."""
     text = " ".join(str(error).split())
     refused = isinstance(error, OSError | ValueError | ImportError)
     if refused and re.search("trust_remote_code|custom code|timed out", text.lower()):
@@ -104,7 +104,7 @@ def _why(error: Exception, where: object) -> str:
 
 
 def _config_dict(name: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says, in a folder or on the hub; checked."""
+    """The checked ``config.json`` of a folder or of a model on the hub."""
     if Path(name).is_dir():
         return read_config(Path(name))
     _check_hub_name(name)
@@ -115,7 +115,7 @@ def _config_dict(name: str | Path) -> dict[str, Any]:
 
 
 def _check_hub_name(name: str | Path, kind: type[VlpruneError] = CheckpointError) -> None:
-    """Raise ``kind`` for a path that is no folder, and cannot be a name on the hub either."""
+    """Raise ``kind`` unless ``name``, which is no folder, can be a name on the hub."""
     if not HUB_NAME.fullmatch(str(name)):
         raise kind(f"there is no folder {plain(name)}")
 
@@ -138,7 +138,10 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def model_class(config: Mapping[str, Any], where: object) -> Any:
-    """The class that a ``config.json`` names, of vlprune or transformers; runs no code of it."""
+    """The class of vlprune or transformers that a ``config.json`` names.
+
+    Raises UnsupportedError if neither has a model class of that name.
+    """
     names = config.get("architectures") or [""]
     cls: Any = MODELS[names[0]] if _is_ours(config) else getattr(transformers, names[0], None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
@@ -172,7 +175,7 @@ def from_folder(
 
 
 def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise for what transformers would follow to other models, other code or another format."""
+    """Raise for entries that lead transformers to other models, other code or another format."""
     if (folder / "adapter_config.json").exists():
         raise UnsupportedError(
             f"{plain(folder)} holds an adapter (adapter_config.json): merge it into its base model "
@@ -206,7 +209,7 @@ def _check_files(folder: Path, kind: type[VlpruneError]) -> None:
 
 
 def _check_memory_of(cls: Any, folder: Path, config: Mapping[str, Any]) -> None:
-    """An uncut model is built without weights first; the loading hook looks at a cut one."""
+    """Build an uncut model without weights to check its size; the loading hook checks a cut one."""
     if config.get("quantization_config") is not None:
         return
     found = cls.config_class.from_pretrained(folder, trust_remote_code=False)
@@ -219,7 +222,7 @@ def _check_memory_of(cls: Any, folder: Path, config: Mapping[str, Any]) -> None:
 def check_memory(model: Any, held: int, where: object) -> None:
     """Raise CheckpointError if an empty model is far larger than its files of ``held`` bytes.
 
-    What the files lack would be made up, in memory.
+    Weights that the files lack would be made up, in memory.
     """
     count = sum(t.numel() for t in [*model.parameters(), *model.buffers()])
     if count > held + SPARE:
@@ -242,9 +245,9 @@ def open_processor(name: str | Path) -> Any:
 def open_model(name: str, config_only: bool = False) -> Any:
     """The model in a folder or on the hub, by the class its config names.
 
-    With ``config_only`` its architecture without weights, on the meta device; ``name`` may
-    then also be a model type, which stands for that type's default sizes. Raises CheckpointError,
-    UnsupportedError.
+    With ``config_only``, only its architecture is built, without weights, on the meta device;
+    ``name`` may then also be a model type, which stands for that type's default sizes. Raises
+    CheckpointError, UnsupportedError.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

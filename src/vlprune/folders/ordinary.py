@@ -1,8 +1,8 @@
-"""A cut model without vlprune: the stock class with a stock config, where a config can say it.
+"""A cut model without vlprune: the stock class with a stock config, where one can express the cut.
 
 Serving engines and plain transformers build every layer of a tower alike, from one number in
-the config. A plan with one width a tower (``uniform=True``) may fit that. Which number it is is
-not looked up in a table but found: it is changed, the architecture is built without weights, and
+the config. A plan with one width per tower (``uniform=True``) may fit that. No table says which
+number an architecture uses: candidates are changed, the architecture is built without weights, and
 the shapes are compared. Not from either paper.
 """
 
@@ -38,11 +38,12 @@ KV_HEADS = "num_key_value_heads"
 
 
 def ordinary(model: Any) -> Any:
-    """A new model of the stock class with the same weights, whose config says it all.
+    """A new model of the stock class with the same weights, fully described by its config.
 
     Its folder loads in plain transformers, without ``import vlprune``, and in engines that build
-    models from a config. The outputs are the same. Raises UnsupportedError, saying what the
-    config cannot express, where layers differ or there is no number for a width.
+    models from a config. The outputs are the same. An uncut model is returned as it is. Raises
+    UnsupportedError, saying what the config cannot express, where the layers of a tower differ or
+    no number in the config sets a width, and where weights are shared.
     """
     record = read_record(model)
     if record is None:
@@ -123,7 +124,7 @@ def _say(
     sizes: Mapping[str, int],
     wanted: Mapping[str, tuple[int, ...]],
 ) -> Any:
-    """A config under which these structures have the wanted shapes; None if there is none."""
+    """A config that gives these structures the wanted shapes; None if no such config exists."""
     params = {slot.param for s in members for slot in s.slots if slot.param in wanted}
     now, before = members[0].size, sizes[members[0].name]
     if len({sizes[s.name] for s in members}) > 1:
@@ -134,7 +135,7 @@ def _say(
             try:
                 if not change(list(_configs(tried))[number]):
                     continue
-            except (TypeError, ValueError):  # a config that checks its fields
+            except (TypeError, ValueError):  # a config that refuses the value
                 continue
             shapes = _shapes(cls, tried)
             if all(shapes.get(name) == wanted[name] for name in params):
@@ -143,7 +144,7 @@ def _say(
 
 
 def _changes(kind: str, before: int, now: int) -> Iterator[Any]:
-    """Functions that change one number of a config; false where it has no such number."""
+    """Functions that change one number of a config, and return false if it has no such number."""
     if kind == "ffn":
         for name in WIDTHS:
 
@@ -181,7 +182,7 @@ def _changes(kind: str, before: int, now: int) -> Iterator[Any]:
 
 
 def _shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of that architecture; nothing if it cannot be built."""
+    """{parameter: shape} of ``cls`` under ``config``; empty if it cannot be built."""
     try:
         with torch.device("meta"):
             built: nn.Module = cls(copy.deepcopy(config))

@@ -1,8 +1,8 @@
-"""Places on disk: may they be written, and how files are swapped inside a folder.
+"""Places on disk: whether they can be written, and how files are swapped inside a folder.
 
-A folder that is written may be the working folder, a mount point or reached by a link, so the
+The folder that is written may be the working folder, a mount point or reached by a link, so the
 folder itself is never replaced. New files wait in a hidden folder inside it and move into place one
-by one; at every moment ``config.json`` names weights that are there (docs/decisions/0024).
+by one; at every moment ``config.json`` names weights that exist (docs/decisions/0024).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..files import MiB, plain, reason, write_text
 
 try:
     import fcntl
-except ImportError:  # no such locks on this system: saves of two processes are not told apart
+except ImportError:  # this system has no such locks: saves by two processes are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -49,8 +49,8 @@ PATIENCE = 60.0
 def check_place(folder: str | Path, need: int = 0) -> None:
     """Raise CheckpointError unless files can be written and renamed in ``folder``.
 
-    It need not exist yet; nothing is left behind. ``need`` is roughly how many bytes will be
-    written there.
+    The folder need not exist yet, and nothing is left behind. ``need`` is roughly how many bytes
+    will be written; the disk must have that much space free.
     """
     folder, name = Path(folder), plain(folder)
     try:
@@ -82,7 +82,7 @@ def check_file(path: str | Path) -> None:
     try:
         if path.is_dir():
             raise CheckpointError(f"{plain(path)} is a folder: name a file")
-        if path.exists():  # a link or a device is written into
+        if path.exists():  # a link or a device is written to in place
             with open(path, "r+b" if path.is_file() else "ab", opener=_at_once):
                 return
         if path.is_symlink():
@@ -99,12 +99,12 @@ def check_file(path: str | Path) -> None:
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Open without waiting for somebody who reads a pipe."""
+    """Open an existing file, without waiting for a reader where it is a pipe."""
     return os.open(path, flags & ~os.O_CREAT | getattr(os, "O_NONBLOCK", 0))
 
 
 def _is_there(path: Path) -> bool:
-    """Whether something has that path; OSError where the system refuses even to look."""
+    """Whether the path exists. Raises OSError where the system refuses even to look."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -113,7 +113,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _try_out(folder: Path, name: str = "") -> None:
-    """Create, fill, rename and remove, as a save does."""
+    """Create, fill, rename and remove a file, as a save does."""
     made = folder / f".vlprune-{uuid.uuid4().hex[:12]}"
     made.mkdir()
     try:
@@ -127,9 +127,10 @@ def _try_out(folder: Path, name: str = "") -> None:
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A new hidden folder inside ``folder``, which is created if need be; removed at the end.
+    """A new hidden folder, removed at the end, inside ``folder``, which is created if need be.
 
-    It stays if :func:`swap` could not finish, for then the config names the weights in it.
+    The hidden folder stays if :func:`swap` could not finish, as the config then names the weights
+    in it.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def staging(folder: Path) -> Iterator[Path]:
             shutil.rmtree(staged, ignore_errors=True)
         for path in created:
             with suppress(OSError):
-                path.rmdir()  # only what is empty goes
+                path.rmdir()  # removes only empty folders
 
 
 def _is_named(staged: Path) -> bool:
@@ -178,17 +179,18 @@ def _is_locked(mark: Path) -> bool:
 
 
 def is_being_saved(folder: Path) -> bool | None:
-    """True: a process saves into ``folder`` now. False: a save was stopped. None: neither."""
+    """True: a process is saving into ``folder``. False: a save was stopped. None: neither."""
     alive = [living for _, living in _left_behind(folder)]
     return any(alive) if alive else None
 
 
 def swap(staged: Path, last: str = CONFIG, stale: Iterable[Path] = ()) -> None:
-    """Move the files of a staging folder into the folder around it; ``stale`` ones go.
+    """Move the files of a staging folder into the folder around it; remove the ``stale`` files.
 
-    The file ``last`` comes last. Where the folder holds a model, its config first names the new
+    The file ``last`` is moved last. Where the folder holds a model, its config first names the new
     weights where they wait, so that a kill at any moment leaves the old or the new model. Raises
-    CheckpointError, and leaves what was there, if a name is taken by something else.
+    CheckpointError, and leaves the old files, if a folder has the name of a new file or another
+    process goes on saving here.
     """
     folder = staged.parent
     names = sorted(p.relative_to(staged) for p in staged.rglob("*") if not p.is_dir())
@@ -208,7 +210,7 @@ def swap(staged: Path, last: str = CONFIG, stale: Iterable[Path] = ()) -> None:
             (folder / last).unlink(missing_ok=True)
         try:
             _finish(staged, names, last, stale)
-        except BaseException:  # from here on there is only forward
+        except BaseException:  # from here on the swap can only be finished, not undone
             _finish(staged, names, last, stale)
             raise
         dead = [path for path, living in _left_behind(folder) if path != staged and not living]
@@ -217,7 +219,7 @@ def swap(staged: Path, last: str = CONFIG, stale: Iterable[Path] = ()) -> None:
 
 
 def _config_meanwhile(staged: Path) -> Path:
-    """The new config, naming the weights where they wait. A file in ``staged``."""
+    """A file in ``staged`` with the new config, which names the weights where they wait."""
     config: dict[str, Any] = json.loads((staged / CONFIG).read_text(encoding="utf-8"))
     weights = "model.safetensors"
     if (staged / INDEX).exists():
@@ -233,7 +235,7 @@ def _config_meanwhile(staged: Path) -> Path:
 
 
 def _finish(staged: Path, names: Iterable[Path], last: str, stale: Iterable[Path]) -> None:
-    """All files into place, ``last`` at the end. May be called again after it was interrupted."""
+    """Move all files into place, ``last`` at the end. May be called again after an interruption."""
     folder = staged.parent
     for path in stale:
         path.unlink(missing_ok=True)
@@ -250,7 +252,7 @@ def _finish(staged: Path, names: Iterable[Path], last: str, stale: Iterable[Path
 
 
 def _link(source: Path, target: Path) -> None:
-    """``source`` under a second name, in place of what has it; moved where links are impossible."""
+    """Make ``target`` a hard link to ``source``; where links are impossible, move ``source``."""
     second = source.with_name(f"{source.name}.second")
     second.unlink(missing_ok=True)
     try:
@@ -259,12 +261,12 @@ def _link(source: Path, target: Path) -> None:
         os.replace(source, target)
         return
     os.replace(second, target)
-    second.unlink(missing_ok=True)  # still there where the target was the same file already
+    second.unlink(missing_ok=True)  # remains where the target was the same file already
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder while its files are swapped; other saves wait. Raises CheckpointError."""
+    """Lock the folder while its files are swapped; other saves wait. Raises CheckpointError."""
     if fcntl is None:
         yield
         return

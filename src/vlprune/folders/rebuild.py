@@ -28,9 +28,9 @@ def rebuild_shapes(
 ) -> Record:
     """Cut a freshly built, still empty model to the shapes that ``section`` describes.
 
-    Returns the record in the names that this model has for its structures. ``files`` are those the
-    weights will be read from; they must have the digest that the section states, if any. Raises
-    CheckpointError if section, model and weights do not belong together.
+    Returns the record, with this model's names for its structures. The weights will be read from
+    ``files``, which must have the digest that the section states, if any. Raises CheckpointError
+    if section, model and weights do not belong together.
     """
     paths = [Path(file) for file in files or ()]
     with naming(paths[0].parent / CONFIG if paths else Path(CONFIG)):
@@ -45,7 +45,7 @@ def rebuild_shapes(
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors name the file that they are about."""
+    """Make errors raised in the block name the file ``path``, which they are about."""
     try:
         yield
     except VlpruneError as error:

@@ -1,4 +1,4 @@
-"""Saving: a whole model into a folder, all at once or not at all."""
+"""Saves a whole model into a folder, all at once or not at all."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def save(
     extras: Mapping[str, str] | None = None,
     processor: Any = None,
 ) -> Path:
-    """The folder, which plain ``from_pretrained`` loads after ``import vlprune``.
+    """Save ``model`` to ``folder``, for plain ``from_pretrained`` after ``import vlprune``.
 
-    Holds the stock ``config.json`` and ``model.safetensors``, ``plan.json``, the files of
-    ``processor`` (anything with ``save_pretrained``) and ``extras`` {file name: text}. All is
-    written into a hidden folder inside and moved into place at the end: a kill at any moment
-    leaves the old or the new model, a full disk the old one. Files that vlprune did not write
-    survive, unless they have the name of a new one.
+    Returns the folder. It holds the stock ``config.json`` and ``model.safetensors``, the
+    ``plan.json`` of a cut model, the files of ``processor`` (anything with ``save_pretrained``)
+    and ``extras`` {file name: text}. Everything is written into a hidden folder inside and moved
+    into place at the end: a kill at any moment leaves the old or the new model, a full disk the
+    old one. Files that vlprune did not write survive, unless a new file has the same name.
 
     Raises CheckpointError if the folder cannot be written.
     """
@@ -68,14 +68,14 @@ def save(
 
 
 def _after(staged: Path, problem: object) -> str:
-    """The problem, and what a failed save has left."""
+    """The problem, and the state in which the failed save left the folder."""
     if staged.name.startswith(".vlprune-") and staged.is_dir():
         return f"{problem}; the new model can be loaded already, save again to finish it"
     return f"{problem}; what was there before is unchanged"
 
 
 def _seal(staged: Path) -> None:
-    """Write the digest of the weights into the config, where it says that the model was cut."""
+    """Write the digest of the weights into the config of a cut model."""
     path = staged / CONFIG
     config = read_json(path)
     section = config.get("quantization_config")
@@ -85,7 +85,7 @@ def _seal(staged: Path) -> None:
 
 
 def _stale(folder: Path, new: set[str]) -> list[Path]:
-    """What would speak of the model before: its weights, plan, report, timings and exports."""
+    """The files of the previous model: its weights, plan, report, timings and exports."""
     if not (folder / CONFIG).is_file():
         return []
     try:
@@ -105,7 +105,7 @@ def _stale(folder: Path, new: set[str]) -> list[Path]:
 
 
 _MARKS = {PLAN_FILE: {"format", "keep"}, REPORT_FILE: {"budget"}, BENCH_FILE: {"runs", "faster"}}
-"""Keys that tell a file of vlprune from another of that name."""
+"""Keys that tell a file of vlprune from another file of that name."""
 
 
 def _is_our_own(path: Path) -> bool:
@@ -117,7 +117,7 @@ def _is_our_own(path: Path) -> bool:
 
 
 def files_of_export(folder: Path) -> list[Path]:
-    """The files that ``vlprune export`` wrote into a folder; none if it wrote none there."""
+    """The files that ``vlprune export`` wrote into a folder, if any."""
     note = folder / EXPORT_FILE
     if folder.is_symlink() or not note.is_file():
         return []
@@ -132,10 +132,10 @@ def files_of_export(folder: Path) -> list[Path]:
 
 
 def check_result(folder: str | Path, need: int = 0) -> None:
-    """Raise CheckpointError unless a whole result can be written to ``folder``, now.
+    """Raise CheckpointError unless a whole result of ``need`` bytes can be written to ``folder``.
 
-    Besides :func:`vlprune.folders.place.check_place`: files of the user that a result would
-    overwrite are refused, such as a README.md or a model of his own in the working folder.
+    Checks :func:`vlprune.folders.place.check_place`, and that the result would not overwrite files
+    of the user, such as a README.md or a model of their own in the working folder.
     """
     folder = Path(folder)
     check_place(folder, need)
@@ -144,7 +144,7 @@ def check_result(folder: str | Path, need: int = 0) -> None:
     names = [CONFIG, *_MARKS, RECIPE_FILE, "README.md"]
     names += [p.name for p in folder.iterdir() if is_weights(p.name)]
     taken = [name for name in names if (folder / name).exists()]
-    if (folder / "dense" / CONFIG).exists():  # one of ours has a note beside it
+    if (folder / "dense" / CONFIG).exists():  # a dense model of vlprune has a note beside it
         taken.append("dense")
     if taken:
         raise CheckpointError(
@@ -155,7 +155,7 @@ def check_result(folder: str | Path, need: int = 0) -> None:
 
 
 def _is_result(folder: Path) -> bool:
-    """Whether a run of vlprune filled the folder, or began to, or :func:`save` did."""
+    """Whether a run of vlprune or :func:`save` filled the folder, or began to."""
     if (folder / REPORT_FILE).is_file() and _is_our_own(folder / REPORT_FILE):
         return True
     if is_being_saved(folder) is not None:

@@ -1,7 +1,7 @@
-"""Files of weights: which ones belong to a folder, whether they are whole, and their digest.
+"""Weight files: which ones belong to a folder, whether they are whole, and their digest.
 
-Only safetensors are read, and only from inside the folder: a stranger's index or link must not make
-us read another file of this machine.
+Only safetensors are read, and only from inside the folder: an untrusted index or link must not make
+vlprune read another file of this machine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ _OURS = re.compile(r"(model(-\d{5}-of-\d{5})?\.safetensors)|(model\.safetensors\
 
 
 def is_weights(name: str) -> bool:
-    """Whether ``save_pretrained`` gives files of weights such a name."""
+    """Whether ``name`` is one that ``save_pretrained`` gives to weight files."""
     return _OURS.fullmatch(name) is not None
 
 
 def weight_files(folder: Path, named: object = None) -> list[Path]:
-    """The files that ``from_pretrained`` reads weights from; ``named`` is its config's choice.
+    """The files that ``from_pretrained`` reads weights from.
 
-    Raises CheckpointError for a file that is missing, is no regular file or lies elsewhere.
+    ``named`` is the config's ``transformers_weights``, if it has that entry. Raises CheckpointError
+    if ``named`` is not safetensors, if an index is malformed, or for a file that is missing, is not
+    a regular file or lies outside the folder.
     """
     name = plain(folder)
     if named is not None:
@@ -53,7 +55,7 @@ def weight_files(folder: Path, named: object = None) -> list[Path]:
 
 
 def _index(path: Path) -> Mapping[str, str]:
-    """{tensor: file} as an index says. Raises CheckpointError."""
+    """{tensor: file} from an index. Raises CheckpointError."""
     body = read_json(path)
     mapping = body.get("weight_map") if isinstance(body, dict) else None
     if not isinstance(mapping, dict) or not mapping:
@@ -71,7 +73,7 @@ def _index(path: Path) -> Mapping[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     """``folder/name``, a regular file of that folder. Raises CheckpointError.
 
-    A snapshot of the hub's cache holds links to ``blobs`` two folders above; these are its files.
+    A snapshot in the hub's cache holds links to ``blobs`` two folders above, which are accepted.
     """
     path, real = folder / name, folder.resolve()
     try:
@@ -108,9 +110,9 @@ def _mend(folder: Path) -> str:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError unless every safetensors file of the folder is there and whole.
+    """Raise CheckpointError unless every weight file of the folder is present and whole.
 
-    Their digest is compared where they are loaded (:mod:`vlprune.folders.hook`).
+    Their digest is checked when they are loaded (:mod:`vlprune.folders.hook`).
     """
     config: Any = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     named = config.get("transformers_weights") if isinstance(config, dict) else None
@@ -138,8 +140,9 @@ def check_digest(files: Sequence[Path], wanted: str) -> None:
 def digest(files: Iterable[Path]) -> str:
     """32 hex digits that change with any name, shape, dtype or bit of the tensors in ``files``.
 
-    How tensors are spread over files, and what else the files say, does not matter. It finds
-    accidents, not forgers: whoever can change the weights can change the digest too.
+    How the tensors are spread over files does not matter, nor does other content of the files. The
+    digest reveals accidents, not forgery: whoever can change the weights can change it too. Raises
+    CheckpointError for a damaged file.
     """
     facts = [fact for path in files for fact in _facts(path)]
     return hashlib.blake2b(json.dumps(sorted(facts)).encode(), digest_size=16).hexdigest()
@@ -165,7 +168,7 @@ def _facts(path: Path) -> Iterator[list[Any]]:
 
 
 def _checksum(file: BinaryIO, start: int, length: int) -> int:
-    """CRC-32: it finds every flipped bit, three times as fast as the disk or SHA."""
+    """CRC-32 of part of a file: it finds every flipped bit, three times as fast as disk or SHA."""
     file.seek(start)
     buffer = memoryview(bytearray(min(length, MiB)))
     found = 0

@@ -1,1 +1,1 @@
-"""What a user asks for, checked before anything runs."""
+"""Recipes and their options, checked before anything runs."""

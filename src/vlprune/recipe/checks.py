@@ -1,8 +1,8 @@
-"""What a value of a recipe or of a method may be, and one error that names all that are wrong.
+"""The values that recipes and methods accept, and one error that names every wrong value.
 
-pydantic checks; this says in plain words what is allowed. A leaf is annotated with what it takes,
-as in ``Annotated[int, Whole(1, 64)]``; a class decorated with :func:`checked` is a frozen
-dataclass that raises RecipeError with one line per mistake. Imports nothing heavy.
+pydantic checks; this module says in plain words what is allowed. A leaf is annotated with the
+values it takes, as in ``Annotated[int, Whole(1, 64)]``; a class decorated with :func:`checked` is a
+frozen dataclass that raises RecipeError with one line per mistake. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SEEDS = 2**32 - 1
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing that is wrong: its dotted key, and the line that says so."""
+    """One mistake: its dotted key, and the line that describes it."""
 
     key: str
     line: str
@@ -64,7 +64,7 @@ def _detail(place: Sequence[str | int], text: str, kind: str) -> InitErrorDetail
 
 
 def mistakes_of(error: ValidationError) -> list[Mistake]:
-    """What a class made by :func:`checked` refused, in the order of its fields."""
+    """The mistakes for which a class made by :func:`checked` raised ``error``, in field order."""
     found = []
     for one in error.errors(include_url=False, include_input=False):
         place, context = one["loc"], one.get("ctx", {})
@@ -95,27 +95,27 @@ def refusal(found: Iterable[Mistake], where: str = "") -> VlpruneError:
 
 
 class _Leaf:
-    """What one value may be; ``says`` puts it in words."""
+    """The values that a leaf takes; ``says`` puts them in words."""
 
     @property
     def says(self) -> str:
-        """What is allowed, in words."""
+        """The allowed values, in words."""
         raise NotImplementedError
 
     def schema(self) -> core_schema.CoreSchema:
-        """pydantic's own check."""
+        """The schema of pydantic's own check."""
         raise NotImplementedError
 
     def read(self, value: Any) -> Any:
-        """The value as pydantic is to see it."""
+        """The value as pydantic should see it. May raise ValueError to refuse the value."""
         return value
 
     def hint(self, value: Any) -> str:
-        """A sentence to add about a value that was refused."""
+        """A sentence to add to the mistake for a refused value, or an empty string."""
         return ""
 
     def refuses(self, value: Any) -> str:
-        """The text of the mistake that ``value`` is."""
+        """The text of the mistake for a refused ``value``."""
         return f"{KEY} must be {self.says}, not {shown(value)}{self.hint(value)}"
 
     def __get_pydantic_core_schema__(
@@ -132,7 +132,7 @@ class _Leaf:
 
 @dataclass(frozen=True)
 class Whole(_Leaf):
-    """A whole number in a range, or a ``word`` that stands for none."""
+    """A whole number in a range, or ``word`` in place of a number."""
 
     low: int
     high: int
@@ -154,7 +154,10 @@ class Whole(_Leaf):
 
 @dataclass(frozen=True)
 class Number(_Leaf):
-    """A finite number in a range, whose ends may be excluded. YAML reads 1e-3 as text."""
+    """A finite number in a range, whose ends may be excluded.
+
+    A number may also be given as text, since YAML reads 1e-3 as text.
+    """
 
     low: float
     high: float
@@ -183,7 +186,7 @@ class Number(_Leaf):
 
 @dataclass(frozen=True)
 class Flag(_Leaf):
-    """True or false, and nothing that stands for them."""
+    """True or false, and no other value in place of them."""
 
     @property
     def says(self) -> str:
@@ -236,7 +239,7 @@ class OneOf(_Leaf):
 
 
 class Texts(_Leaf):
-    """A list of texts, kept as a tuple; of some ``words``, at least one and each once."""
+    """A list of texts, kept as a tuple; given ``words``, at least one of them and none twice."""
 
     def __init__(self, *words: str) -> None:
         self.words = words
@@ -284,7 +287,7 @@ class Checked:
     """Base of the classes that :func:`checked` makes."""
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """(place, text) of what is wrong between fields that are right each by itself."""
+        """(place, text) of every conflict between fields that are each valid alone."""
         return ()
 
     @model_validator(mode="wrap")
@@ -301,13 +304,13 @@ class Checked:
 
 
 def refuse_again(cls: type[Any], error: ValidationError) -> ValidationError:
-    """The same error with pydantic's own lines in our words."""
+    """The same error, with pydantic's own lines in vlprune's words."""
     names = [one.name for one in dataclasses.fields(cls)]
     details = []
     for one in error.errors(include_url=False):
         place, context = [*one["loc"]], one.get("ctx", {})
         if place and isinstance(place[0], int) and place[0] < len(names):
-            place[0] = names[place[0]]  # it was given by position
+            place[0] = names[place[0]]  # the field was given by position
         text = context.get("text") or _in_words(one, names)
         details.append(_detail(place, text, context.get("kind", "")))
     return ValidationError.from_exception_data(cls.__name__, details)
@@ -328,9 +331,10 @@ def _in_words(one: Any, names: Sequence[str]) -> str:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def checked(cls: C) -> C:
-    """Class decorator: a frozen dataclass, of base :class:`Checked`, that refuses wrong values.
+    """Make ``cls``, of base :class:`Checked`, a frozen dataclass that refuses wrong values.
 
-    Making one raises RecipeError for all of them at once, from Python as from a recipe.
+    Creating an instance raises one RecipeError for all wrong values, from Python as from a recipe;
+    BudgetError if a wrong budget is the only mistake.
     """
     made: Any = pydantic_dataclass(frozen=True, config=_CONFIG)(cls)
     make = made.__init__

@@ -1,4 +1,4 @@
-"""What a recipe asks of the machine that runs it: threads, a device, a logger."""
+"""The options of a recipe that depend on the machine: threads, a device, a logger."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOGGERS: Mapping[str, str] = {
 
 
 class Logger(OneOf):
-    """A logger of the Trainer; says which are installed."""
+    """A logger of the Trainer; the hint lists the installed loggers."""
 
     def __init__(self) -> None:
         super().__init__("none", "all", *LOGGERS)
@@ -44,12 +44,12 @@ class Logger(OneOf):
 
 
 def is_installed(logger: str) -> bool:
-    """Whether the package of a logger is there."""
+    """Whether the package of a logger is installed."""
     return find_spec(LOGGERS[logger]) is not None
 
 
 def need_logger(logger: str) -> None:
-    """Raise UnsupportedError if a run cannot report to this logger here."""
+    """Raise UnsupportedError if the package that a logger needs is not installed."""
     if logger in LOGGERS and not is_installed(logger):
         here = ", ".join(name for name in LOGGERS if is_installed(name)) or "none"
         raise UnsupportedError(
@@ -60,7 +60,7 @@ def need_logger(logger: str) -> None:
 
 @dataclass(frozen=True)
 class Device(Text):
-    """The name of a device; whether this machine has it is seen when it is used."""
+    """The name of a device; whether this machine has that device is checked when it is used."""
 
     @property
     def says(self) -> str:
@@ -77,7 +77,7 @@ class Device(Text):
 
 
 THREADS = max(64, os.cpu_count() or 1)
-"""The most threads asked of torch, which starts them all: a million of them end the process."""
+"""The most threads asked of torch, which starts them all: a million would end the process."""
 
 
 @checked

@@ -1,7 +1,7 @@
-"""What a recipe may say of a method and of a task: every option, its range and its default.
+"""The options of methods and tasks that a recipe may set, each with its range and its default.
 
-Apart from the methods and tasks themselves, which import torch, so that a recipe is checked at
-once. What an option means is told where it is used.
+They are kept apart from the methods and tasks themselves, which import torch, so that a recipe is
+checked at once. The code that uses an option explains its meaning.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class JspOptions(Checked):
     seed: Annotated[int, Whole(0, SEEDS)] = 0
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """The search must have a time to learn in."""
+        """The search needs time to learn in, between warm-up and freeze."""
         if self.warmup >= self.freeze:
             yield ("warmup",), f"{KEY} {self.warmup} must come before freeze {self.freeze}"
 
@@ -105,7 +105,7 @@ METHOD_OPTIONS: dict[str, type[Any]] = {
     "taylor": OneShotOptions,
     "upop": UPopOptions,
 }
-"""What a recipe may write under ``method: name:``, and the options of each."""
+"""The names that a recipe may write under ``method: name:``, and the options of each method."""
 
 
 def check_method(method: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ def check_method(method: Mapping[str, Any]) -> None:
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in METHOD_OPTIONS:
         raise refuse((("name",), OneOf(*METHOD_OPTIONS).refuses(name)))
-    if options.get("round_to") == "auto":  # a number takes its place once this is measured
+    if options.get("round_to") == "auto":  # a number replaces auto once it is measured
         options["round_to"] = 1
     METHOD_OPTIONS[name].__pydantic_validator__.validate_python(options)
 
@@ -129,7 +129,7 @@ class TeacherOptions(Checked):
 
 
 def check_teacher(weights: Mapping[str, Any]) -> None:
-    """Raise pydantic's ValidationError for what a teacher cannot show, or no weight."""
+    """Raise pydantic's ValidationError for an unknown term, or for a wrong weight."""
     teacher: Any = TeacherOptions
     teacher.__pydantic_validator__.validate_python({**weights})
 
@@ -286,13 +286,13 @@ TASK_OPTIONS: dict[str, type[TaskOptions]] = {
     "segmentation": SegmentationOptions,
     "vqa": VqaOptions,
 }
-"""What a recipe may write under ``task:``, and the options of each."""
+"""The names that a recipe may write under ``task:``, and the options of each task."""
 
 
 def check_options(task: str, options: Mapping[str, Any], new_model: Any = None) -> None:
     """Raise pydantic's ValidationError for wrong options of a task.
 
-    ``new_model`` has the sizes (a :class:`vlprune.recipe.spec.ModelSpec`) that they must fit.
+    ``new_model`` (a :class:`vlprune.recipe.spec.ModelSpec`) has the sizes that they must fit.
     """
     takes: Any = TASK_OPTIONS[task]
     chosen = takes.__pydantic_validator__.validate_python({**options})
@@ -303,7 +303,7 @@ def check_options(task: str, options: Mapping[str, Any], new_model: Any = None) 
 
 
 def _too_much(chosen: RegionOptions, sizes: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What the sizes of a small new model do not allow."""
+    """The mistakes in options that do not fit the sizes of a small new model."""
     width = fusion_width(chosen.model, chosen.fusion_width or sizes.width)
     if width % sizes.heads or width % 4:
         text = f"must be a multiple of 4 and of the {sizes.heads} heads, not {width}"
@@ -315,10 +315,13 @@ def _too_much(chosen: RegionOptions, sizes: Any) -> Iterator[tuple[tuple[str, ..
 
 
 STEPS = {"mdetr": 1, "grounding-dino": 32, "glip": 16}
-"""Widths go in steps of the norms' groups, of which each needs two numbers even in one place."""
+"""Widths are multiples of the norms' group count: a group needs two numbers even at one place."""
 
 
 def fusion_width(model: str, wanted: int) -> int:
-    """The width of a small new model's fusion: the nearest below that its norms can take."""
+    """The fusion width of a small new model: ``wanted``, rounded down to a width the norms take.
+
+    At least two steps of ``STEPS``, where a step is more than 1.
+    """
     step = STEPS[model]
     return wanted if step == 1 else max(2, wanted // step) * step

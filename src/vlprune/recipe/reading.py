@@ -1,8 +1,8 @@
-"""A recipe's YAML text as plain values: bounded, and with every key that would silently be lost.
+"""Reads a recipe's YAML as plain values, bounded, and reports keys that would silently be lost.
 
-PyYAML's safe loader makes only plain values, but it shares what an alias repeats (so a kilobyte
-can stand for a terabyte), recurses as deep as the text does, and takes the last of two equal
-keys. So nodes are counted and looked at before any value is made of them.
+PyYAML's safe loader makes only plain values, but it shares the values that an alias repeats (so a
+kilobyte can stand for a terabyte), recurses as deep as the text is nested, and takes the last of
+two equal keys. So nodes are counted and checked before any value is made from them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 class _Refused(Exception):
-    """Why a text is not read, in words."""
+    """The reason why a text is not read, in words."""
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; a text with too many or too deep values ends it early. Dates are text."""
+    """The safe loader, ended early by too many or too deeply nested values. Dates stay text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in rows if not tag.endswith(":timestamp")]
@@ -54,9 +54,9 @@ TOO_MUCH = f"it holds more than {MOST_VALUES:,} values, or more than {DEEPEST} l
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[Mistake]]:
-    """The values in a YAML file, and what is wrong with its keys.
+    """The values in a YAML file, and the mistakes in its keys.
 
-    Raises RecipeError for a file that is no such text, or that holds no mapping.
+    Raises RecipeError for a file that cannot be read, is not valid YAML or holds no mapping.
     """
     name = plain(path)
     if not os.path.lexists(path):
@@ -71,7 +71,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Mistake]]:
 
 
 def override(body: dict[str, Any], text: str) -> tuple[str, list[Mistake]]:
-    """Set ``a.b=value`` in nested mappings, the value being YAML; the key, and what is wrong."""
+    """Set ``a.b=value``, the value being YAML, in nested mappings; returns the key and mistakes."""
     key, equals, given = text.partition("=")
     name = plain(key)
     *parents, leaf = key.split(".")
@@ -93,7 +93,7 @@ def override(body: dict[str, Any], text: str) -> tuple[str, list[Mistake]]:
 
 
 def _parse(text: str) -> tuple[Any, list[Mistake]]:
-    """The value of a YAML text, nothing of it shared, and what is wrong with its keys."""
+    """The value of a YAML text, with no part shared, and the mistakes in its keys."""
     wrong: list[Mistake] = []
     try:
         loader = _Loader(text)
@@ -112,14 +112,14 @@ def _parse(text: str) -> tuple[Any, list[Mistake]]:
         ) from None
     except RecursionError:
         raise _Refused(TOO_MUCH) from None
-    except (ValueError, LookupError, TypeError, AttributeError):  # as of "!!int ''"
+    except (ValueError, LookupError, TypeError, AttributeError):  # such as for "!!int ''"
         raise _Refused("not valid YAML (a value is not what its tag says)") from None
 
 
 def _look_at(
     node: Any, key: str, wrong: list[Mistake], seen: dict[int, int], depth: int = 1
 ) -> int:
-    """How many values a node stands for, aliases written out; notes wrong keys and drops them."""
+    """The number of values in a node, with aliases expanded; records and drops wrong keys."""
     if id(node) in seen:
         return seen[id(node)]
     if depth > DEEPEST:
@@ -141,7 +141,7 @@ def _look_at(
 
 
 def _named(node: Any, key: str, wrong: list[Mistake]) -> list[Any]:
-    """The pairs of a mapping whose keys are text, each once."""
+    """The pairs of a mapping whose keys are text, each key once; merges are kept."""
     first: dict[str, Any] = {}
     pairs = []
     for name, value in node.value:
@@ -169,7 +169,7 @@ def _below(key: str, name: str) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which nothing is there twice, so that setting one key sets one key."""
+    """A copy in which no part is shared, so that setting one key changes only that key."""
     if isinstance(value, dict):
         return {name: _unshared(entry) for name, entry in value.items()}
     return [_unshared(entry) for entry in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """Recipes: YAML files as frozen dataclasses, checked before anything heavy is imported.
 
-Making one of these classes raises RecipeError for all that is wrong at once, from Python as from
-a file (:mod:`vlprune.recipe.checks`). What a leaf may be stands beside it.
+Creating an instance raises one RecipeError for all mistakes, from Python as from a file
+(:mod:`vlprune.recipe.checks`). The values that a leaf takes stand beside it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ModelSpec(Checked):
     patch_size: Annotated[int, Whole(1, 8192)] = 16
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """Sizes must go into each other, and make a model that can be held."""
+        """Sizes must divide evenly, and make a model that fits in memory."""
         if self.width % self.heads:
             yield ("heads",), f"{KEY} must divide the width {self.width}, not {self.heads}"
         if self.image_size % self.patch_size:
@@ -141,7 +141,7 @@ class Training(Checked):
     save_steps: Annotated[int, Whole(0, MANY)] = 500
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """The Trainer takes one precision."""
+        """The Trainer takes only one precision."""
         if self.bf16 and self.fp16:
             yield ("fp16",), f"{KEY} and bf16 must not both be true: leave one of them out"
 
@@ -151,7 +151,7 @@ class Training(Checked):
         return self.steps > 0 or self.epochs > 0
 
     def count(self, items: int, processes: int = 1) -> int:
-        """Optimizer steps on so many training items."""
+        """The number of optimizer steps for ``items`` training items on ``processes`` processes."""
         if self.steps:
             return self.steps
         batch = self.batch_size * processes
@@ -304,15 +304,16 @@ TOY_SIZES: Mapping[str, Any] = {
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = False) -> Recipe:
     """The recipe in a YAML file, with ``key.key=value`` overrides applied.
 
-    ``toy`` makes it :meth:`Recipe.toy` first; names that the environment lacks do not matter then.
+    ``toy`` applies :meth:`Recipe.toy` first; variables that the environment lacks do not matter
+    then.
 
-    Raises RecipeError for a file that cannot be read, and for all mistakes in it and in the
-    overrides at once; BudgetError where the only one is a budget that is none.
+    Raises RecipeError for a file that cannot be read, and for all mistakes in the file and in the
+    overrides at once; BudgetError where a wrong budget is the only mistake.
     """
     body, wrong = read(path)
     where = plain(path)
     if toy:
-        for section in ("model", "data"):  # nothing of it is used, so it need not be there
+        for section in ("model", "data"):  # a toy uses none of these, so they need not exist
             given = body.get(section)
             if isinstance(given, dict):
                 body[section] = {k: v for k, v in given.items() if k not in TOY_IGNORES}
@@ -328,7 +329,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = Fal
 
 
 def _made(body: dict[str, Any], wrong: list[Mistake], where: str, given: Sequence[str]) -> Recipe:
-    """The recipe of these values. Raises for what is ``wrong`` already and in the values.
+    """The recipe of these values. Raises for the mistakes in ``wrong`` and in the values.
 
     ``given`` are the keys of the command line: mistakes there are not mistakes in the file.
     """
@@ -353,7 +354,7 @@ def _is_below(key: str, other: str) -> bool:
 
 
 def _data_mistakes(task: str, data: DataSpec) -> Iterator[tuple[tuple[str, ...], str]]:
-    """A format that the task does not read, and keys that its files do not have."""
+    """The mistakes: a format that the task does not read, and unknown or missing keys."""
     takes = TASK_OPTIONS[task]
     known = OneOf("shapes", *sorted(takes.formats))
     for name, value in (("format", data.format), ("like", data.like)):
@@ -379,7 +380,7 @@ def _data_mistakes(task: str, data: DataSpec) -> Iterator[tuple[tuple[str, ...],
 
 
 def _as_number(value: Any) -> Any:
-    """YAML reads 5e-1 as text."""
+    """A number also where it is text: YAML reads 5e-1 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -387,7 +388,7 @@ def _as_number(value: Any) -> Any:
 
 
 def _as_written(value: Any) -> Any:
-    """Plain values for YAML, from which :func:`load_recipe` makes the same ones again."""
+    """Plain values for YAML, from which :func:`load_recipe` makes the same recipe again."""
     if isinstance(value, Mapping):
         return {name: _as_written(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -396,7 +397,10 @@ def _as_written(value: Any) -> Any:
 
 
 def _expanded(value: Any, key: str, wrong: list[Mistake]) -> Any:
-    """``$NAME`` replaced from the environment, and a leading ``~``, in all texts of a value."""
+    """The value with ``$NAME`` and a leading ``~`` expanded in all its texts.
+
+    Mistakes are added to ``wrong``.
+    """
     if isinstance(value, dict):
         return {name: _expanded(entry, f"{key}.{name}", wrong) for name, entry in value.items()}
     if isinstance(value, list):

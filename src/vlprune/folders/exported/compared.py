@@ -19,19 +19,23 @@ __all__ = ["compared", "compared_stages"]
 
 
 TOLERANCE = 1e-3
-"""The largest difference to PyTorch that is no error, relative to an output's largest value."""
+"""The largest accepted difference from PyTorch, relative to an output's largest value."""
 
 
 FLOOR = 1e-3
 """An output is judged at its own scale: logits of a new head and entries of a normalised embedding
-lie far below 1, where a floor of 1 would let an error of some per cent pass. Below this floor
+lie far below 1, where a floor of 1 would let an error of a few percent pass. Below this floor
 TOLERANCE would ask for less than 1e-6, which is what float32 rounds values of order 1 to."""
 
 
 def compared(
     model: Any, written: Exported, samples: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """How far model and export lie apart on every sample."""
+    """How far model and export differ, one row per sample: shapes, difference, fraction compared.
+
+    Raises UnsupportedError if the export cannot take a sample, VerificationError if the outputs
+    are not alike.
+    """
     rows = []
     for sample in samples:
         torch.manual_seed(0)  # ViLT draws patches
@@ -49,13 +53,16 @@ def compared(
 def compared_stages(
     model: Any, written: Exported, samples: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """How far model and export lie apart in every stage, on what ``generate`` hands it."""
+    """How far model and export differ, one row per stage, on the inputs ``generate`` gives it.
+
+    ``generate`` runs on the first sample. Raises VerificationError if the outputs are not alike.
+    """
     apart = import_module("transformers.exporters.utils").decompose_for_generation
     rows = []
     with own_forwards(model):
         parts = apart(model, dict(samples[0]))
     for name, (part, inputs) in parts.items():
-        ours = part(**copy.deepcopy(inputs))  # a cache among them is written to
+        ours = part(**copy.deepcopy(inputs))  # a cache among the inputs is written to
         runner = written.stages[name]
         taken = {n: v for n, v in inputs.items() if n in runner.metadata.kwargs}
         with denormals():
@@ -70,6 +77,6 @@ def shapes_of(inputs: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _row(ours: Any, theirs: Any) -> dict[str, float]:
-    """What is kept of a comparison. Raises VerificationError where the outputs are not alike."""
+    """The figures of one comparison. Raises VerificationError where the outputs are not alike."""
     apart = difference(tensors_of(ours), tensors_of(theirs), floor=FLOOR)
     return {"difference": apart.relative, "compared": apart.compared}

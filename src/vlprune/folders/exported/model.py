@@ -21,9 +21,12 @@ __all__ = ["Exported", "export_folders", "is_export"]
 class Exported:
     """An exported model, read from its folder, called like the model it came from.
 
-    Its runtime gets ``threads`` (default: torch's number of them), and computes in float32.
+    Its runtime uses ``threads`` threads (default: as many as torch) and computes in float32.
     torch.export writes pickles, which run code when they are read: such a folder is only opened
-    with ``trust_remote_code``. Raises CheckpointError, UnsupportedError.
+    with ``trust_remote_code``.
+
+    Raises CheckpointError for a folder that holds no export or a damaged one, UnsupportedError for
+    a torch.export that is not trusted or a package that is missing or too old.
     """
 
     def __init__(
@@ -46,9 +49,9 @@ class Exported:
             runtime = needs("onnxruntime")
             options["session_options"] = runtime.SessionOptions()
             options["session_options"].intra_op_num_threads = threads
-            # else its own log prints names of the file as they are; the error is raised as well
+            # otherwise its log prints names from the file unescaped; the error is raised as well
             options["session_options"].log_severity_level = 4
-            # else its threads wait in a busy loop, and slow down what is timed in turns with it
+            # otherwise its threads wait in a busy loop, and slow down a model timed in turn with it
             options["session_options"].add_session_config_entry(
                 "session.intra_op.allow_spinning", "0"
             )
@@ -65,23 +68,23 @@ class Exported:
         self.config, self.device = self.model.config, torch.device("cpu")
 
     def eval(self) -> Exported:
-        """Itself: it never trains."""
+        """The model itself: an export never trains."""
         return self
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        """What the model's forward returns."""
+        """The outputs that the model's forward returns."""
         with denormals():
             return self.model(**inputs)
 
     @property
     def stages(self) -> dict[str, Any]:
-        """{stage: what runs it}, for an export of what ``generate`` needs."""
+        """{stage: its runner}, for an export of the stages that ``generate`` needs."""
         return dict(self.model.runners)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """``export.json``, whose files are in the folder. Raises CheckpointError."""
+    """``export.json``, checked: every file it names is in the folder. Raises CheckpointError."""
     body: dict[str, Any] = read_json(folder / MANIFEST)
     check_facts(ExportManifest, body, folder / MANIFEST, advice="export the model again")
     for component in body["components"].values():

@@ -30,7 +30,7 @@ __all__ = [
 
 
 FORMATS = ("onnx", "torch-export", "openvino")
-"""What ``--to`` may say."""
+"""The formats that ``--to`` accepts."""
 
 
 class Exporter(NamedTuple):
@@ -55,7 +55,10 @@ QUANTIZERS = {
 
 
 def quantizer(exporters: Any, to: str, samples: Sequence[Mapping[str, Any]]) -> Any:
-    """The runtime's own quantizer, for int8 weights and activations."""
+    """The runtime's own quantizer, for int8 weights and activations.
+
+    Raises UnsupportedError for a format without a quantizer, or if its package is missing.
+    """
     if to not in QUANTIZERS:
         raise UnsupportedError(
             "int8 is made by the runtime's quantizer: choose --to onnx or --to openvino"
@@ -70,7 +73,7 @@ def quantizer(exporters: Any, to: str, samples: Sequence[Mapping[str, Any]]) -> 
 
 
 def transformers_exporters() -> Any:
-    """The package, with its modules loaded. Raises UnsupportedError where it is too old."""
+    """``transformers.exporters``, loaded. Raises UnsupportedError if transformers is too old."""
     try:
         package = import_module("transformers.exporters")
         import_module("transformers.exporters.base").ExportedModel  # noqa: B018
@@ -82,7 +85,7 @@ def transformers_exporters() -> Any:
 
 
 def needs(package: str) -> Any:
-    """The package. Raises UnsupportedError, with how to install it, where it is missing."""
+    """The imported package. Raises UnsupportedError, saying how to install it, if it is missing."""
     try:
         version(package)
         return import_module(package)
@@ -92,7 +95,7 @@ def needs(package: str) -> Any:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """The exporters' progress, warnings and graphs are about their insides."""
+    """Hide the exporters' progress, warnings and graphs, which concern only their internals."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -109,9 +112,9 @@ def silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def denormals() -> Iterator[None]:
-    """Denormal numbers are kept inside, though training flushes them (``train.prepare``).
+    """Keep denormal numbers inside the block, though training flushes them (``train.prepare``).
 
-    OpenVINO moves small integers, such as sizes, as if they were floats: flushed, they are 0.
+    OpenVINO moves small integers, such as sizes, as if they were floats: flushed, they become 0.
     """
     flushed = not torch.full((), 1e-40).mul(1.0).item()
     torch.set_flush_denormal(False)
@@ -123,7 +126,7 @@ def denormals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_forwards(model: Any) -> Iterator[None]:
-    """Takes back the ``forward`` that exporters leave on a module, where it would hide its class's.
+    """Remove the ``forward`` that exporters leave on a module, where it hides that of its class.
 
     A later cut may give the module another class.
     """
@@ -137,6 +140,6 @@ def own_forwards(model: Any) -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what went wrong inside, at its root."""
+    """The text of an error on one line of at most 300 characters; its type if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else text[:297] + "..."

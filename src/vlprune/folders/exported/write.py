@@ -34,9 +34,9 @@ __all__ = ["check_export_place", "export"]
 
 
 def check_export_place(out: str | Path, need: int = 0) -> None:
-    """Raise CheckpointError unless an export can be written to ``out``: a new or an empty folder.
+    """Raise CheckpointError unless an export of ``need`` bytes can be written to ``out``.
 
-    Or one with an export, which is replaced, or with one that was stopped while it was written.
+    ``out`` may be new, empty, or hold an export (which is replaced) or an unfinished one.
     """
     out = Path(out)
     check_place(out, need)
@@ -57,24 +57,25 @@ def export(
     generation: bool = False,
     calibration: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write ``model`` to the folder ``out`` in the format ``to``; returns what was checked.
+    """Write ``model`` to the folder ``out`` in the format ``to``; returns the facts about it.
 
     The first of ``inputs`` (keywords of one forward pass; of ``generate`` with ``generation``) is
-    traced with all its dimensions dynamic; on every one of them what was written, read again,
-    must answer as the model does. They should differ in batch size and length. A model on a GPU
-    is traced and checked on the CPU, where the runtimes compute, and put back afterwards. With
-    ``generation`` the stages are exported that ``generate`` needs (encoders, prefill, decode),
-    each checked on what ``generate`` hands it; the loop around them is the runtime's. With
-    ``int8`` the quantizer is calibrated on ``calibration`` (more such inputs; default: the same
-    ones), and the difference is reported rather than judged.
+    traced with all its dimensions dynamic; the export is then read back and must answer as the
+    model does on every input, so the inputs should differ in batch size and length. A model on a
+    GPU is traced and checked on the CPU, where the runtimes compute, and put back afterwards. With
+    ``generation``, the stages that ``generate`` needs (encoders, prefill, decode) are exported and
+    each is checked on the inputs that ``generate`` gives it; the loop around them is left to the
+    runtime. With ``int8``, the quantizer is calibrated on ``calibration`` (more such inputs;
+    default: ``inputs``), and the difference is reported rather than judged.
 
-    The result has ``format``, ``files`` {name: bytes}, ``seconds``, ``int8`` and ``checked``: per
-    input its shapes, the largest difference relative to the largest value of that output, and the
-    fraction of all values that was compared (both sides finite).
+    The result has ``format``, ``int8``, ``model``, ``files`` {name: bytes}, ``seconds``,
+    ``versions`` and ``checked``: per input or stage its shapes, the largest difference relative to
+    the largest value of that output, and the fraction of all values that was compared (both sides
+    finite).
 
-    Raises UnsupportedError for an unknown format, a package that is missing, a model that the
-    exporter cannot trace; VerificationError if the export answers otherwise than the model, or if
-    there is nothing finite to compare.
+    Raises UnsupportedError for an unknown format, a missing package, or a model without weights or
+    that the exporter cannot trace; CheckpointError if ``out`` cannot be written; VerificationError
+    if export and model answer differently, or if there is nothing finite to compare.
     """
     if to not in EXPORTERS:
         raise UnsupportedError(f"a model is exported to {', '.join(FORMATS)}, not to {to!r}")
@@ -152,8 +153,8 @@ def _proved(
     generation: bool,
     judged: bool,
 ) -> list[dict[str, Any]]:
-    """How far the export lies from the model, per sample or stage; too far raises if ``judged``."""
-    written = Exported(folder, trust_remote_code=True)  # written a moment ago
+    """How far export and model differ, per sample or stage; too far raises if ``judged``."""
+    written = Exported(folder, trust_remote_code=True)  # trusted: just written
     compare = compared_stages if generation else compared
     try:
         rows = compare(model, written, samples)
@@ -174,13 +175,13 @@ def _proved(
 
 
 def _forget_code(path: Path) -> None:
-    """Take ``auto_map`` out of the config of an export: it would be followed when that is read."""
+    """Remove ``auto_map`` from an export's config: a reader of the export would follow it."""
     if path.exists():
         write_text(path, json.dumps(_without(read_json(path), "auto_map"), indent=2) + "\n")
 
 
 def _without(value: Any, name: str) -> Any:
-    """The same JSON value without a key, at any depth."""
+    """The same JSON value without the key ``name``, at any depth."""
     if isinstance(value, dict):
         return {key: _without(one, name) for key, one in value.items() if key != name}
     return [_without(one, name) for one in value] if isinstance(value, list) else value
