@@ -1,8 +1,8 @@
 """Reading files from disk: readers look into parsed files only with the functions here.
 
-A parsed value is an :class:`~vlprune.data.kinds.Entry`, whose content only these functions give, so
-any file, even a stranger's, yields either the expected data or a DataError that names the file, the
-entry, the key and the kind of value expected there.
+A parsed value is an :class:`~vlprune.data.kinds.Entry`, which readers open only through these
+functions. Any file, even a stranger's, thus yields either the expected data or a DataError that
+names the file, the entry, the key and the kind of value expected.
 """
 
 from __future__ import annotations

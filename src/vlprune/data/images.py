@@ -101,7 +101,8 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 def size_of(path: Path) -> tuple[int, int]:
     """(width, height) that :func:`open_image` gives, mostly without decoding. Raises DataError."""
     with _decoded(path, "image", header=True) as image:
-        if image.format == "PNG" and "exif" not in image.info:  # else Pillow decodes to seek it
+        # asked for the EXIF of such a PNG, Pillow decodes all of it in search of some
+        if image.format == "PNG" and "exif" not in image.info:
             return image.size
         if image.format == "TIFF":
             image.load()
@@ -195,7 +196,8 @@ def _rgb(image: Image.Image, form: str | None, path: Path) -> Image.Image:
 def _scaled(image: Image.Image, form: str | None, path: Path) -> Image.Image:
     """A grey picture of more than 8 bits, reduced to 8 bits as :func:`open_image` describes."""
     levels = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16") or form in ("PNG", "PPM"):  # mode I in older Pillows
+    # older Pillow versions open PNG and PPM files of 16 bits in mode I
+    if image.mode.startswith("I;16") or form in ("PNG", "PPM"):
         whites = [65535]
     else:
         whites = [255, 65535] if image.mode == "I" else [1, 255, 65535]

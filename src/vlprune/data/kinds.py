@@ -78,7 +78,8 @@ def where(entry: Entry) -> str:
             name = plain(above) if step is None else f"{plain(above)}, line {step}"
             return f"{name}: {', '.join(reversed(parts))}" if parts else name
         parts.append(part(entry))
-        named = isinstance(step, int) and isinstance(above._step, str)  # part() named the list
+        # part() has named the list already
+        named = isinstance(step, int) and isinstance(above._step, str)
         entry = above._above if named and isinstance(above._above, Entry) else above
 
 

@@ -97,7 +97,7 @@ def _pictures(folder: Path, left: Left, above: tuple[Path, ...] = ()) -> Iterato
     for path in _inside(folder):
         if path.is_dir():
             real = path.resolve()
-            if real not in above:  # else a link to a folder around it, without end
+            if real not in above:  # else a link upwards, which would never end
                 yield from _pictures(path, left, (*above, real))
         elif path.suffix.lower() in SUFFIXES and path.is_file():
             yield path

@@ -1,4 +1,4 @@
-"""Models that transformers lacks, as ordinary PreTrainedModels built from its parts.
+"""Models that transformers lacks, as ordinary PreTrainedModels built from transformers' parts.
 
 The classes are imported on first use, so that ``import vlprune`` stays light.
 """
@@ -38,7 +38,7 @@ _HOME = {
 }
 
 PREFIX = "vlprune_"
-"""Start of every model type defined here, so that no type of transformers can be the same."""
+"""Start of each model type defined here, so that transformers cannot define the same type."""
 
 MODEL_TYPES = {
     "vlprune_blip_nlvr": "BlipNlvrConfig",

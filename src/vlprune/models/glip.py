@@ -74,7 +74,7 @@ class GlipFusionLayer(GroundingDinoFusionLayer):
 
 
 class GlipLayer(nn.Module):
-    """One layer of the head: fusion, then one layer each for text and pyramid alone."""
+    """One layer of the head: fusion, then a layer for the text and a block for the pyramid."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -67,7 +67,8 @@ def assign(
         ) from None
     fit = _focal_fit(logits.float()) if focal else logits.float().softmax(-1)
     pairs = []
-    placed = boxes.float().nan_to_num(0.5)  # so that NaN shows in the loss, not here
+    # NaN must not fail here: it is for the caller to notice in the loss
+    placed = boxes.float().nan_to_num(0.5)
     for own, found, target in zip(fit, placed, targets, strict=True):
         wanted = target["boxes"].float()
         cost = (

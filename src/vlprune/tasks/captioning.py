@@ -112,7 +112,7 @@ class CaptioningTask(Task):
         ids, mask = self._ids([prompt] * len(items))
         pixels = self.pixels([item.image for item in items])
         inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
-        tokens = model.generate(  # drops the prompt's last token, the end token
+        tokens = model.generate(  # drops the prompt's last token, its end token
             **moved_to(model, inputs),
             num_beams=self.options["beams"],
             min_length=5,

@@ -23,7 +23,7 @@ from .new_models import bert_settings, clip_image_processor, vit_settings, word_
 __all__ = ["GROUNDERS", "Grounder", "grounder_of"]
 
 NEW_POSITIONS = 32
-"""Text positions of a small new MDETR."""
+"""Text positions of a small new model."""
 
 
 class Grounder(ABC):

@@ -64,7 +64,7 @@ def blip_config(spec: ModelSpec, tokenizer: Any) -> Any:
     """A BlipConfig with the sizes in ``spec``."""
     from transformers import BlipConfig
 
-    # BLIP's own 0.02 suits a width of 768; narrow models long learn nothing with it.
+    # BLIP's own 0.02 suits a width of 768; with it, narrow models learn nothing for a long time.
     deviation = 0.8 * spec.width**-0.5
     return BlipConfig(
         vision_config={**vit_settings(spec), "initializer_range": deviation},

@@ -24,8 +24,8 @@ __all__ = ["ReasoningTask"]
 class ReasoningTask(Task):
     """NLVR2 with a :class:`vlprune.models.BlipForVisualReasoning`; the metric is ``accuracy``.
 
-    ``model.path`` may also name a BLIP of transformers, whose weights then start this
-    model, both cross-attentions alike. The text begins with the tokenizer's own first token.
+    ``model.path`` may also name a BLIP of transformers, whose weights then start this model, with
+    both cross-attentions alike. The text begins with the tokenizer's own first token.
     """
 
     name: ClassVar[str] = "reasoning"

@@ -11,7 +11,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions that name every object, in different orders."""
+    """Five captions that each name every object, in random order."""
     result = []
     for _ in range(5):
         things = rng.sample(scene.things, len(scene.things))
