@@ -154,7 +154,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
-        """Metrics on ``test``, as fractions; ``advance`` is called with the items of each step."""
+        """Metrics on ``test``, as fractions; ``advance`` gets the number of items of each step."""
 
     @abstractmethod
     def predict(self, model: Any, items: list[Any]) -> list[str]:
