@@ -1,1 +1,1 @@
-"""Readers for on-disk formats as the world has them, and a generator that writes them."""
+"""Readers for the formats of published data sets, and a generator that writes these formats."""

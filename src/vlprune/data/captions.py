@@ -1,4 +1,4 @@
-"""Images with captions: COCO captions JSON, and the Karpathy split JSON."""
+"""Images with captions, from COCO captions JSON or the Karpathy split JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BARE = "images without a caption"
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image and everything said about it."""
+    """An image and all its captions."""
 
     image: Path
     captions: tuple[str, ...]
@@ -30,8 +30,8 @@ def read_coco_captions(
 ) -> list[CaptionedImage]:
     """The images of a ``captions_*.json`` file that have captions, in the file's order.
 
-    ``images`` is the folder that ``file_name`` is relative to. ``left`` counts what is left out:
-    null and blank captions, captions of unknown images, images without a caption. Raises
+    ``images`` is the folder that ``file_name`` is relative to. ``left`` counts the entries left
+    out: null and blank captions, captions of unlisted images, and images without a caption. Raises
     DataError.
     """
     path, folder, left = Path(captions), Path(images), Left() if left is None else left
@@ -62,8 +62,8 @@ def read_karpathy(
     """The images of one split of ``dataset_coco.json`` or ``dataset_flickr30k.json``.
 
     ``split`` is ``"train"``, ``"val"`` or ``"test"``; ``"train"`` includes ``"restval"``,
-    as is usual. ``filepath`` may be absent, as in the Flickr30K file. ``left`` counts what is left
-    out: null and blank captions, images without a caption. Raises DataError.
+    as is usual. ``filepath`` may be absent, as in the Flickr30K file. ``left`` counts the entries
+    left out: null and blank captions, and images without a caption. Raises DataError.
     """
     path, folder, left = Path(split_file), Path(images), Left() if left is None else left
     wanted = {"train", "restval"} if split == "train" else {split}
@@ -86,7 +86,10 @@ def read_karpathy(
 def read_captioned(
     form: str, part: Mapping[str, str], left: Left | None = None
 ) -> list[CaptionedImage]:
-    """One split in the format ``karpathy`` or ``coco-captions``, from the paths in ``part``."""
+    """One split in the format ``karpathy``, else ``coco-captions``, from the paths in ``part``.
+
+    ``left`` counts the entries left out. Raises DataError.
+    """
     if form == "karpathy":
         return read_karpathy(part["split_file"], part["images"], part["split"], left)
     return read_coco_captions(part["captions"], part["images"], left)

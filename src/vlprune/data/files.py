@@ -1,8 +1,8 @@
-"""Reading what is on disk: every reader takes parsed files apart with :func:`field`, only with it.
+"""Reading files from disk: readers look into parsed files only with the functions here.
 
-A parsed value is an :class:`~vlprune.data.kinds.Entry`, which cannot be looked into in any other
-way: whatever a stranger's file holds is the data as meant, or a DataError that names the file, the
-entry, the key and what was expected there.
+A parsed value is an :class:`~vlprune.data.kinds.Entry`, which readers open only through these
+functions. Any file, even a stranger's, thus yields either the expected data or a DataError that
+names the file, the entry, the key and the kind of value expected.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ Left = Counter[str]
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises DataError if it is missing, no regular file or not UTF-8."""
+    """The text of a file. Raises DataError unless it is a regular UTF-8 file of at most 8 GiB."""
     return read_bounded(path, DataError, LARGEST)
 
 
 def read_json(path: Path) -> Entry:
-    """The value in a JSON file. Raises DataError with line and column if it is malformed."""
+    """The value in a JSON file. Raises DataError, with line and column for malformed JSON."""
     return Entry(parse_json(read_text(path), path, DataError, unique=True), path)
 
 
 def read_jsonl(path: Path) -> Iterator[Entry]:
-    """The value of every line that is not blank. Raises DataError naming the malformed line.
+    """The value of each line that is not blank. Raises DataError naming a malformed line.
 
     Only a line feed ends a line: the other characters at which Python splits lines may stand
     unescaped in a JSON string.
@@ -67,7 +67,7 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
             where = f"{plain(path)}, line {number}"
             try:
                 found = parse_json(line, where, DataError, unique=True)
-            except DataError as error:  # it counts lines from this one
+            except DataError as error:  # the message counts lines within this line
                 raise DataError(str(error).replace(", line 1, column", ", column")) from None
             yield Entry(found, path, number)
 
@@ -76,7 +76,7 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
 
 
 def field(entry: Entry, name: str, kind: Kind[T]) -> T:
-    """The value that the object ``entry`` has under ``name``, of this kind. Raises DataError."""
+    """The value under ``name`` in the object ``entry``. Raises DataError unless of ``kind``."""
     found = entry._value
     if not isinstance(found, dict):
         raise DataError(f"{where(entry)} must be an object with {shown(name)}, not {shown(found)}")
@@ -86,7 +86,7 @@ def field(entry: Entry, name: str, kind: Kind[T]) -> T:
 
 
 def optional(entry: Entry, name: str, kind: Kind[T]) -> T | None:
-    """The same, or None where there is nothing or ``null`` under ``name``. Raises DataError."""
+    """As :func:`field`, but None if ``name`` is absent or ``null``. Raises DataError."""
     found = entry._value
     if isinstance(found, dict) and found.get(name) is None:
         return None
@@ -94,7 +94,7 @@ def optional(entry: Entry, name: str, kind: Kind[T]) -> T | None:
 
 
 def value(entry: Entry, kind: Kind[T]) -> T:
-    """The value of ``entry`` itself. Raises DataError if it is of another kind."""
+    """The value of ``entry`` itself. Raises DataError if it is not of ``kind``."""
     found = kind.take(entry)
     if found is None:
         raise DataError(f"{where(entry)} must be {kind.says}, not {shown(entry._value)}")
@@ -102,7 +102,7 @@ def value(entry: Entry, kind: Kind[T]) -> T:
 
 
 def unique(entries: list[Entry], name: str = "id") -> dict[Id, Entry]:
-    """Entries by their id under ``name``. Raises DataError for one that occurs twice."""
+    """Entries by their id under ``name``. Raises DataError for an id that occurs twice."""
     found: dict[Id, Entry] = {}
     for entry in entries:
         key = field(entry, name, ID)
@@ -116,12 +116,12 @@ def unique(entries: list[Entry], name: str = "id") -> dict[Id, Entry]:
 
 
 def wrong(entry: Entry, text: str) -> DataError:
-    """An error about ``entry``, to be raised: its place, and what is wrong there."""
+    """A DataError for the caller to raise: the place of ``entry``, then ``text``."""
     return DataError(f"{where(entry)}: {plain(text)}")
 
 
 def some(found: list[T], path: Path, what: str, left: Left | None = None) -> list[T]:
-    """``found``. Raises DataError if it is empty, with what was left out."""
+    """``found`` itself. Raises DataError, with the counts in ``left``, if ``found`` is empty."""
     if not found:
         told = f"; left out were {listed(left)}" if left and +left else ""
         raise DataError(f"{plain(path)} holds no {what}{told}")
@@ -129,17 +129,20 @@ def some(found: list[T], path: Path, what: str, left: Left | None = None) -> lis
 
 
 def listed(left: Left) -> str:
-    """The reasons and counts, as in ``images without a caption (3), boxes of crowds (1)``."""
+    """Reasons with their counts, as in ``images without a caption (3), boxes of crowds (1)``."""
     return ", ".join(f"{reason} ({count:,})" for reason, count in left.items() if count)
 
 
 def check_split(split: str) -> str:
-    """``split`` where a set is divided here. Raises DataError if it is neither train nor test."""
+    """``split`` itself. Raises DataError if it is neither train nor test.
+
+    For data sets that their reader divides.
+    """
     if split not in ("train", "test"):
         raise DataError(f"the split must be train or test, not {shown(split)}")
     return split
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The subfolder of that name if there is one, else the folder itself."""
+    """The subfolder ``name`` of ``folder`` if it exists, else ``folder`` itself."""
     return folder / name if os.path.isdir(folder / name) else folder

@@ -1,4 +1,4 @@
-"""Pictures as a viewer shows them: turned upright, in 8 bits, on white where they are clear."""
+"""Pictures as viewers show them: upright, in 8 bits, with white behind transparent parts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["IGNORE", "SUFFIXES", "is_left_over", "open_image", "open_mask", "siz
 SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
-"""What the names of pictures end with, in small letters."""
+"""Suffixes of picture files, in lower case."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Decoders that may see a file: some others of Pillow start programs (Ghostscript for EPS)."""
+"""Decoders that may see a file; some others of Pillow start programs (EPS: Ghostscript)."""
 
 IGNORE = 255
-"""The class of pixels that do not count."""
+"""Class number of pixels that are left out of losses and metrics."""
 
 NARROWEST = 200
-"""A picture of more than so many times its other side becomes gigabytes when it is resized."""
+"""Largest ratio of a picture's sides; resizing a narrower picture could take gigabytes."""
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -40,13 +40,13 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How a picture is turned upright, by its EXIF orientation."""
+"""The transposition that turns a picture upright, by its EXIF orientation."""
 
 LEFT_OVER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether a file or folder is what a system or an editor leaves behind, not data."""
+    """Whether a file or folder was left behind by a system or an editor and is not data."""
     return path.name.startswith(".") or path.name.lower() in LEFT_OVER
 
 
@@ -54,13 +54,13 @@ def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture as RGB, fully decoded, as a viewer shows it. Raises DataError.
 
     The EXIF orientation is applied, because labelling tools show pictures upright and boxes are
-    drawn on what is shown. ``size`` is the (width, height) that boxes on the picture refer to: a
-    picture of this shape only as it is stored is left as it is stored, and one that has it neither
-    way is refused. The size may be another, as of pictures that were made smaller.
+    drawn on the picture as shown. ``size`` is the (width, height) that boxes on the picture refer
+    to. Only its aspect ratio must match, since pictures may have been made smaller: a picture that
+    matches only as stored is not turned, and a picture that matches neither way is refused.
 
-    Of an animation the first frame is taken, and what is transparent becomes white. Grey levels
-    of more than 8 bits are scaled, not cut off: 16 bits by 255 / 65535. Pictures of 32 bits and
-    of floats do not say how white is written, so it is the smallest of 1 (floats only), 255 and
+    An animation gives its first frame, and transparent parts become white. Grey levels of more
+    than 8 bits are scaled, not cut off: 16 bits by 255 / 65535. Pictures of 32-bit integers or
+    floats do not say which value is white, so white is the smallest of 1 (floats only), 255 and
     65535 that no pixel exceeds; negative or larger values are refused.
     """
     with _decoded(path, "image") as image:
@@ -68,10 +68,11 @@ def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def open_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Classes of an ADE20K mask, (height, width), from 0; :data:`IGNORE` where nothing counts.
+    """Classes of an ADE20K mask, (height, width), int64, from 0; :data:`IGNORE` where left out.
 
-    That is 0, "other" in ADE20K, and 255, "void" in most other sets. Colours of a palette are the
-    numbers of their entries. ``size`` is the (width, height) of its picture. Raises DataError.
+    Left out are pixels of value 0, "other" in ADE20K, and 255, "void" in most other sets. In a
+    mask with a palette, the index of the palette entry is the value. ``size`` is the (width,
+    height) that the mask must have, that of its picture. Raises DataError.
     """
     name = plain(path)
     with _decoded(path, "mask") as image:
@@ -98,9 +99,10 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """(width, height) as :func:`open_image` gives it, mostly without decoding. Raises DataError."""
+    """(width, height) that :func:`open_image` gives, mostly without decoding. Raises DataError."""
     with _decoded(path, "image", header=True) as image:
-        if image.format == "PNG" and "exif" not in image.info:  # or Pillow decodes it to find some
+        # asked for the EXIF of such a PNG, Pillow decodes all of it in search of some
+        if image.format == "PNG" and "exif" not in image.info:
             return image.size
         if image.format == "TIFF":
             image.load()
@@ -112,15 +114,15 @@ def size_of(path: Path) -> tuple[int, int]:
 def _decoded(path: Path, what: str, header: bool = False) -> Iterator[Image.Image]:
     """The picture in a file. Raises DataError if it is missing, damaged or far too large.
 
-    Decoders raise whatever they stumble over in a damaged file, from struct.error to TypeError, so
-    everything is caught while they work.
+    On a damaged file decoders raise errors of any type, from struct.error to TypeError, so every
+    exception is caught while they work.
     """
     name = f"the {what} {plain(path)}"
     if not os.path.lexists(path):
         raise DataError(f"there is no {what} {plain(path)}")
     try:
         with opened(path, DataError) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of half a bomb and of damaged EXIF
+            warnings.simplefilter("ignore")  # Pillow's, about large pictures and damaged EXIF
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image.size, name)
                 if not header:
@@ -155,7 +157,7 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, where the EXIF is damaged: viewers turn nothing then."""
+    """The EXIF orientation; 1 (upright) if the EXIF is damaged, as viewers then turn nothing."""
     try:
         found = image.getexif().get(ORIENTATION)
     except Exception:  # as in _decoded
@@ -164,7 +166,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """The picture turned as its EXIF says, unless it has the shape ``size`` only as stored."""
+    """The picture turned as its EXIF says, unless only as stored does its shape match ``size``."""
     turn = TURNS.get(_orientation(image))
     upright = image if turn is None else image.transpose(turn)
     if size is None or _same_shape(upright.size, size):
@@ -178,7 +180,7 @@ def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None = None
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one size is the other, made larger or smaller and rounded to whole pixels."""
+    """Whether one size is the other scaled and rounded to whole pixels."""
     return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other)
 
 
@@ -192,13 +194,14 @@ def _rgb(image: Image.Image, form: str | None, path: Path) -> Image.Image:
 
 
 def _scaled(image: Image.Image, form: str | None, path: Path) -> Image.Image:
-    """A grey picture of more than 8 bits in 8 bits; see :func:`open_image`."""
+    """A grey picture of more than 8 bits, reduced to 8 bits as :func:`open_image` describes."""
     levels = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16") or form in ("PNG", "PPM"):  # earlier Pillows give these as I
+    # older Pillow versions open PNG and PPM files of 16 bits in mode I
+    if image.mode.startswith("I;16") or form in ("PNG", "PPM"):
         whites = [65535]
     else:
         whites = [255, 65535] if image.mode == "I" else [1, 255, 65535]
-    # a NaN is neither
+    # both comparisons fail for a NaN, so a picture with one is refused
     white = next((w for w in whites if levels.min() >= 0 and levels.max() <= w), None)
     if white is None:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What a value in a data file may be, and the entries that know their place in a file."""
+"""Kinds of values in a data file, and entries that know their place in the file."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ LONGEST_SIDE = 1_000_000
 Fits = TypeVar("Fits", covariant=True)
 
 Id = int | str
-"""What an entry is called by. Digits in quotes are the number: 7 and "7" are the same id."""
+"""The id of an entry. Digits in quotes count as the number: 7 and "7" are the same id."""
 
 
 class Entry:
-    """A value of a parsed file that knows its place in it, for messages."""
+    """A value of a parsed file that knows its place in that file, for error messages."""
 
     __slots__ = ("_above", "_step", "_value")
 
@@ -63,14 +63,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Kind(Generic[Fits]):
-    """What a value must be: in words, and a function that gives it, or None if it does not fit."""
+    """A kind of value: its name for messages, and a function that returns the value or None."""
 
     says: str
     take: Callable[[Entry], Fits | None]
 
 
 def where(entry: Entry) -> str:
-    """The file of an entry and its place there."""
+    """The file that holds an entry, and the entry's place in the file, for messages."""
     parts: list[str] = []
     while True:
         above, step = entry._above, entry._step
@@ -78,12 +78,13 @@ def where(entry: Entry) -> str:
             name = plain(above) if step is None else f"{plain(above)}, line {step}"
             return f"{name}: {', '.join(reversed(parts))}" if parts else name
         parts.append(part(entry))
-        named = isinstance(step, int) and isinstance(above._step, str)  # the list is in the part
+        # part() has named the list already
+        named = isinstance(step, int) and isinstance(above._step, str)
         entry = above._above if named and isinstance(above._above, Entry) else above
 
 
 def part(entry: Entry) -> str:
-    """An entry's place in what is around it: ``entry 3 of 'annotations' (id 7)``."""
+    """An entry's place in the list or object around it: ``entry 3 of 'annotations' (id 7)``."""
     above, step = entry._above, entry._step
     if isinstance(step, str) or isinstance(above, Path):
         return shown(step)
@@ -98,7 +99,7 @@ NAMED = ("id", "question_id", "identifier", "ref_id", "sent_id", "qa_id", "image
 
 
 def shown(found: Any, deep: bool = True) -> str:
-    """A value for a message, as JSON has it, and short."""
+    """A value as a message shows it: as JSON, shortened."""
     if isinstance(found, dict):
         return "an object"
     if isinstance(found, list):
@@ -118,7 +119,7 @@ def _text(entry: Entry) -> str | None:
         return None
     try:
         found.encode()
-    except UnicodeEncodeError:  # half a character, as in "\ud800": it cannot be written anywhere
+    except UnicodeEncodeError:  # half a character, such as "\ud800", cannot be encoded
         return None
     return found
 
@@ -140,7 +141,7 @@ def _number(entry: Entry) -> float | None:
 
 
 def _whole(entry: Entry) -> int | None:
-    """A whole number from 0, also as 640.0, which tables write."""
+    """A whole number from 0, also written as 640.0, as tables do."""
     found = _number(entry)
     if found is None or found < 0 or not found.is_integer() or found > 2**53:
         return None
@@ -168,7 +169,7 @@ def _id(entry: Entry) -> Id | None:
 
 
 def _numbered(entry: Entry) -> int | None:
-    """A whole number, or one in quotes, zeros before it or not."""
+    """A whole number from 0, or its digits in quotes, with or without leading zeros."""
     found = entry._value
     if isinstance(found, str):
         digits = found.strip()
@@ -182,7 +183,7 @@ def _flag(entry: Entry) -> bool | None:
 
 
 def _truth(entry: Entry) -> bool | None:
-    """A truth value, or its name as text, which NLVR writes."""
+    """A truth value, or its name as text, as in NLVR."""
     return {"true": True, "false": False}.get(str(entry._value).lower())
 
 
@@ -192,7 +193,7 @@ def _answer(entry: Entry) -> str | None:
 
 
 def _path(entry: Entry) -> str | None:
-    """A path below the folder it is relative to; a stranger's file must not read beyond it."""
+    """A relative path without ``..``: a stranger's file must not name files outside its folder."""
     found = _words(entry)
     if found is None or "\0" in found:
         return None
@@ -221,7 +222,7 @@ def _triple(entry: Entry) -> list[Entry] | None:
 
 
 def _url(entry: Entry) -> str | None:
-    """The last folder and the name of a file."""
+    """The last two parts of an address, ``folder/name``, as a path."""
     *_, folder, name = ("", "", *(_words(entry) or "").split("/"))
     return _path(Entry(f"{folder}/{name}", entry)) if folder and name else None
 
@@ -279,7 +280,7 @@ SPANS = Kind("a list of pairs [first character, end], each with first < end", _s
 
 
 def one_of(*words: str) -> Kind[str]:
-    """One of these words."""
+    """The kind of values that are one of ``words``."""
     return Kind(
         f"one of {', '.join(words)}",
         lambda entry: entry._value if entry._value in words else None,

@@ -1,4 +1,4 @@
-"""Where the files of a data set lie, for sets that have one usual layout."""
+"""Paths of the files of a data set, for sets with one usual layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STANDARD: dict[str, tuple[Split, Split]] = {
         {"images": "images/validation", "masks": "annotations/validation"},
     ),
 }
-"""Formats of which a recipe may name the folder alone: (train, test), paths below it."""
+"""Formats for which a recipe may give only the folder: (train, test), with paths below it."""
 
 
 def _generated(split: str, subtype: str, pairs: str, part: str, classes: str) -> dict[str, Split]:
@@ -76,11 +76,11 @@ def _generated(split: str, subtype: str, pairs: str, part: str, classes: str) ->
 _TRAIN = _generated("train", "train2014", "train", "training", "train")
 _TEST = _generated("test", "val2014", "dev", "validation", "val")
 GENERATED: dict[str, tuple[Split, Split]] = {name: (_TRAIN[name], _TEST[name]) for name in _TRAIN}
-"""What :func:`vlprune.data.shapes.write.write_shapes` writes: (train, test), paths below it."""
+"""Formats that :mod:`vlprune.data.shapes.write` writes: (train, test), paths below its folder."""
 
 
 def splits(layout: tuple[Split, Split], root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The two splits of a layout with its paths below ``root``."""
+    """The (train, test) splits of a layout, with ``root`` put before every path."""
     train, test = (
         {key: value if key == "split" else str(root / value) for key, value in split.items()}
         for split in layout

@@ -1,4 +1,4 @@
-"""Statements about images that are true or false: NLVR2, and NLVR v1."""
+"""True or false statements about pairs of images, from NLVR2 and NLVR v1."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def read_nlvr2(
 def read_nlvr1(folder: str | Path, split: str, left: Left | None = None) -> list[Statement]:
     """NLVR v1 with its ``dev`` and ``hidden`` folders taken together.
 
-    Every tenth different sentence tests, the others train (a sentence is never in both). A
-    picture of NLVR v1 holds three boxes; the same picture stands for both images. ``left`` counts
-    blank statements of both splits, which are left out. Raises DataError.
+    Every tenth distinct sentence is in the test split, the others in the training split, so the
+    splits share no sentence. A picture of NLVR v1 shows three boxes; the same picture stands for
+    both images. ``left`` counts blank statements of both splits, which are left out. Raises
+    DataError.
     """
     test = check_split(split) == "test"
     folder, left = Path(folder), Left() if left is None else left
@@ -67,7 +68,7 @@ def read_nlvr1(folder: str | Path, split: str, left: Left | None = None) -> list
 
 
 def _statement(entry: Entry, key: str, images: tuple[Path, Path], left: Left) -> list[Statement]:
-    """The statement of a line, or nothing where it is blank."""
+    """The statement of a line, in a list; an empty list if it is blank."""
     text, truth = field(entry, "sentence", TEXT), field(entry, "label", TRUTH)
     if not text.strip():
         left[BLANK] += 1

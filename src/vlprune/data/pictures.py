@@ -1,4 +1,4 @@
-"""Pictures with a class, and pictures with a class for every pixel."""
+"""Pictures with one class each, and pictures with a class for every pixel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 MASKS = (".png", ".tif", ".tiff", ".bmp")
-"""What the names of masks end with: formats that keep every value."""
+"""Suffixes of mask files: formats that keep every value exactly."""
 
 NO_PICTURE = "files that are no pictures"
 NO_CLASS = "files outside the folders of classes"
@@ -39,19 +39,20 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class MaskedImage:
-    """An image and the picture of its classes."""
+    """An image and its mask, a picture of the same size with one class number per pixel."""
 
     image: Path
     mask: Path
 
 
 def read_image_folder(folder: str | Path, left: Left | None = None) -> list[LabelledImage]:
-    """One class a subfolder, as in ImageNet's ``train`` and ``val``; sorted by path.
+    """The images of a folder with one subfolder per class, as in ImageNet's ``train`` and ``val``.
 
-    Folders inside that of a class belong to the class. ``left`` counts what is left out: files
-    that are no pictures by their names, files beside the folders of classes, folders of classes
-    without a picture. Hidden files and what systems leave behind (``.ipynb_checkpoints``,
-    ``__MACOSX``, ``Thumbs.db``) are passed over. Raises DataError.
+    The images are sorted by path; those in deeper folders belong to the class above them. ``left``
+    counts the entries left out: files that are no pictures by their names, files beside the
+    class folders, and class folders without a picture. Hidden files and the files that systems
+    leave behind (``.ipynb_checkpoints``, ``__MACOSX``, ``Thumbs.db``) are skipped. Raises
+    DataError.
     """
     root, left = Path(folder), Left() if left is None else left
     found: list[LabelledImage] = []
@@ -68,10 +69,11 @@ def read_image_folder(folder: str | Path, left: Left | None = None) -> list[Labe
 def read_ade20k(
     images: str | Path, masks: str | Path, left: Left | None = None
 ) -> list[MaskedImage]:
-    """The images of a folder with the masks of the same names (``.png``) in another.
+    """The images of one folder, each with the mask of the same name in another folder.
 
-    ``left`` counts what is left out: files that are no pictures by their names, masks without an
-    image. Raises DataError, also for a mask of another size than its image.
+    ``left`` counts the files left out: those that are no pictures by their names, and masks without
+    an image. Raises DataError, also for an image without a mask and for a mask whose size differs
+    from that of its image.
     """
     folder, labels, left = Path(images), Path(masks), Left() if left is None else left
     known = {path.stem: path for path in _pictures(labels, Left()) if path.suffix.lower() in MASKS}
@@ -85,17 +87,17 @@ def read_ade20k(
     left[NO_IMAGE] += len(known.keys() - {path.stem for path in pictures})
     for item in found:
         if size_of(item.image) != size_of(item.mask):
-            open_mask(item.mask, size_of(item.image))  # says so
+            open_mask(item.mask, size_of(item.image))  # raises the error that names both sizes
     return some(found, folder, "images", left)
 
 
 def _pictures(folder: Path, left: Left, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every picture below ``folder``, by names, in the order of paths."""
+    """Every picture below ``folder``, judged by its name, in the order of paths."""
     above = above or (folder.resolve(),)
     for path in _inside(folder):
         if path.is_dir():
             real = path.resolve()
-            if real not in above:  # else a link to a folder that it lies in
+            if real not in above:  # else a link upwards, which would never end
                 yield from _pictures(path, left, (*above, real))
         elif path.suffix.lower() in SUFFIXES and path.is_file():
             yield path
@@ -104,7 +106,7 @@ def _pictures(folder: Path, left: Left, above: tuple[Path, ...] = ()) -> Iterato
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without what is left over. Raises DataError."""
+    """The entries of a folder, sorted, without the leftovers of systems. Raises DataError."""
     try:
         return sorted(path for path in folder.iterdir() if not is_left_over(path))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Questions about images: VQAv2's pair of JSON files, GQA, Visual Genome and easy-VQA's folder."""
+"""Questions about images, in the formats of VQAv2, GQA, Visual Genome and easy-VQA."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ UNASKED = "answers to questions that the file does not ask"
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image and the answers people gave (VQAv2: ten, easy-VQA: one)."""
+    """A question about an image and its answers (VQAv2: those of ten people; easy-VQA: one)."""
 
     id: Id
     image: Path
@@ -65,9 +65,9 @@ def read_gqa(
 ) -> list[TypedQuestion]:
     """The questions of a GQA file such as ``train_balanced_questions.json``.
 
-    The image of ``imageId`` 1234 is ``1234.jpg`` in ``images``. ``left`` counts what is left out:
-    blank questions and answers. Files without answers or types, as the test files, are refused.
-    Raises DataError.
+    The image of ``imageId`` 1234 is ``1234.jpg`` in ``images``. ``left`` counts the entries left
+    out: blank questions and blank answers. Raises DataError, also for files without answers or
+    types, such as GQA's test files.
     """
     path, folder, left = Path(questions), Path(images), Left() if left is None else left
     found = []
@@ -92,10 +92,10 @@ def read_vqav2(
 ) -> list[Question]:
     """The questions of a VQAv2 pair of files, in the order of the question file.
 
-    Images are looked for as ``COCO_{subtype}_{id:012d}.jpg``, the subtype from the question
-    file, in ``images`` or in its subfolder of that name. ``left`` counts what is left out: blank
-    questions, questions that nobody answered, answers to questions that the file does not ask.
-    Raises DataError.
+    Images are named ``COCO_{subtype}_{id:012d}.jpg``, with the subtype from the question file, and
+    lie in the subfolder of ``images`` that is named after the subtype, or in ``images`` itself.
+    ``left`` counts the entries left out: blank questions, questions that nobody answered, and
+    answers to questions that the file does not ask. Raises DataError.
     """
     q_path, a_path = Path(questions), Path(annotations)
     left = Left() if left is None else left
@@ -146,12 +146,12 @@ def read_visual_genome(
     images: str | Path,
     left: Left | None = None,
 ) -> list[Question]:
-    """The questions of Visual Genome's ``question_answers.json``, one answer each.
+    """The questions of Visual Genome's ``question_answers.json``, with one answer each.
 
-    ``image_data.json`` says in which folder an image lies (the last two parts of its ``url``,
-    as in ``VG_100K_2/1.jpg``); ``images`` is the folder above those. Answers lose their final
-    period and capitals, as is usual when they join VQAv2. ``left`` counts blank questions and
-    answers, which are left out. Raises DataError.
+    ``image_data`` is ``image_data.json``, where the last two parts of an image's ``url`` are its
+    path below ``images``, as in ``VG_100K_2/1.jpg``. Answers lose their final period and capitals,
+    as is usual when they join VQAv2. ``left`` counts blank questions and answers, which are left
+    out. Raises DataError.
     """
     path, data_path, folder = Path(questions), Path(image_data), Path(images)
     left = Left() if left is None else left
@@ -178,7 +178,7 @@ def read_visual_genome(
 
 
 def _asked(text: str, answers: tuple[str, ...], left: Left) -> bool:
-    """Whether there is a question and somebody answered it; what is left out is counted."""
+    """Whether neither the question nor all its answers are blank; else count it in ``left``."""
     if not text.strip():
         left[BLANK] += 1
     elif not any(answer.strip() for answer in answers):

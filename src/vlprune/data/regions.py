@@ -1,4 +1,4 @@
-"""Boxes in images, and the words that name them: referring expressions, phrases and classes."""
+"""Boxes in images and the text that names them: referring expressions, phrases and classes."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ Box = tuple[float, float, float, float]
 """Left, top, width and height in pixels, as in COCO."""
 
 Spans = tuple[tuple[int, int], ...]
-"""Parts of a text: (first character, end)."""
+"""Parts of a text, as (first character, end); the end is exclusive."""
 
 LEAST = 1e-3
-"""Pixels below which a side of a box is none: the overlap of such boxes is 0 / 0."""
+"""Shortest side of a box, in pixels: the IoU of two boxes without an area would be 0 / 0."""
 
 NLVR1_SIZE = (400, 100)
 
@@ -71,7 +71,7 @@ BLANK = "expressions that are blank"
 
 @dataclass(frozen=True)
 class Phrase:
-    """A part of a text, as (start, end) characters, and the boxes it names."""
+    """Part of a text, as (start, end) characters, and the boxes that this part names."""
 
     spans: Spans
     boxes: tuple[Box, ...]
@@ -79,7 +79,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Grounding:
-    """A text about an image of ``size`` (width, height), and what its phrases name."""
+    """A text about an image of ``size`` (width, height), with its phrases and their boxes."""
 
     id: Id
     image: Path
@@ -90,7 +90,7 @@ class Grounding:
 
 @dataclass(frozen=True)
 class Scenery:
-    """An image of ``size`` (width, height) with every object of the known classes."""
+    """An image of ``size`` (width, height) and its objects, with one label per box."""
 
     id: Id
     image: Path
@@ -102,11 +102,12 @@ class Scenery:
 def read_mdetr(
     annotations: str | Path, images: str | Path, left: Left | None = None
 ) -> list[Grounding]:
-    """MDETR's annotation files: COCO's layout with a ``caption`` an image and, for each box, the
-    characters that name it (``tokens_positive``), as in ``finetune_refcoco_train.json``.
+    """The texts of an MDETR annotation file, such as ``finetune_refcoco_train.json``.
 
-    ``left`` counts what is left out: boxes without an area, outside their picture, of unknown
-    images or named by no words, and texts without a box. Raises DataError.
+    The layout is COCO's with one ``caption`` per image and, for each box, the characters that name
+    the box (``tokens_positive``). ``left`` counts the entries left out: boxes without an area,
+    outside their picture, of unlisted images or named by no words, and texts without a box. Raises
+    DataError.
     """
     path, folder, left = Path(annotations), Path(images), Left() if left is None else left
     body = read_json(path)
@@ -150,12 +151,12 @@ def read_refer(
     split: str,
     left: Left | None = None,
 ) -> list[Grounding]:
-    """The original layout of RefCOCO, RefCOCO+ and RefCOCOg: ``refs`` and COCO's ``instances``.
+    """Expressions in the original layout of RefCOCO, RefCOCO+ and RefCOCOg.
 
-    One item a sentence; the whole sentence names one box. ``left`` counts what is left out: blank
-    expressions, and those whose box has no area or lies outside its picture. The published
-    ``refs(unc).p`` is a pickle, which is never read here: convert it once, in a place you trust,
-    to JSON. Raises DataError.
+    ``refs`` is their own file, ``instances`` is COCO's. Each sentence is one item and names one
+    box as a whole. ``left`` counts the entries left out: blank expressions, and boxes without an
+    area or outside their picture. The published ``refs(unc).p`` is a pickle, which is never read
+    here: convert it to JSON once, in an environment you trust. Raises DataError.
     """
     path, boxes_path, folder = Path(refs), Path(instances), Path(images)
     left = Left() if left is None else left
@@ -196,11 +197,11 @@ def read_refer(
 def read_coco_instances(
     instances: str | Path, images: str | Path, left: Left | None = None
 ) -> list[Scenery]:
-    """COCO's ``instances_*.json``; images without a box stay.
+    """The images of COCO's ``instances_*.json``, including images without a box.
 
-    Boxes that reach beyond their picture are clipped to it. ``left`` counts what is left out:
-    boxes of crowds, without an area, outside their picture, of images that are not listed. Of
-    ``segmentation`` nothing is read, be it polygons or run lengths. Raises DataError.
+    Boxes that reach beyond their picture are clipped to it. ``left`` counts the boxes left out:
+    those of crowds, without an area, outside their picture, and of unlisted images. The
+    ``segmentation`` entries are not read. Raises DataError.
     """
     path, folder, left = Path(instances), Path(images), Left() if left is None else left
     body = read_json(path)
@@ -232,9 +233,9 @@ def read_coco_instances(
 def read_nlvr1_objects(folder: str | Path, split: str, left: Left | None = None) -> list[Scenery]:
     """The pictures of NLVR v1 with the objects that its ``structured_rep`` lists.
 
-    Three grey boxes of 100 pixels lie side by side, 50 apart. Classes are ``yellow square`` and
-    the like. Every tenth picture tests. ``left`` counts what is left out: objects without an area
-    or outside the picture. Raises DataError.
+    Each picture shows three grey boxes of 100 pixels side by side, 50 pixels apart. Classes are
+    named like ``yellow square``. Every tenth picture is in the test split. ``left`` counts the
+    objects left out: those without an area or outside the picture. Raises DataError.
     """
     test = check_split(split) == "test"
     folder, left = Path(folder), Left() if left is None else left
@@ -256,7 +257,7 @@ def read_nlvr1_objects(folder: str | Path, split: str, left: Left | None = None)
 
 
 def _nlvr1_thing(thing: Entry) -> tuple[tuple[float, float, float], str]:
-    """Left, top and side of an object in its grey box, and its class."""
+    """(left, top, side) of an object within its grey box, in pixels, and its class."""
     colour, shape = field(thing, "color", WORDS).lower(), field(thing, "type", WORDS)
     x, y, side = (field(thing, name, NUMBER) for name in ("x_loc", "y_loc", "size"))
     return (x, y, side), f"{'blue' if colour == '#0099ff' else colour} {shape}"
@@ -267,9 +268,9 @@ def _scenery(key: Id, image: Path, size: tuple[int, int], things: list[tuple[Box
 
 
 def _clipped(box: Box, size: tuple[int, int], left: Left) -> Box | None:
-    """The part of a box that lies in its picture; None, and counted, where there is none.
+    """The part of a box inside its picture; None, counted in ``left``, if nothing remains.
 
-    A box beyond the picture by rounding only is clipped without a word.
+    A box that exceeds its picture by at most one pixel, as by rounding, is clipped uncounted.
     """
     x, y, width, height = box
     if width < LEAST or height < LEAST:

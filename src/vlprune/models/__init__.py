@@ -1,6 +1,6 @@
-"""Models that transformers lacks, as ordinary PreTrainedModels built from its parts.
+"""Models that transformers lacks, as ordinary PreTrainedModels built from transformers' parts.
 
-The classes are imported when first asked for, so that ``import vlprune`` stays light.
+The classes are imported on first use, so that ``import vlprune`` stays light.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HOME = {
 }
 
 PREFIX = "vlprune_"
-"""Begins every model type of ours, so that no release of transformers can bring the same one."""
+"""Start of each model type defined here, so that transformers cannot define the same type."""
 
 MODEL_TYPES = {
     "vlprune_blip_nlvr": "BlipNlvrConfig",
@@ -50,7 +50,7 @@ MODEL_TYPES = {
 
 
 class _Models(Mapping[str, Any]):
-    """The model classes by the name that a ``config.json`` gives under ``architectures``."""
+    """Model classes by the name that a ``config.json`` gives under ``architectures``."""
 
     def __getitem__(self, name: str) -> Any:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,7 +1,8 @@
-"""Dense detection: one anchor per place, and which places answer for which box.
+"""Dense detection with one anchor per place: anchors, their assignment, box codes, suppression.
 
-Adaptive training sample selection (Zhang et al., CVPR 2020, algorithm 1), the box code and the
-centerness that GLIP trains with. Anchors and boxes are (left, top, right, bottom) in pixels.
+The assignment is adaptive training sample selection (ATSS; Zhang et al., CVPR 2020, algorithm 1);
+box code and centerness are those that GLIP trains with. Anchors and boxes are (left, top, right,
+bottom) in pixels.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from transformers.loss.loss_for_object_detection import box_iou
 __all__ = ["anchors", "assign_places", "centerness", "decode", "encode", "suppress"]
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-"""By which the four numbers of a box code are scaled."""
+"""Factors that scale the four numbers of a box code."""
 
 BLOCK = 256
-"""Candidates that are suppressed at once; measured by ``benchmarks/suppression.py``."""
+"""Candidates suppressed at once; ``benchmarks/suppression.py`` measures the choice."""
 
 
 def anchors(sizes: Sequence[tuple[int, int]], strides: Sequence[int], scale: float) -> list[Tensor]:
-    """A square of ``scale`` strides around every place of every level: (places, 4) each."""
+    """A square of ``scale`` strides around every place, per level: (places, 4).
+
+    ``sizes`` are the (rows, columns) of the levels, ``strides`` their strides in pixels.
+    """
     found = []
     for (rows, columns), stride in zip(sizes, strides, strict=True):
         half = scale * stride / 2
@@ -38,11 +42,12 @@ def anchors(sizes: Sequence[tuple[int, int]], strides: Sequence[int], scale: flo
 
 
 def assign_places(levels: Sequence[Tensor], boxes: Tensor, closest: int = 9) -> Tensor:
-    """For every anchor of all levels the box it answers for, -1 for none: (anchors,).
+    """The index of the box that each anchor of all levels is trained on, or -1: (anchors,).
 
-    Of each level, the ``closest`` anchors to a box's centre are candidates; those whose IoU is
-    at least the mean plus the deviation over all candidates, and whose centre lies in the box,
-    answer for it; an anchor that could answer for several takes the one it overlaps most.
+    ``levels`` are the anchors of each level, (places, 4). Of each level, the ``closest`` anchors to
+    a box's centre are its candidates. A candidate is assigned the box if their IoU is at least
+    the mean plus the standard deviation over all candidates, and if its centre lies in the box. An
+    anchor that qualifies for several boxes takes the box with the highest IoU.
     """
     every = torch.cat([*levels])
     owner = torch.full((len(every),), -1)
@@ -71,7 +76,7 @@ def assign_places(levels: Sequence[Tensor], boxes: Tensor, closest: int = 9) -> 
 
 
 def encode(anchor: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes as (shift x, shift y, growth x, growth y) of their anchors: (n, 4)."""
+    """Boxes (n, 4) as scaled (shift x, shift y, log growth x, y) of their anchors: (n, 4)."""
     size, goal = anchor[:, 2:] - anchor[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (_centres(boxes) - _centres(anchor)) / size
     code = torch.cat([shift, (goal / size).log()], dim=1)
@@ -79,7 +84,7 @@ def encode(anchor: Tensor, boxes: Tensor) -> Tensor:
 
 
 def decode(anchor: Tensor, code: Tensor) -> Tensor:
-    """The boxes that :func:`encode` has encoded; (..., n, 4) codes of (n, 4) anchors."""
+    """The inverse of :func:`encode`: boxes (..., n, 4) from such codes and anchors (n, 4)."""
     plain = code / code.new_tensor(WEIGHTS)
     size = anchor[:, 2:] - anchor[:, :2]
     centre = _centres(anchor) + plain[..., :2] * size
@@ -88,7 +93,7 @@ def decode(anchor: Tensor, code: Tensor) -> Tensor:
 
 
 def centerness(anchor: Tensor, boxes: Tensor) -> Tensor:
-    """How central an anchor's centre lies in its box, 1 in the middle, 0 at the edge: (n,)."""
+    """How central each anchor's centre is in its box, 1 in the middle, 0 at the edge: (n,)."""
     near, far = _centres(anchor) - boxes[:, :2], boxes[:, 2:] - _centres(anchor)
     low, high = torch.minimum(near, far), torch.maximum(near, far)
     return (low / high.clamp(min=1e-6)).clamp(min=0).prod(1).sqrt()
@@ -101,11 +106,11 @@ def suppress(
     classes: Tensor | None = None,
     most: int | None = None,
 ) -> Tensor:
-    """Non-maximum suppression: which boxes stay, best first. Greedy, exact, on any device.
+    """Greedy, exact non-maximum suppression on any device: indices of the kept boxes, best first.
 
-    A box goes if its IoU with a better one that stays is above ``limit``; with ``classes`` (n,)
-    only if both are of one class. Equal scores are settled by position. With ``most`` only so many
-    of the boxes that stay are looked for.
+    A box (of ``boxes`` (n, 4), with ``scores`` (n,)) is dropped if its IoU with a better kept box
+    is above ``limit`` and, with ``classes`` (n,), both are of one class. Equal scores are ordered
+    by position. The search ends after ``most`` kept boxes.
     """
     if classes is None:
         classes = torch.zeros_like(scores, dtype=torch.long)
@@ -113,7 +118,7 @@ def suppress(
     order = scores.argsort(descending=True, stable=True)
     stays = order[:0]
     for block in order.split(BLOCK):
-        # classes are compared, not moved apart by offsets, which would round the boxes
+        # classes are compared, since moving them apart by offsets would round the boxes
         alive = block[~_covered(stays, block, boxes, classes, limit).any(0)]
         covers = _covered(alive, alive, boxes, classes, limit).triu(1)
         stays = torch.cat([stays, alive[_uncovered(covers)]])
@@ -123,16 +128,17 @@ def suppress(
 
 
 def _covered(better: Tensor, worse: Tensor, boxes: Tensor, classes: Tensor, limit: float) -> Tensor:
-    """Whether a box of ``better``, if it stays, suppresses one of ``worse``: (better, worse)."""
+    """Whether each box of ``better``, if kept, suppresses each of ``worse``: (better, worse)."""
     alike = classes[better][:, None] == classes[worse]
     return (box_iou(boxes[better], boxes[worse])[0] > limit) & alike
 
 
 def _uncovered(covers: Tensor) -> Tensor:
-    """Which boxes stay when the best is asked first: (n,), from the (n, n) above the diagonal.
+    """Mask of the boxes that greedy suppression keeps: (n,), from ``covers`` (n, n), best first.
 
-    The answer is the only one that agrees with itself: a box stays if no box that stays covers
-    it. Each round settles at least the next box in line, and in practice a few settle all.
+    ``covers`` is False on and below its diagonal. The answer is the only fixed point of the rule
+    that a box is kept if no kept box covers it. Each round settles at least the next box in
+    order, and in practice a few rounds settle all boxes.
     """
     stays = torch.ones(len(covers), dtype=torch.bool, device=covers.device)
     while True:

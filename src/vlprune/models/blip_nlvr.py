@@ -1,9 +1,9 @@
-"""BLIP for visual reasoning: one statement, two images, true or false (NLVR2).
+"""BLIP for visual reasoning: whether a statement is true of two images (NLVR2).
 
-transformers has no such class. Built from its BLIP parts as BLIP (Li et al., ICML 2022, section
-4.5 and figure 5) describes it: the text encoder has two cross-attentions in every layer, one for
-each image; their outputs are averaged in the lower layers and merged by a linear layer in the
-upper ones, and a two-layer head reads the first token.
+transformers has no such class, so this module builds it from transformers' BLIP parts, following
+BLIP (Li et al., ICML 2022, section 4.5 and figure 5). The text encoder has two cross-attentions in
+every layer, one per image. Their outputs are averaged in the lower layers and merged by a linear
+layer in the upper ones, and a two-layer head reads the first token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["BlipForVisualReasoning"]
 
 
 class BlipNlvrProjection(nn.Module):
-    """The output projection of one cross-attention, named as in BLIP's other attentions."""
+    """The output projection of one cross-attention, with names as in BLIP's other attentions."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class BlipNlvrCrossAttention(nn.Module):
         self.output = BlipNlvrProjection(config)
 
     def forward(self, hidden_states: Tensor, image_states: Tensor) -> Tensor:
-        """(batch, tokens, width) from text of that shape and (batch, patches, width)."""
+        """(batch, tokens, width), from text of that shape and an image (batch, patches, width)."""
         context, _ = self.self(hidden_states, encoder_hidden_states=image_states)
         attended: Tensor = self.output.dense(context)
         return attended
 
 
 class BlipNlvrTwinAttention(nn.Module):
-    """Two cross-attentions side by side; stands where a BLIP layer has its one."""
+    """Two cross-attentions side by side, in place of the single one of a BLIP layer."""
 
     def __init__(self, config: Any, layer_idx: int, merge: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class BlipNlvrTwinAttention(nn.Module):
 
 
 class BlipForVisualReasoning(BlipPreTrainedModel):
-    """Says whether a statement is true of a pair of images."""
+    """Classifies whether a statement is true of a pair of images."""
 
     config_class = BlipNlvrConfig
     main_input_name = "pixel_values"
@@ -114,9 +114,10 @@ class BlipForVisualReasoning(BlipPreTrainedModel):
         labels: Tensor | None = None,
         **_kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, 2), false and true.
+        """Logits (batch, 2) for false and true, and the loss if ``labels`` are given.
 
-        ``pixel_values`` are (batch, 2, channels, height, width), ``labels`` (batch,) are 0 or 1.
+        ``pixel_values`` (batch, 2, channels, height, width), ``input_ids`` and ``attention_mask``
+        (batch, tokens), ``labels`` (batch,) 0 or 1.
         """
         batch, pair = pixel_values.shape[:2]
         images = self.vision_model(pixel_values.flatten(0, 1)).last_hidden_state
@@ -131,10 +132,10 @@ class BlipForVisualReasoning(BlipPreTrainedModel):
 
     @classmethod
     def from_blip(cls, blip: Any) -> BlipForVisualReasoning:
-        """The weights of a BLIP with a cross-attending text encoder; both twins start equal.
+        """A model with the weights of a BLIP whose text encoder has cross-attention.
 
-        ``blip`` is a BlipForImageTextRetrieval or BlipForQuestionAnswering. The merging layers
-        start as the average of the twins; the head is new.
+        ``blip`` is a BlipForImageTextRetrieval or BlipForQuestionAnswering. Both twins start
+        equal, the merging layers start as the average of the twins, and the head is new.
         """
         model = cls(BlipNlvrConfig(**{**blip.config.to_dict(), "architectures": None}))
         model.vision_model.load_state_dict(blip.vision_model.state_dict())

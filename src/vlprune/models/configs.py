@@ -17,25 +17,25 @@ __all__ = ["BlipNlvrConfig", "GlipConfig", "MdetrConfig", "SegmenterConfig"]
 
 
 class _PrefixedType:
-    """Lets a config read folders from before its model type began with ``vlprune_``."""
+    """Lets a config read folders saved before its model type began with ``vlprune_``."""
 
     model_type: ClassVar[str]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, with the model type of today."""
+        """As in transformers, with an old model type replaced by the current one."""
         found, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
         if PREFIX + str(found.get("model_type")) == cls.model_type:
             found = {**found, "model_type": cls.model_type}
         return found, rest
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("model_type", None)  # it would hide the class's
+        kwargs.pop("model_type", None)  # else it would hide that of the class
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
 class BlipNlvrConfig(_PrefixedType, BlipConfig):
-    """A BlipConfig, and from which text layer on the two cross-attentions are merged linearly."""
+    """A BlipConfig with the text layer from which on the cross-attentions are merged linearly."""
 
     model_type = "vlprune_blip_nlvr"
 
@@ -43,7 +43,7 @@ class BlipNlvrConfig(_PrefixedType, BlipConfig):
 
 
 class SegmenterConfig(_PrefixedType, ViTConfig):
-    """A ViTConfig, and the number of layers of the mask transformer."""
+    """A ViTConfig with the number of layers of the mask transformer."""
 
     model_type = "vlprune_segmenter"
 
@@ -52,11 +52,12 @@ class SegmenterConfig(_PrefixedType, ViTConfig):
 
 
 class MdetrConfig(_PrefixedType, DetrConfig):
-    """A DetrConfig, the text encoder, and what MDETR adds.
+    """A DetrConfig with the text encoder and the settings that MDETR adds.
 
-    ``backbone_config`` is a convolutional backbone (ResNet) or a vision transformer (DeiT, ViT:
-    ViTMDETR). ``text_positions`` are the tokens a query can stand for, the last one meaning "no
-    object". ``answer_heads`` maps each answer head of question answering to its number of classes.
+    ``backbone_config`` is that of a convolutional backbone (ResNet) or of a vision transformer
+    (DeiT or ViT, for ViTMDETR). ``text_positions`` is the number of positions over which a query
+    has probabilities; the last one means "no object". ``answer_heads`` maps each answer head of
+    question answering to its number of classes.
     """
 
     model_type = "vlprune_mdetr"
@@ -80,10 +81,10 @@ class MdetrConfig(_PrefixedType, DetrConfig):
 
 
 class GlipConfig(_PrefixedType, PreTrainedConfig):
-    """GLIP-T: a Swin backbone, a BERT, and the sizes of the head.
+    """The config of GLIP: a Swin backbone, a BERT, and the sizes of the head; GLIP-T by default.
 
-    ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text; an anchor
-    is ``anchor_scale`` strides wide; ``atss_candidates`` anchors a level compete for a box.
+    ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text. An anchor
+    is ``anchor_scale`` strides wide, and ``atss_candidates`` anchors per level compete for a box.
     """
 
     model_type = "vlprune_glip"
@@ -112,7 +113,7 @@ class GlipConfig(_PrefixedType, PreTrainedConfig):
 
 
 class _Later:
-    """Stands for a model class that is imported when it is used."""
+    """A stand-in for a model class that is imported on first use."""
 
     def __init__(self, name: str, config_class: Any) -> None:
         self.__name__, self.config_class = name, config_class

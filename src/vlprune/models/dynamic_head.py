@@ -1,7 +1,7 @@
-"""The dynamic head's convolutions: deformed by offsets, mixed across the levels of a pyramid.
+"""Blocks of the dynamic head: deformable convolutions, mixed across the levels of a pyramid.
 
-Dynamic head (Dai et al., CVPR 2021) as GLIP uses it. The deformable convolution is torchvision's
-where that can be loaded; elsewhere a slower one with the same result.
+The dynamic head (Dai et al., CVPR 2021) is built as in GLIP. The deformable convolution is
+torchvision's where it can be loaded, and elsewhere a slower one with the same result.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def sampled_convolution(
     """Modulated deformable convolution (Zhu et al., CVPR 2019, equation 1), by sampling.
 
     ``inputs`` (batch, channels, height, width), ``weight`` (out, channels, k, k), ``offsets``
-    (batch, 2 k k, rows, columns) as (y, x) pairs, ``mask`` (batch, k k, rows, columns), gives
-    (batch, out, rows, columns). What lies outside counts as 0. One bilinear look-up a kernel
-    position, so it runs, and has gradients, wherever torch does.
+    (batch, 2 k k, rows, columns) as (y, x) pairs and ``mask`` (batch, k k, rows, columns) give
+    (batch, out, rows, columns). Values outside ``inputs`` count as 0. There is one bilinear look-up
+    per kernel position, so the function runs, and has gradients, wherever torch does.
     """
     batch, _, height, width = inputs.shape
     kernel = weight.shape[-1]
@@ -33,12 +33,12 @@ def sampled_convolution(
     top = torch.arange(rows, **steps)[:, None] * stride - padding  # type: ignore[call-overload]
     left = torch.arange(columns, **steps)[None] * stride - padding  # type: ignore[call-overload]
     moved = offsets.unflatten(1, (kernel * kernel, 2))
-    framed = F.pad(inputs, (1, 1, 1, 1))  # so that look-ups just outside fade to 0
+    framed = F.pad(inputs, (1, 1, 1, 1))  # so that look-ups just outside the inputs fade to 0
     total = inputs.new_zeros(batch, weight.shape[0], rows, columns)
     for number in range(kernel * kernel):
         y = top + number // kernel + moved[:, number, 0] + 1
         x = left + number % kernel + moved[:, number, 1] + 1
-        # grid_sample wants -1 to 1 between the centres of the outermost pixels
+        # grid_sample expects -1 to 1 between the centres of the outermost pixels
         grid = torch.stack([2 * x / (width + 1) - 1, 2 * y / (height + 1) - 1], dim=-1)
         taken = F.grid_sample(framed, grid, padding_mode="zeros", align_corners=True)
         part = weight[:, :, number // kernel, number % kernel]
@@ -50,7 +50,7 @@ def sampled_convolution(
 def deformable_convolution(
     inputs: Tensor, weight: Tensor, offsets: Tensor, mask: Tensor, stride: int = 1
 ) -> Tensor:
-    """As :func:`sampled_convolution`, by torchvision's operator where there is one."""
+    """As :func:`sampled_convolution` with a padding of 1, by torchvision if it can be loaded."""
     operator: Any = _torchvision()
     if operator is None or inputs.is_meta:
         return sampled_convolution(inputs, weight, offsets, mask, stride)
@@ -59,7 +59,7 @@ def deformable_convolution(
 
 
 def _torchvision() -> Any:
-    """torchvision's deform_conv2d, or None where its compiled operators do not fit this torch."""
+    """torchvision's deform_conv2d, or None if torchvision is missing or does not fit this torch."""
     try:
         from torchvision.ops import deform_conv2d
 
@@ -80,14 +80,14 @@ class DeformableNorm(nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, features: Tensor, offsets: Tensor, mask: Tensor) -> Tensor:
-        """(batch, width, ...) at the size of the offsets."""
+        """(batch, width, rows, columns), with the rows and columns of ``offsets``."""
         moved = deformable_convolution(features, self.weight, offsets, mask, self.stride)
         normed: Tensor = self.norm(moved + self.bias[:, None, None])
         return normed
 
 
 class DynamicRelu(nn.Module):
-    """The larger of two lines a channel, whose slopes depend on the picture (DyReLU-B)."""
+    """The larger of two lines per channel, which depend on the picture (DyReLU-B)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class DynamicRelu(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, width, height, width) -> the same."""
+        """Features (batch, channels, height, width) to the same shape."""
         told = F.hardsigmoid(self.lines(features.mean((2, 3)))) - 0.5
         slope, shift, second, other = (x[..., None, None] for x in told.chunk(4, dim=1))
         first = features * (2 * slope + 1) + shift
@@ -105,11 +105,11 @@ class DynamicRelu(nn.Module):
 
 
 class DynamicBlock(nn.Module):
-    """One block of the dynamic head over a pyramid: levels, places and channels attend in turn.
+    """One block of the dynamic head over a pyramid, with attention over levels, places, channels.
 
-    Each level looks at itself, at the next finer one (stride 2) and at the next coarser one, all
-    with offsets of its own. For the coarser level these are resized to its size; the authors'
-    operator reads them there as they lie in memory, which is a slip that cannot be meant.
+    Each level reads itself, the next finer level (stride 2) and the next coarser level, all with
+    offsets computed from itself. For the coarser level these offsets are resized to its size; the
+    authors' operator reads them there as they lie in memory, which cannot be intended.
     """
 
     def __init__(self, width: int) -> None:
@@ -123,7 +123,7 @@ class DynamicBlock(nn.Module):
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """One feature map a level, finest first, to the same."""
+        """One feature map (batch, channels, height, width) per level, finest first, to the same."""
         result = []
         for number, own in enumerate(levels):
             told = self.offset(own)
@@ -136,7 +136,7 @@ class DynamicBlock(nn.Module):
                 moved = [F.interpolate(x, size, mode="bilinear") for x in (offsets, mask)]
                 up = self.coarser(above, *moved)
                 seen.append(F.interpolate(up, own.shape[-2:], mode="bilinear", align_corners=True))
-            together = torch.stack(seen)  # (seen, batch, width, height, width)
+            together = torch.stack(seen)  # (levels read, batch, channels, height, width)
             weights = torch.stack(
                 [F.relu(self.attention(x.mean((2, 3), keepdim=True))) for x in seen]
             )

@@ -1,10 +1,10 @@
 """GLIP: detection as grounding, with deep fusion of image and text.
 
-transformers has no such class. Built from its parts as GLIP (Li et al., CVPR 2022, section 3)
-describes it: a Swin pyramid and a BERT, and a head in which each of several layers lets both attend
-to each other, passes the text through one more BERT layer and the pyramid through a dynamic
-convolution. Every place of the pyramid predicts a box, how central it is, and how well it fits
-each token of the text.
+transformers has no such class, so this module builds it from transformers' parts, following GLIP
+(Li et al., CVPR 2022, section 3). A Swin pyramid and a BERT feed a head of several layers. In each
+layer image and text attend to each other, then the text passes through one more BERT layer and the
+pyramid through a dynamic convolution. Every place of the pyramid predicts a box, the centerness of
+the place in the box, and how well the place fits each token of the text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["GlipForGrounding", "GlipOutput"]
 
 @dataclass
 class GlipOutput(ModelOutput):
-    """What GLIP says about a batch; "places" are all places of all pyramid levels.
+    """GLIP's output for a batch; "places" are all places of all pyramid levels.
 
     ``logits`` (batch, places, tokens), ``centerness`` (batch, places) logits, ``pred_boxes``
     (batch, places, 4) as centre, width and height in fractions of the image.
@@ -74,7 +74,7 @@ class GlipFusionLayer(GroundingDinoFusionLayer):
 
 
 class GlipLayer(nn.Module):
-    """One layer of the head: fusion, then text and pyramid each for itself."""
+    """One layer of the head: fusion, then a layer for the text and a block for the pyramid."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class GlipLayer(nn.Module):
     def forward(
         self, levels: list[Tensor], words: Tensor, absent: Tensor, mask: Any
     ) -> tuple[list[Tensor], Tensor]:
-        """Pyramid and text states to the same; ``absent`` is True at padding."""
+        """Pyramid levels and text states to the same shapes; ``absent`` is True at padding."""
         sizes = [level.shape[-2:] for level in levels]
         flat = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         (flat, _), (words, _) = self.fusion(flat, words, attention_mask_text=absent)
@@ -107,7 +107,7 @@ class GlipPyramid(nn.Module):
         self.extra = nn.ModuleList(nn.Conv2d(width, width, 3, 2, padding=1) for _ in range(2))
 
     def forward(self, stages: Sequence[Tensor]) -> list[Tensor]:
-        """Feature maps, finest first."""
+        """Feature maps (batch, width, rows, columns) of all levels, finest first."""
         sides = [layer(stage) for layer, stage in zip(self.lateral, stages, strict=True)]
         for number in range(len(sides) - 2, -1, -1):
             above = F.interpolate(sides[number + 1], sides[number].shape[-2:], mode="nearest")
@@ -119,7 +119,7 @@ class GlipPyramid(nn.Module):
 
 
 class GlipForGrounding(PreTrainedModel):
-    """Finds what a text names: GLIP-T at its default sizes."""
+    """Finds the boxes that a text names; GLIP-T at the default sizes."""
 
     config_class = GlipConfig
     base_model_prefix = ""
@@ -181,12 +181,12 @@ class GlipForGrounding(PreTrainedModel):
         labels: Sequence[Mapping[str, Tensor]] | None = None,
         **_kwargs: Any,
     ) -> GlipOutput:
-        """Boxes, their centerness and how well each fits each token.
+        """Boxes with their centerness and token logits, and the loss if ``labels`` are given.
 
-        ``pixel_values`` (batch, 3, height, width) and, where images are padded on the right and
+        ``pixel_values`` (batch, 3, height, width) and, if images are padded on the right and
         below, ``pixel_mask`` (batch, height, width), 1 inside; boxes are fractions of the image
-        without its padding. ``labels`` for each image ``boxes`` (n, 4) and ``tokens`` (n,
-        positions) whose non-zero entries are the tokens of the phrase that names the box.
+        without its padding. ``labels`` hold for each image ``boxes`` (n, 4) and ``tokens`` (n,
+        positions), whose non-zero entries are the tokens of the phrase that names the box.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -230,7 +230,10 @@ class GlipForGrounding(PreTrainedModel):
         )
 
     def _fit(self, places: Tensor, words: Tensor) -> Tensor:
-        """Word-region alignment: (batch, places, width) and (batch, tokens, text width)."""
+        """Alignment of ``places`` (batch, places, width) and ``words`` (batch, tokens, text width).
+
+        Returns logits (batch, places, tokens).
+        """
         normed = F.normalize(words, dim=-1)
         tokens = self.token_head(normed / 2)
         bias = normed @ self.token_bias + self.bias
@@ -248,7 +251,7 @@ class GlipForGrounding(PreTrainedModel):
         labels: Sequence[Mapping[str, Tensor]],
         there: Tensor,
     ) -> dict[str, Tensor]:
-        """Alignment by focal loss, boxes by GIoU, centerness by cross-entropy, over ATSS places."""
+        """Alignment by focal loss; GIoU of boxes and cross-entropy of centerness at ATSS places."""
         goal = torch.zeros_like(logits, dtype=torch.float32)
         image, place, wanted = [], [], []
         for number, target in enumerate(labels):
@@ -279,7 +282,7 @@ class GlipForGrounding(PreTrainedModel):
 
 
 def _mean(value: float, like: Tensor) -> float:
-    """The mean over all processes, at least 1."""
+    """The mean of ``value`` over all processes, at least 1."""
     total = torch.tensor(value, device=like.device)
     if PartialState._shared_state:
         total = reduce(total, "mean")

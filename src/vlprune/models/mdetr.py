@@ -1,9 +1,9 @@
 """MDETR: boxes for the phrases of a text, with a convolutional or a transformer image backbone.
 
-transformers has no such class. Built from its parts as MDETR (Kamath et al., ICCV 2021) describes
-it: image and text tokens are concatenated into a DETR encoder; a decoder turns learned queries into
-boxes, and each query says which tokens of the text it stands for. With a DeiT in place of the
-ResNet it is ViTMDETR, the base model of joint share and prune.
+transformers has no such class, so this module builds it from transformers' parts, following MDETR
+(Kamath et al., ICCV 2021). A DETR encoder reads image and text tokens together, a decoder turns
+learned queries into boxes, and each query predicts which tokens of the text name its box. With a
+DeiT in place of the ResNet the model is ViTMDETR, the base model of joint share and prune.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ __all__ = ["MdetrForGrounding", "MdetrOutput"]
 
 @dataclass
 class MdetrOutput(ModelOutput):
-    """What MDETR says about a batch.
+    """MDETR's output for a batch.
 
     ``logits`` (batch, queries, text positions; the last one means "no object"), ``pred_boxes``
     (batch, queries, 4) as centre, width and height in fractions of the image, ``answers``
-    {head: (batch, classes)} where the model has answer heads, ``queries`` and ``text`` the
-    unit-length embeddings that are aligned.
+    {head: (batch, classes)} if the model has answer heads, and ``queries`` (batch, queries, size)
+    and ``text`` (batch, tokens, size), the unit-length embeddings that training aligns.
     """
 
     loss: Tensor | None = None
@@ -57,7 +57,7 @@ class MdetrOutput(ModelOutput):
 
 
 class MdetrResizer(nn.Module):
-    """Text states to the width of the DETR transformer."""
+    """Projects text states to the width of the DETR transformer."""
 
     def __init__(self, width_in: int, width_out: int, dropout: float) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ class MdetrResizer(nn.Module):
 
 
 class MdetrDecoder(DetrDecoder):
-    """DETR's decoder, giving the queries after every layer.
+    """DETR's decoder, which returns the queries after every layer.
 
-    transformers' own, when it is asked for that, feeds each layer the normalised output of the one
-    before, which neither DETR nor MDETR does: a published checkpoint would answer wrongly.
+    When asked for these, transformers' own decoder feeds each layer the normalised output of the
+    layer before, which neither DETR nor MDETR does, so published checkpoints would answer wrongly.
     """
 
     def forward(
@@ -97,7 +97,7 @@ class MdetrDecoder(DetrDecoder):
 
 
 class MdetrForGrounding(DetrPreTrainedModel):
-    """Finds what a text names in an image, and answers questions where it has answer heads."""
+    """Finds the boxes that a text names in an image; with answer heads, answers questions too."""
 
     config_class = MdetrConfig
     base_model_prefix = ""
@@ -124,7 +124,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
         self.position = DetrSinePositionEmbedding(width // 2, normalize=True)
         self.fusion_encoder = DetrEncoder(config)
         self.decoder = MdetrDecoder(config)
-        # not in the order of the dict, which a saved config does not keep
+        # sorted, since a saved config does not keep the order of the dict
         self.answer_names = tuple(sorted(config.answer_heads))
         self.query_embed = nn.Embedding(config.num_queries, width)
         self.class_embed = nn.Linear(width, config.text_positions)
@@ -143,7 +143,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         if isinstance(module, DetrEncoderLayer | DetrDecoderLayer):
-            for layer in module.modules():  # as DETR starts; 0.02 is far too small for it
+            for layer in module.modules():  # as in DETR; a deviation of 0.02 is far too small
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight)
         elif isinstance(module, DetrMLPPredictionHead | MdetrResizer):
@@ -156,7 +156,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
     # -- the parts of a forward pass -----------------------------------------------------
 
     def _see(self, pixels: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Image tokens (batch, places, width), their positions, and which are not padding."""
+        """Image tokens (batch, places, width), their positions, and a mask, False at padding."""
         batch, _, height, side = pixels.shape
         if self.convolutional:
             if pixel_mask is None:
@@ -191,12 +191,12 @@ class MdetrForGrounding(DetrPreTrainedModel):
         answers: Mapping[str, Tensor] | None = None,
         **_kwargs: Any,
     ) -> MdetrOutput:
-        """Boxes, what each stands for, and answers.
+        """Boxes with their token logits, answers, and the loss if there are targets.
 
-        ``pixel_values`` (batch, 3, height, width); ``labels`` for each image ``boxes`` (n, 4) and
-        ``tokens`` (n, text positions), see :mod:`vlprune.models.set_loss`; ``answers`` for each
-        answer head the class of each question (batch,), -1 where the head does not apply. The
-        loss is the sum of what is given.
+        ``pixel_values`` (batch, 3, height, width). ``labels`` hold for each image ``boxes`` (n, 4)
+        and ``tokens`` (n, text positions), see :mod:`vlprune.models.set_loss`. ``answers`` hold for
+        each answer head the class of each question (batch,), -1 where the head does not apply. The
+        loss is the sum over the targets that are given.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -240,7 +240,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
         )
 
     def _read(self, states: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """What queries say: (batch, queries, ...) each."""
+        """Logits, boxes and embeddings of queries, (batch, queries, ...) each, with ``text``."""
         return {
             "logits": self.class_embed(states),
             "boxes": self.bbox_embed(states).sigmoid(),
@@ -251,7 +251,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
     def _box_losses(
         self, final: Mapping[str, Tensor], earlier: Sequence[Mapping[str, Tensor]], labels: Any
     ) -> dict[str, Tensor]:
-        """The losses of the last decoder layer, and of every one before it by number."""
+        """The losses of the last decoder layer, and of each earlier layer with its number."""
         config = self.config
         weights = SetWeights(
             tokens=config.class_cost,
@@ -272,7 +272,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
 
 
 def _without_pooler(config: Any) -> dict[str, Any]:
-    """RoBERTa and its kin can leave out the pooler, which nothing here reads."""
+    """Arguments that leave out the pooler, which nothing here reads; none for CLIP."""
     return {} if config.text_config.model_type.startswith("clip") else {"add_pooling_layer": False}
 
 

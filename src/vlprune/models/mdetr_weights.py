@@ -1,7 +1,7 @@
-"""Weights of MDETR's published checkpoints under the names of :class:`MdetrForGrounding`.
+"""Converting MDETR's published checkpoints to the weight names of :class:`MdetrForGrounding`.
 
-The published files are pickles. Read one with ``torch.load(path, weights_only=True)``, which
-builds tensors and runs no code, and hand its ``"model"`` (or ``"model_ema"``) over::
+The published files are pickles. Read them with ``torch.load(path, weights_only=True)``, which
+builds tensors and runs no code, and pass their ``"model"`` or ``"model_ema"`` entry on::
 
     state = torch.load("pretrained_resnet101_checkpoint.pth", weights_only=True)["model"]
     model = MdetrForGrounding(config)
@@ -49,13 +49,13 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"answer_(type|obj|rel|attr|cat|global)_head\.", r"answer_heads.answer_\1."),
     (r"(input_proj|query_embed|class_embed|bbox_embed)\.", r"\1."),
 )
-"""What a name begins with there, and here."""
+"""How names begin in the published checkpoints, and here."""
 
 _UNUSED = re.compile(
     r".*position_ids$|.*num_batches_tracked$|transformer\.text_encoder\.pooler\.|isfinal_embed\.|"
     r"contrastive_projection_|transformer\.CLS\.|contrastive_hdim|backbone\.0\.body\.fc\."
 )
-"""What a forward pass of MDETR on boxes or answers never reads."""
+"""Weights that MDETR's forward pass for boxes or answers never reads."""
 
 
 def convert_mdetr(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,11 +101,11 @@ def _bottleneck(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 _ANSWER_ORDER = ("type", "obj", "rel", "attr", "cat", "global")
-"""Which answer head each of the six extra queries there belongs to."""
+"""Answer heads of the six extra queries, in the order of the published checkpoints."""
 
 
 def _plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    if name == "qa_embed.weight":  # here they are sorted by name
+    if name == "qa_embed.weight":  # sorted by name in MdetrForGrounding
         rows = [_ANSWER_ORDER.index(kind) for kind in sorted(_ANSWER_ORDER)]
         return {"answer_queries.weight": tensor[rows]}
     for pattern, new in _RULES:

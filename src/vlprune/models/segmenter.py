@@ -1,8 +1,8 @@
 """Segmenter: a vision transformer with a mask-transformer decoder for semantic segmentation.
 
-transformers has no such class. Built from its ViT parts as Segmenter (Strudel et al., ICCV 2021,
-section 3.2) describes it: one learned embedding a class joins the patches in a few more layers,
-and the scalar products of patches and classes are the masks.
+transformers has no such class, so this module builds it from transformers' ViT parts, following
+Segmenter (Strudel et al., ICCV 2021, section 3.2). One learned embedding per class joins the
+patches in a few more layers, and the scalar products of patches and classes are the masks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["SegmenterForSemanticSegmentation"]
 
 
 class SegmenterMaskTransformer(nn.Module):
-    """Patches to one mask a class."""
+    """Decoder from patches to one mask per class."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SegmenterMaskTransformer(nn.Module):
         self.mask_norm = nn.LayerNorm(config.num_labels, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(batch, patches, classes) from (batch, patches, width)."""
+        """Scores (batch, patches, classes) from encoder states (batch, patches, width)."""
         states = self.project(patches)
         classes = self.class_embeddings.expand(states.shape[0], -1, -1)
         states = torch.cat([states, classes], dim=1)
@@ -49,7 +49,7 @@ class SegmenterMaskTransformer(nn.Module):
 
 
 class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
-    """One class for every pixel."""
+    """A ViT encoder and a mask-transformer decoder, which score the classes of every patch."""
 
     config_class = SegmenterConfig
 
@@ -70,11 +70,11 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **_kwargs: Any
     ) -> SemanticSegmenterOutput:
-        """Logits (batch, classes, height / patch, width / patch).
+        """Logits (batch, classes, height / patch, width / patch), and the loss with ``labels``.
 
-        ``pixel_values`` are (batch, channels, height, width) of any size that patches fill;
-        ``labels`` (batch, height, width) are classes, with ``config.semantic_loss_ignore_index``
-        where nothing is known.
+        ``pixel_values`` are (batch, channels, height, width), with sides that are multiples of
+        the patch size; ``labels`` (batch, height, width) are class numbers, or
+        ``config.semantic_loss_ignore_index`` for pixels of unknown class.
         """
         patch = int(self.config.patch_size)
         rows, columns = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch

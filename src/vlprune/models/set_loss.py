@@ -1,8 +1,8 @@
-"""What a set of predicted boxes is worth against the boxes that a text names.
+"""Losses of a set of predicted boxes against the boxes that a text names.
 
-The losses of MDETR (Kamath et al., ICCV 2021, section 2.2): Hungarian matching, soft token
-prediction, contrastive alignment, L1 and generalised IoU. Boxes are (centre x, centre y, width,
-height) as fractions of the image.
+These are the losses of MDETR (Kamath et al., ICCV 2021, section 2.2): soft token prediction,
+contrastive alignment, L1 and generalised IoU, after Hungarian matching. Boxes are (centre x,
+centre y, width, height) as fractions of the image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Targets = Sequence[Mapping[str, Tensor]]
-"""For each image ``boxes`` (n, 4) and ``tokens`` (n, positions): rows that sum to 1 over the
+"""For each image ``boxes`` (n, 4) and ``tokens`` (n, positions), whose rows sum to 1 over the
 tokens of the phrase that names the box."""
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -38,7 +38,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class SetWeights:
-    """Weights of the losses, and of the same terms in the matching; MDETR's by default."""
+    """Weights of the losses and of the same terms in matching; MDETR's by default."""
 
     tokens: float = 1.0
     alignment: float = 1.0
@@ -54,9 +54,10 @@ def assign(
 ) -> Pairs:
     """The cheapest one-to-one pairs of queries and targets of every image.
 
-    ``logits`` (batch, queries, positions), ``boxes`` (batch, queries, 4). A pair costs the
-    probability it lacks on the phrase's tokens (``focal``: what focal loss changes there), the L1
-    distance and the GIoU of its boxes. Raises UnsupportedError without scipy.
+    ``logits`` (batch, queries, positions), ``boxes`` (batch, queries, 4). The cost of a pair is the
+    weighted sum of three terms: the negative probability of the phrase's tokens (with ``focal``,
+    the change of focal loss on these tokens), the L1 distance of the boxes, and their negative
+    GIoU. Raises UnsupportedError without scipy.
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -66,7 +67,8 @@ def assign(
         ) from None
     fit = _focal_fit(logits.float()) if focal else logits.float().softmax(-1)
     pairs = []
-    placed = boxes.float().nan_to_num(0.5)  # a loss that is no number is for the caller to notice
+    # NaN must not fail here: it is for the caller to notice in the loss
+    placed = boxes.float().nan_to_num(0.5)
     for own, found, target in zip(fit, placed, targets, strict=True):
         wanted = target["boxes"].float()
         cost = (
@@ -81,9 +83,9 @@ def assign(
 
 
 def paired_giou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU of boxes one by one: (n, 4) and (n, 4) to (n,).
+    """Generalised IoU of pairs of boxes: (n, 4) and (n, 4) to (n,).
 
-    That of transformers compares all with all, which takes n times the memory.
+    The function of transformers compares all with all, which takes n times the memory.
     """
     a, b = center_to_corners_format(first), center_to_corners_format(second)
     overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
@@ -96,7 +98,7 @@ def paired_giou(first: Tensor, second: Tensor) -> Tensor:
 def set_losses(
     outputs: Mapping[str, Any], targets: Targets, weights: SetWeights, count: float
 ) -> dict[str, Tensor]:
-    """``{"tokens", "l1", "giou", "alignment"}``, weighted; divided by ``count`` boxes.
+    """``{"tokens", "l1", "giou", "alignment"}``, weighted and divided by ``count`` boxes.
 
     ``outputs`` holds ``logits`` (batch, queries, positions; the last one means "no object"),
     ``boxes`` (batch, queries, 4) and, for the alignment, ``queries`` (batch, queries, size) and
@@ -132,9 +134,11 @@ def focal_set_losses(
     weights: SetWeights,
     count: float,
 ) -> dict[str, Tensor]:
-    """``{"tokens", "l1", "giou"}`` of Grounding DINO: every token is a yes or a no, by focal loss.
+    """``{"tokens", "l1", "giou"}`` as in Grounding DINO, with focal loss on each token.
 
-    ``text_mask`` (batch, positions) or (batch, queries, positions) says which tokens exist.
+    The losses are weighted and divided by ``count`` boxes. ``logits`` (batch, queries, positions),
+    ``boxes`` (batch, queries, 4); ``text_mask`` (batch, positions) or (batch, queries, positions)
+    is True where tokens exist.
     """
     pairs = assign(logits, boxes, targets, weights, focal=True)
     goal = torch.zeros_like(logits, dtype=torch.float32)
@@ -154,7 +158,7 @@ def focal_set_losses(
 
 
 def _focal_fit(logits: Tensor, alpha: float = 0.25) -> Tensor:
-    """How much less focal loss a token costs as a yes than as a no."""
+    """How much lower a token's focal loss is with the goal 1 than with the goal 0."""
     p = logits.sigmoid()
     yes = alpha * (1 - p) ** 2 * -(p + 1e-8).log()
     no = (1 - alpha) * p**2 * -(1 - p + 1e-8).log()
@@ -162,7 +166,7 @@ def _focal_fit(logits: Tensor, alpha: float = 0.25) -> Tensor:
 
 
 def _token_loss(logits: Tensor, targets: Targets, pairs: Pairs, weights: SetWeights) -> Tensor:
-    """Cross-entropy with the even distribution over a phrase's tokens, summed over queries."""
+    """Cross-entropy with the uniform distribution over a phrase's tokens, summed over queries."""
     goal = torch.zeros_like(logits, dtype=torch.float32)
     goal[..., -1] = 1
     weight = torch.full(logits.shape[:2], weights.no_object, device=logits.device)

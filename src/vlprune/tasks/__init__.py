@@ -1,4 +1,4 @@
-"""The tasks, one file each."""
+"""The tasks, one module each."""
 
 from .base import Task
 from .captioning import CaptioningTask
@@ -41,4 +41,4 @@ TASKS: dict[str, type[Task]] = {
         VqaTask,
     )
 }
-"""What a recipe may write under ``task:``."""
+"""Task classes by the names that a recipe may give under ``task:``."""

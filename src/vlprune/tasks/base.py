@@ -1,4 +1,4 @@
-"""What a task is: data, a model class, a loss that the model computes, and a metric."""
+"""The base class of tasks: data, a model class, a loss that the model computes, and a metric."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ Advance = Callable[[int], None]
 class Task(ABC):
     """One task on one data set.
 
-    ``train`` and ``test`` are sequences of items that :meth:`collate` turns into the keywords
-    of one forward pass. ``metric`` names the entry of :meth:`evaluate` that counts; ``objects``
-    is the most that a generated scene may hold. ``takes`` says what a recipe may say of the task:
-    its ``options``, and ``formats``, which maps each format of data to what a split must name.
+    ``train`` and ``test`` are sequences of items that :meth:`collate` turns into the keyword
+    arguments of one forward pass. ``metric`` names the main metric among those of
+    :meth:`evaluate`; ``objects`` is the largest number of objects in a generated scene. ``takes``
+    declares the ``options`` of the task, and ``formats``, which maps each data format to the keys
+    that a split must give.
     """
 
     name: ClassVar[str]
@@ -63,7 +64,7 @@ class Task(ABC):
         self.pixels = PixelCache(getattr(self.processor, "image_processor", self.processor))
 
     def _load_data(self, data: DataSpec, folder: Path) -> None:
-        """Fill ``train`` and ``test``; ``folder`` is where generated data may be written."""
+        """Fill ``train`` and ``test``; generated data go to ``data.folder``, else to ``folder``."""
         known = (*self.formats, "shapes")
         form = data.like or next(f for f in self.formats if f in GENERATED)
         for value in (data.format, form):
@@ -97,7 +98,7 @@ class Task(ABC):
         self.left = {"train": Left(), "test": Left()}
         self.train = self.read(form, train, self.left["train"])
         self.test = self.read(form, test, self.left["test"])
-        if data.format != "shapes":  # there, the numbers say how many scenes to generate
+        if data.format != "shapes":  # for shapes, the numbers set how many scenes are generated
             self.train = self.train[: data.train_items or None]
             self.test = self.test[: data.test_items or None]
         if not self.train or not self.test:
@@ -107,12 +108,12 @@ class Task(ABC):
 
     @property
     def left_out(self) -> str:
-        """A sentence about what of the data is not used, and why; empty where all of it is."""
+        """A sentence about the data that are not used, and why; empty if all are used."""
         parts = [f" of data.{split}: {listed(left)}" for split, left in self.left.items() if +left]
         return f"left out{';'.join(parts)}" if parts else ""
 
     def facts(self) -> dict[str, Any]:
-        """What the data is, for the report: items of each split, and what was left out of it."""
+        """Facts about the data for the report: items of each split, and entries left out."""
         items = {"train": self.train, "test": self.test}
         return {
             split: {"items": len(items[split]), "left_out": dict(+left)}
@@ -121,14 +122,14 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Any]:
-        """The items of one split of the format ``form``; ``left`` counts what is left out."""
+        """The items of one split in the format ``form``; ``left`` counts the entries left out."""
 
     def prepare(self) -> None:
-        """Work out what must be known about the data before there is a model."""
+        """Derive facts from the data that the processor and the model need, such as the classes."""
         return
 
     def objective(self, model: Any) -> nn.Module:
-        """What is trained: a module whose forward returns the loss, the model or one around it."""
+        """The module to train, whose forward returns the loss: the model, or a module around it."""
         return model
 
     @abstractmethod
@@ -141,26 +142,26 @@ class Task(ABC):
 
     @abstractmethod
     def model_type(self) -> Any:
-        """The class that ``model.path`` is loaded with."""
+        """The model class that loads ``model.path``."""
 
     @abstractmethod
     def collate(self, items: list[Any], rng: random.Random | None = None) -> dict[str, Any]:
-        """The keywords of one training forward pass.
+        """The keyword arguments of one training forward pass.
 
-        ``rng`` decides whatever is random about it (which caption, which crop), so that a run
-        that is stopped and resumed sees the same batches; without it nothing is random.
+        ``rng`` makes every random choice (which caption, which crop), so that a run that is
+        stopped and resumed sees the same batches; without ``rng`` nothing is random.
         """
 
     @abstractmethod
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
-        """Metrics on ``test``, as fractions; ``advance`` is called with items done."""
+        """Metrics on ``test``, as fractions; ``advance`` gets the number of items of each step."""
 
     @abstractmethod
     def predict(self, model: Any, items: list[Any]) -> list[str]:
-        """What the model says about each item, for a person to compare."""
+        """The model's output for each item as text, for a person to compare."""
 
     def results(self, model: Any) -> list[dict[str, Any]]:
-        """What the model says about each test item, as the task's evaluation server takes it."""
+        """The model's output for each test item, in the format of the task's evaluation server."""
         said: list[str] = []
         for start in range(0, len(self.test), 64):
             said += self.predict(model, list(self.test[start : start + 64]))
@@ -171,15 +172,15 @@ class Task(ABC):
         return {"item": str(getattr(item, "image", getattr(item, "id", ""))), "prediction": said}
 
     def load(self, path: str | Path) -> Any:
-        """The model in a folder or on the hub, for this task."""
+        """The model in a folder or on the hub, loaded for this task."""
         return from_folder(self.model_type(), path)
 
     def load_by_name(self, path: str | Path) -> Any:
-        """The model in a folder or on the hub, by the class that its config names."""
+        """The model in a folder or on the hub, loaded as the class that its config names."""
         return from_folder(model_class(open_config(path).to_dict(), path), path)
 
     def start_token(self) -> int:
-        """The token that begins what a decoder says."""
+        """Id of the token with which the decoder's text begins."""
         if not self.model_spec.path:
             return int(self.processor.tokenizer.bos_token_id)
         return int(self.model_config.get_text_config().bos_token_id)
@@ -195,13 +196,13 @@ class Task(ABC):
         return open_processor(self.model_spec.path)
 
     def dense_model(self) -> Any:
-        """The model to be compressed."""
+        """The model to compress: the one in ``model.path``, or a small new one."""
         if not self.model_spec.path:
             return self.new_model()
         return self.load(self.model_spec.path)
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, Tensor]:
-        """Inputs of one forward pass, from the test data."""
+        """Inputs of one forward pass, from the test data; items repeat if there are too few."""
         items = [self.test[i % len(self.test)] for i in range(batch_size)]
         return self.collate(items)
 
@@ -211,7 +212,7 @@ def _first_line(error: Exception) -> str:
 
 
 def images_of(item: Any) -> tuple[Path, ...]:
-    """The pictures of an item, and its mask."""
+    """The paths of an item's pictures, and of its mask if it has one."""
     paths = getattr(item, "images", None) or (
         getattr(item, "image", None),
         getattr(item, "mask", None),
@@ -220,9 +221,9 @@ def images_of(item: Any) -> tuple[Path, ...]:
 
 
 def check_images(split: str, paths: Sequence[Path]) -> None:
-    """Raise DataError now for pictures that are missing, not when training opens the first.
+    """Raise DataError now for missing pictures, not when training first opens one of them.
 
-    Folders are listed once each, which takes less time than asking for every file.
+    Each folder is listed once, which takes less time than asking for every file.
     """
     wanted: dict[Path, list[Path]] = defaultdict(list)
     for path in dict.fromkeys(paths):
@@ -233,7 +234,7 @@ def check_images(split: str, paths: Sequence[Path]) -> None:
             there = set(os.listdir(folder))
         except (OSError, ValueError):
             there = set()
-        # names that differ in case or form may still be found, as the file system decides
+        # the file system may still find names that differ in case or Unicode form
         missing += [path for path in own if path.name not in there and not os.path.isfile(path)]
     if missing:
         count = sum(map(len, wanted.values()))
@@ -244,7 +245,7 @@ def check_images(split: str, paths: Sequence[Path]) -> None:
 
 
 class PixelCache:
-    """Pixel values of images by path; keeps as many as fit in ``limit`` bytes."""
+    """Pixel values of images by path; keeps as many images as fit in ``limit`` bytes."""
 
     def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:
         self.image_processor = image_processor

@@ -1,4 +1,4 @@
-"""Caption metrics by pycocoevalcap, the COCO caption evaluation."""
+"""Caption metrics, computed by pycocoevalcap, the COCO caption evaluation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["caption_scores"]
 def caption_scores(said: Sequence[str], truths: Sequence[Sequence[str]]) -> dict[str, float]:
     """CIDEr and BLEU-4 of one caption per image against all captions of that image.
 
-    SPICE joins them where Java and the parser models that it downloads once are there. COCO's
-    tokenizer needs Java as well; without it words are split plainly, which moves the figures a
-    little, and an entry ``words_split_without_java`` says so.
+    The keys are ``cider`` and ``bleu_4``, and ``spice`` where Java and the parser models that SPICE
+    downloads once are present. COCO's tokenizer needs Java as well. Without Java a simple pattern
+    splits the words, which changes the figures slightly, and ``words_split_without_java`` is 1.
 
     Raises UnsupportedError without pycocoevalcap.
     """
@@ -35,7 +35,7 @@ def caption_scores(said: Sequence[str], truths: Sequence[Sequence[str]]) -> dict
     java = shutil.which("java") is not None and _may_write_beside_it()
     answers = {n: [{"caption": text}] for n, text in enumerate(said)}
     wanted = {n: [{"caption": text} for text in texts] for n, texts in enumerate(truths)}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints to stdout, where results go
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results alone
         if java:
             from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -56,7 +56,7 @@ def caption_scores(said: Sequence[str], truths: Sequence[Sequence[str]]) -> dict
 
 
 def _may_write_beside_it() -> bool:
-    """Its tokenizer hands words to Java in a file in its own package, where it may not write."""
+    """Whether COCO's tokenizer may write in its package, where it puts its file for Java."""
     import pycocoevalcap
 
     return os.access(pycocoevalcap.__path__[0] + "/tokenizer", os.W_OK)

@@ -22,14 +22,14 @@ from .new_models import blip_config, blip_processor
 __all__ = ["CaptioningTask"]
 
 LONGEST_PROMPT = 15
-"""Captions have at least 5 tokens and end at 20, the prompt counted."""
+"""Most tokens of a prompt: captions have 5 to 20 tokens, including the prompt."""
 
 
 class CaptioningTask(Task):
-    """COCO captions with a BlipForConditionalGeneration; ``cider`` counts.
+    """COCO captions with a BlipForConditionalGeneration; the metric is ``cider``.
 
-    Trained on one random caption per image, after a prompt that costs no loss; evaluated on
-    captions found by beam search, as BLIP does (3 beams, 5 to 20 tokens).
+    Each training step takes one random caption per image, after a prompt that is left out of the
+    loss. Captions for evaluation come from beam search, as in BLIP (3 beams, 5 to 20 tokens).
     """
 
     name: ClassVar[str] = "captioning"
@@ -63,7 +63,7 @@ class CaptioningTask(Task):
         return self.model_type()(blip_config(self.model_spec, self.processor.tokenizer))
 
     def _ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of texts, beginning with the decoder's start token."""
+        """Token ids, from the decoder's start token on, and mask: (texts, tokens) each."""
         text = self.processor.tokenizer(
             texts, padding=True, truncation=True, max_length=40, return_tensors="pt"
         )
@@ -101,7 +101,7 @@ class CaptioningTask(Task):
         return caption_scores(said, [item.captions for item in self.test])
 
     def result(self, item: CaptionedImage, said: str) -> dict[str, Any]:
-        """COCO's: the number at the end of the file's name, and the caption."""
+        """An entry of COCO's result file; the image id is the number that ends the file's name."""
         digits = re.search(r"(\d+)$", item.image.stem)
         return {"image_id": int(digits[1]) if digits else item.image.name, "caption": said}
 
@@ -112,7 +112,7 @@ class CaptioningTask(Task):
         ids, mask = self._ids([prompt] * len(items))
         pixels = self.pixels([item.image for item in items])
         inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
-        tokens = model.generate(  # it drops the last token of the prompt, which is the end token
+        tokens = model.generate(  # drops the prompt's last token, its end token
             **moved_to(model, inputs),
             num_beams=self.options["beams"],
             min_length=5,

@@ -25,12 +25,12 @@ __all__ = ["ClassificationTask", "SoftTargets"]
 
 
 class ClassificationTask(Task):
-    """An image folder in ImageNet's layout; ``top1`` counts.
+    """Classification of an image folder in ImageNet's layout; the metric is ``top1``.
 
     Options: ``mixup`` (Beta parameter, 0 = none; Zhang et al., ICLR 2018), ``smoothing`` of
-    labels, ``flip`` of training images, and ``distill_from``, the folder of a model whose
-    decision the distillation token of a DeiTForImageClassificationWithTeacher learns (Touvron
-    et al., ICML 2021, hard distillation; without it that head learns the labels).
+    labels, ``flip`` of training images, and ``distill_from``, the folder of a teacher model whose
+    decision the distillation head of a DeiTForImageClassificationWithTeacher learns (Touvron
+    et al., ICML 2021, hard distillation). Without a teacher that head learns the labels.
     """
 
     name: ClassVar[str] = "classification"
@@ -77,7 +77,7 @@ class ClassificationTask(Task):
         return SoftTargets(model, len(self.classes), self.options["smoothing"], teacher)
 
     def teaches(self, model: Any) -> bool:
-        """Whether a distillation token learns from ``distill_from``."""
+        """Whether ``distill_from`` is given. Raises UnsupportedError if ``model`` cannot use it."""
         wanted = bool(self.options["distill_from"])
         if wanted and not hasattr(model, "distillation_classifier"):
             raise UnsupportedError(
@@ -96,7 +96,7 @@ class ClassificationTask(Task):
             flipped = torch.tensor([rng.random() < 0.5 for _ in items])
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
             batch["pixel_values"] = pixels
-        if self.options["mixup"] > 0:  # with the batch in reverse order
+        if self.options["mixup"] > 0:  # each image with its partner in the reversed batch
             share = rng.betavariate(self.options["mixup"], self.options["mixup"])
             batch["pixel_values"] = share * pixels + (1 - share) * pixels.flip(0)
             batch |= {"other_labels": labels.flip(0), "share": torch.tensor(share)}
@@ -129,7 +129,7 @@ class ClassificationTask(Task):
 
 
 class SoftTargets(Trainee):
-    """Cross-entropy with mixed and smoothed labels, and hard distillation for a second head."""
+    """Cross-entropy with mixed and smoothed labels, and hard distillation into a second head."""
 
     def __init__(self, model: nn.Module, classes: int, smoothing: float, teacher: Any) -> None:
         super().__init__(model)
@@ -143,7 +143,10 @@ class SoftTargets(Trainee):
         other_labels: Tensor | None = None,
         share: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss": (), "logits": (batch, classes)}."""
+        """``{"loss": (), "logits": (batch, classes)}``; ``labels`` are class numbers (batch,).
+
+        ``other_labels`` (batch,) are mixed into ``labels``, which keep the weight ``share``.
+        """
         output = self.model(pixel_values=pixel_values)
         wanted = F.one_hot(labels, self.classes).to(output.logits.dtype)
         if other_labels is not None and share is not None:
@@ -161,5 +164,5 @@ class SoftTargets(Trainee):
         return {"loss": loss / 2, "logits": output.logits}
 
     def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> Any:
-        """What a teacher of the same task says about a batch."""
+        """The output of ``teacher``, a model of the same task, for a batch."""
         return teacher(pixel_values=batch["pixel_values"])

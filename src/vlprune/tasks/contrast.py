@@ -18,7 +18,7 @@ __all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast"]
 
 
 class ClipFeatures(nn.Module):
-    """Unit features of a CLIPModel, with its own temperature."""
+    """Unit-length features of a CLIPModel, with the model's own temperature."""
 
     matches = False
 
@@ -29,30 +29,30 @@ class ClipFeatures(nn.Module):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor, None]:
-        """Images (batch, width), texts (batch, width), and nothing to match with."""
+        """Images (batch, width), texts (batch, width), and None, as CLIP has no matching head."""
         text = self.text(self.model, input_ids=input_ids, attention_mask=attention_mask)
         return self.image(self.model, pixel_values), text, None
 
     @staticmethod
     def image(model: Any, pixel_values: Tensor) -> Tensor:
-        """(batch, width)"""
+        """Image features, (batch, width)."""
         return _unit(model.get_image_features(pixel_values=pixel_values))
 
     @staticmethod
     def text(model: Any, **inputs: Tensor) -> Tensor:
-        """(batch, width)"""
+        """Text features, (batch, width)."""
         return _unit(model.get_text_features(**inputs))
 
     def scale(self) -> Tensor:
-        """What similarities are multiplied with."""
+        """Factor by which similarities are multiplied, a scalar."""
         factor: Tensor = self.model.logit_scale.exp().clamp(max=100)
         return factor
 
 
 class BlipFeatures(nn.Module):
-    """Unit features of a BlipForImageTextRetrieval, and the image states for matching.
+    """Unit-length features of a BlipForImageTextRetrieval, and image states for matching.
 
-    transformers' class has no temperature: here is one, learnt from 0.07, for training only.
+    transformers' class has no temperature, so this module learns one from 0.07, for training only.
     """
 
     matches = True
@@ -74,7 +74,7 @@ class BlipFeatures(nn.Module):
         return image_features, F.normalize(self.model.text_proj(text[:, 0]), dim=-1), states
 
     def match(self, input_ids: Tensor, attention_mask: Tensor, states: Tensor) -> Tensor:
-        """Logits (pairs, 2): does the text go with the image?"""
+        """Matching logits (pairs, 2); class 1 means that text and image belong together."""
         read = self.model.text_encoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=states
         ).last_hidden_state
@@ -82,18 +82,18 @@ class BlipFeatures(nn.Module):
         return logits
 
     def scale(self) -> Tensor:
-        """What similarities are multiplied with."""
+        """Factor by which similarities are multiplied, a scalar."""
         return 1 / self.temperature.clamp(0.001, 0.5)
 
 
 class MomentumContrast(Trainee):
-    """Image-text contrast against a queue of features made by a slowly moving average.
+    """Image-text contrast against a queue of features from a moving average of the weights.
 
-    The average of the weights makes the targets: alpha times its softmax over all candidates,
-    plus 1 - alpha shared among the texts of the same image (BLIP, section 3.3, after ALBEF).
-    Its forward pass runs through the same modules, gates included, with the averaged weights
-    in place of the current ones. With a model that matches, hard negatives, drawn by
-    similarity among the other images of the batch, train the matching head as well.
+    The averaged weights also make the targets: ``alpha`` times their softmax over all candidates,
+    plus 1 - ``alpha`` shared among the texts of the same image (BLIP, section 3.3, after ALBEF).
+    Their forward pass runs through the same modules, gates included, with the averaged weights
+    in place of the current ones. If the model has a matching head, hard negatives, drawn by
+    similarity from the other images of the batch, train that head as well.
     """
 
     keys: Tensor
@@ -120,7 +120,10 @@ class MomentumContrast(Trainee):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
-        """{"loss": (), "logits_per_image": (batch, batch)}; ``keys`` (batch,) name the images."""
+        """``{"loss": (), "logits_per_image": (batch, batch)}``.
+
+        Pairs with equal ``keys`` (batch,) show the same image and are no negatives of each other.
+        """
         image, text, states = self.features(pixel_values, input_ids, attention_mask)
         scale = self.features.scale()
         with torch.no_grad():
@@ -147,7 +150,7 @@ class MomentumContrast(Trainee):
         return {"loss": loss, "logits_per_image": similarities}
 
     def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a teacher of the same class says about a batch."""
+        """Similarities by ``teacher``, a model of the same class, for a batch: (batch, batch)."""
         features = place(type(self.features)(teacher), self.device)
         image, text, _ = features(
             *(batch[k] for k in ("pixel_values", "input_ids", "attention_mask"))
@@ -167,7 +170,7 @@ class MomentumContrast(Trainee):
     def _matching(
         self, similarities: Tensor, keys: Tensor, ids: Tensor, mask: Tensor, states: Tensor
     ) -> Tensor:
-        """The matching loss on each pair, and on a hard negative either way."""
+        """The matching loss over all pairs, each with a hard negative text and image."""
         with torch.no_grad():
             other = keys[:, None] != keys[None]
             if not bool(other.any()):  # a batch of one image has no negatives
@@ -188,7 +191,7 @@ class MomentumContrast(Trainee):
 
     @torch.no_grad()
     def _enqueue(self, image: Tensor, text: Tensor, keys: Tensor) -> None:
-        """The oldest entries make room for those of all processes."""
+        """Replace the oldest entries of the queue by the features of all processes."""
         image, text, keys = _from_all(image), _from_all(text), _from_all(keys)
         where = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.keys)
         self.image_queue[where] = image.to(self.image_queue.dtype)
@@ -198,7 +201,7 @@ class MomentumContrast(Trainee):
 
 
 def _unit(features: Any) -> Tensor:
-    """Rows of length 1; transformers 5 wraps the features in an output object."""
+    """Features with rows of length 1; transformers 5 wraps features in an output object."""
     tensor = features if isinstance(features, Tensor) else features.pooler_output
     return F.normalize(tensor, dim=-1)
 

@@ -1,4 +1,4 @@
-"""Detection: every object of the known classes, asked for by a prompt of their names."""
+"""Detection of all objects of the known classes, by prompts that name the classes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .grounding import RegionTask, as_fractions, in_pixels
 __all__ = ["DetectionTask"]
 
 MOST = 100
-"""Detections an image, as COCO counts them."""
+"""Detections per image, the limit in COCO's evaluation."""
 
 
 class DetectionTask(RegionTask):
-    """COCO detection with GLIP, Grounding DINO or MDETR; ``ap`` is COCO's, by pycocotools.
+    """COCO detection with GLIP, Grounding DINO or MDETR; the metric is COCO's ``ap``.
 
-    The prompt joins the names of all classes, as in "cat. dog."; a class scores what its words
-    score. Prompts longer than the model reads are split over several passes.
+    pycocotools computes ``ap``. The prompt joins the names of all classes, as in "cat. dog."; the
+    score of a class is that of its words. A prompt longer than the model can read is split over
+    several passes.
     """
 
     name: ClassVar[str] = "detection"
@@ -47,7 +48,7 @@ class DetectionTask(RegionTask):
         return read_coco_instances(part["instances"], part["images"], left)
 
     def prepare(self) -> None:
-        items = [*self.train, *self.test]  # a class of the test images alone is asked for as well
+        items = [*self.train, *self.test]  # prompts also name classes that only test images have
         self.classes = sorted({label for item in items for label in item.labels})
         if not self.classes:
             raise DataError("no image of the data set has a box")
@@ -59,7 +60,7 @@ class DetectionTask(RegionTask):
 
     @cached_property
     def prompts(self) -> list[tuple[str, dict[str, Phrase]]]:
-        """Prompts that together name every class, and where each is named."""
+        """Prompts that together name every class, each with the position of its class names."""
         found: list[tuple[str, dict[str, Phrase]]] = []
         waiting = list(self.classes)
         while waiting:
@@ -117,7 +118,7 @@ class DetectionTask(RegionTask):
         return self._average_precision(found)
 
     def _detect(self, model: Any, items: Sequence[Scenery]) -> list[list[dict[str, Any]]]:
-        """For each image its best detections, as COCO's result files have them."""
+        """The best detections of each image, in the format of COCO's result files."""
         looks = moved_to(model, self.looks(items))
         said: list[list[tuple[float, int, Tensor]]] = [[] for _ in items]
         for text, phrases in self.prompts:
@@ -144,8 +145,7 @@ class DetectionTask(RegionTask):
     def _best(self, scores: Tensor, places: Tensor) -> list[tuple[float, int, Tensor]]:
         """The best detections of one image, best first, as (score, row of ``scores``, place).
 
-        ``scores`` (classes, places). Of equal scores the earlier class comes first, then the
-        earlier place.
+        ``scores`` is (classes, places). Equal scores are ordered by class, then by place.
         """
         best = scores.argsort(dim=1, descending=True, stable=True)[:, : 10 * MOST]
         rows = torch.arange(len(scores))[:, None].expand_as(best).reshape(-1)
@@ -158,7 +158,10 @@ class DetectionTask(RegionTask):
         return [*found]
 
     def _average_precision(self, found: list[dict[str, Any]]) -> dict[str, float]:
-        """COCO's figures; images by their number here, as pycocotools sorts ids as one array."""
+        """COCO's figures for ``found``. Raises UnsupportedError without pycocotools.
+
+        Images go by their numbers, as pycocotools needs ids that sort as one array.
+        """
         try:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval
@@ -183,7 +186,7 @@ class DetectionTask(RegionTask):
                 for box, label in zip(item.boxes, item.labels, strict=True)
             )
         ]
-        with contextlib.redirect_stdout(io.StringIO()):  # it talks while it counts
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             truth = COCO()
             truth.dataset = {
                 "info": {},
@@ -213,7 +216,7 @@ class DetectionTask(RegionTask):
 
     @torch.no_grad()
     def results(self, model: Any) -> list[dict[str, Any]]:
-        """COCO's result file: one entry a detection."""
+        """COCO's result file: one entry per detection."""
         model.eval()
         found: list[dict[str, Any]] = []
         for start in range(0, len(self.test), 32):

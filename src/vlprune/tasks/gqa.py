@@ -1,4 +1,4 @@
-"""GQA: compositional questions, answered by MDETR's answer heads."""
+"""GQA: compositional questions about images, answered by MDETR's answer heads."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .grounding import RegionTask
 __all__ = ["ANSWER_TYPES", "GqaTask"]
 
 ANSWER_TYPES = ("obj", "rel", "attr", "cat", "global")
-"""GQA's semantic types of questions: each has an answer head of its own."""
+"""GQA's semantic types of questions; each type has its own answer head."""
 
 
 class GqaTask(RegionTask):
-    """Questions of GQA with an :class:`vlprune.models.MdetrForGrounding`; ``accuracy`` counts.
+    """GQA with a :class:`vlprune.models.MdetrForGrounding`; the metric is ``accuracy``.
 
-    As in MDETR: one head says of which type a question is, and one head a type chooses among the
-    answers that questions of this type have in the training set. An answer is right if it is
-    the one in the file. MDETR's heads have 5, 3, 1594, 403, 678 and 111 classes; these have as
-    many as the training file holds.
+    As in MDETR, one head predicts the type of a question, and one head per type chooses among the
+    answers that questions of this type have in the training set. An answer is right if it equals
+    the answer in the file. MDETR's heads have 5, 3, 1594, 403, 678 and 111 classes; the heads here
+    have as many as the training file holds.
     """
 
     name: ClassVar[str] = "gqa"
@@ -53,7 +53,7 @@ class GqaTask(RegionTask):
 
     @property
     def heads(self) -> dict[str, int]:
-        """Classes of each answer head; a type without questions has one, never asked for."""
+        """Classes of each answer head; 1, which is never a target, for a type without questions."""
         sizes = {f"answer_{kind}": max(1, len(said)) for kind, said in self.answers.items()}
         return {"answer_type": len(ANSWER_TYPES), **sizes}
 
@@ -99,7 +99,7 @@ class GqaTask(RegionTask):
         return {"accuracy": right / count, "accuracy_of_types": kinds / count}
 
     def _answers(self, model: Any, items: Sequence[TypedQuestion]) -> list[tuple[str, str]]:
-        """The type and the answer that the model gives to each question."""
+        """The type and the answer that the model predicts for each question."""
         model.eval()
         inputs = {k: v for k, v in self.collate(items).items() if k != "answers"}
         said = model(**moved_to(model, inputs)).answers

@@ -1,7 +1,7 @@
-"""The model families that find boxes for words, behind one face.
+"""The model families that find boxes for words, behind one interface.
 
-A grounder builds a small new model, says how its text is put, trains it on boxes and token maps,
-and reads its output as one probability for each query and token.
+A grounder builds a small new model, phrases its prompts, prepares it to train on boxes and token
+maps, and reads its output as one probability for each query and token.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .new_models import bert_settings, clip_image_processor, vit_settings, word_
 __all__ = ["GROUNDERS", "Grounder", "grounder_of"]
 
 NEW_POSITIONS = 32
-"""Text positions of a small new MDETR."""
+"""Text positions of a small new model."""
 
 
 class Grounder(ABC):
-    """One family of models."""
+    """One family of models; ``model_types`` are the model types in their configs."""
 
     model_types: ClassVar[tuple[str, ...]]
 
@@ -37,7 +37,7 @@ class Grounder(ABC):
 
     @abstractmethod
     def model_class(self) -> Any:
-        """The class of the family's models."""
+        """The model class of the family."""
 
     def new_processor(self, spec: ModelSpec, texts: Sequence[str]) -> Any:
         """A processor for a small new model."""
@@ -46,28 +46,28 @@ class Grounder(ABC):
         return CLIPProcessor(clip_image_processor(spec), word_tokenizer(texts))
 
     def positions(self, config: Any) -> int:
-        """How many tokens of text a query can stand for."""
+        """The number of text positions over which a query has probabilities."""
         return int(config.max_text_len)
 
     def prompt(self, text: str) -> str:
-        """The text as the family wants to read it; begins with ``text``, letter by letter."""
+        """The text as the family expects it; begins with ``text`` unchanged, so that spans hold."""
         return text
 
     def ready(self, model: Any) -> Any:
-        """The model, whose forward takes ``labels`` of boxes and token maps."""
+        """The model itself, made to take ``labels`` of boxes and token maps in its forward."""
         return model
 
     suppresses: ClassVar[bool] = False
-    """Whether several queries may find the same object, so that detections are suppressed."""
+    """Whether several queries may find one object, so that detections need suppression."""
 
     @abstractmethod
     def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """Probabilities (batch, queries, positions) and boxes (batch, queries, 4)."""
+        """Probabilities (batch, queries, positions), and boxes (batch, queries, 4) as fractions."""
 
     def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
         """How well each query fits a phrase: (queries,), from (queries, positions), (positions,).
 
-        The mean over the phrase's tokens, which are independent of each other here.
+        By default the mean over the phrase's tokens, whose probabilities are independent.
         """
         return probabilities @ tokens[: probabilities.shape[-1]]
 
@@ -109,7 +109,7 @@ class MdetrGrounder(Grounder):
 
 
 class GroundingDinoGrounder(Grounder):
-    """Grounding DINO and MM Grounding DINO of transformers: every token is a yes or a no."""
+    """transformers' Grounding DINO and MM Grounding DINO; each token has its own sigmoid."""
 
     model_types = ("grounding-dino", "mm-grounding-dino")
 
@@ -148,7 +148,7 @@ class GroundingDinoGrounder(Grounder):
 
 
 def _detr_settings(spec: ModelSpec, width: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a DETR's encoder and decoder, under the names that its kin share."""
+    """Sizes of encoder and decoder, under the names that DETR and its relatives share."""
     return {
         "d_model": width,
         "encoder_layers": options["fusion_layers"],
@@ -163,7 +163,7 @@ def _detr_settings(spec: ModelSpec, width: int, options: Mapping[str, Any]) -> d
 
 
 class GlipGrounder(Grounder):
-    """GLIP: every place of a pyramid is a query, and every token a yes or a no."""
+    """GLIP: each place of the pyramid is a query, and each token has its own sigmoid."""
 
     model_types = ("vlprune_glip",)
     suppresses = True
@@ -200,7 +200,7 @@ class GlipGrounder(Grounder):
 
 
 def small_swin(spec: ModelSpec) -> Any:
-    """The config of a Swin with four stages for a small new model."""
+    """The config of a small new four-stage Swin."""
     from transformers import SwinConfig
 
     return SwinConfig(
@@ -227,11 +227,12 @@ def grounding_dino_loss(
     encoder_logits: Tensor | None = None,
     encoder_pred_boxes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], None]:
-    """Grounding DINO's loss on token maps; stands where transformers' own loss is called.
+    """Grounding DINO's loss on token maps, with the signature of transformers' own loss.
 
-    transformers 5.23 finds the label map of an image by adding the number of its own classes, not
-    of those of all images before it, so from the third image of a batch on it reads another
-    image's map wherever their texts differ. ``labels`` here hold the maps themselves.
+    That loss, in transformers 5.23, finds the label map of an image by adding the number of the
+    image's own classes, not of those of all images before it. From the third image of a batch on,
+    it reads another image's map wherever their texts differ. ``labels`` here hold the maps
+    themselves. Returns the total, the weighted terms by name, and None.
     """
     weights = SetWeights(
         tokens=config.class_cost,
@@ -254,7 +255,7 @@ def grounding_dino_loss(
 
 
 def _bert_like(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A word tokenizer whose special tokens have BERT's numbers, on which Grounding DINO relies."""
+    """A word tokenizer whose special tokens have BERT's ids, on which Grounding DINO relies."""
     return word_tokenizer(texts, special={"[PAD]": 0, "[BOS]": 101, "[EOS]": 102, ".": 1012})
 
 
@@ -263,11 +264,11 @@ GROUNDERS: dict[str, Grounder] = {
     "grounding-dino": GroundingDinoGrounder(),
     "glip": GlipGrounder(),
 }
-"""What a recipe may write under ``options: model:``."""
+"""Grounders by the names that a recipe may give under ``options: model:``."""
 
 
 def grounder_of(name: str) -> Grounder:
-    """The grounder of that name, or the one whose models have that ``model_type``."""
+    """The grounder that ``name`` names, itself or as a ``model_type``. Raises RecipeError."""
     for key, grounder in GROUNDERS.items():
         if name == key or name in grounder.model_types:
             return grounder

@@ -1,4 +1,4 @@
-"""Grounding: which box does a phrase name? Referring expressions, and phrases of captions."""
+"""Grounding: finding the boxes that referring expressions and phrases of captions name."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ HITS = (1, 5, 10)
 
 
 class RegionTask(Task):
-    """What tasks with boxes share: the grounder, texts as tokens, pictures of any shape."""
+    """Base class of tasks with a grounder: texts as tokens, and pictures of any shape."""
 
     takes: ClassVar[type[TaskOptions]] = RegionOptions
 
     @cached_property
     def grounder(self) -> Grounder:
-        """The family of the model: what ``model.path`` holds, or ``options.model``."""
+        """The family of the model in ``model.path``, or of ``options.model`` for a new model."""
         if not self.model_spec.path:
             return grounder_of(self.options["model"])
         return grounder_of(self.model_config.model_type)
@@ -59,13 +59,13 @@ class RegionTask(Task):
         return self.grounder.ready(self.load_by_name(path))
 
     def example_inputs(self, batch_size: int = 1) -> dict[str, Any]:
-        """Inputs of one forward pass, without what only its loss reads."""
+        """Inputs of one forward pass, without those that only the loss reads."""
         inputs = super().example_inputs(batch_size)
         return {k: v for k, v in inputs.items() if k not in ("labels", "answers")}
 
     @cached_property
     def positions(self) -> int:
-        """How many text positions a query can stand for."""
+        """The number of text positions over which a query has probabilities."""
         return self.grounder.positions(
             self.model_config if self.model_spec.path else self.new_config()
         )
@@ -73,7 +73,7 @@ class RegionTask(Task):
     # -- one batch ---------------------------------------------------------------------
 
     def words(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Token ids and mask, and the characters of every token: (texts, tokens, 2)."""
+        """Token ids and mask, and the (first character, end) of each token: (texts, tokens, 2)."""
         prompts = [self.grounder.prompt(text) for text in texts]
         limit = min(self.positions, int(self.processor.tokenizer.model_max_length))
         told = self.processor.tokenizer(
@@ -88,7 +88,11 @@ class RegionTask(Task):
         return ids, told["offset_mapping"]
 
     def token_map(self, offsets: Tensor, phrase: Phrase) -> Tensor:
-        """1 / n at the n tokens of a phrase, 0 elsewhere: (positions,)."""
+        """1 / n at the n tokens of a phrase, 0 elsewhere: (positions,).
+
+        ``offsets`` (tokens, 2) are the characters of the text's tokens. Raises DataError for a
+        phrase that the model cannot read because its text is too long.
+        """
         found = torch.zeros(len(offsets), dtype=torch.bool)
         for start, end in phrase.spans:
             found |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
@@ -102,17 +106,17 @@ class RegionTask(Task):
         return row / row.sum()
 
     def looks(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """``pixel_values``, padded to the largest picture, with ``pixel_mask`` where padded."""
+        """``pixel_values``, padded to the largest picture, and ``pixel_mask`` if any is padded."""
         pictures = [self.pixels([i.image], getattr(i, "size", None))[0] for i in items]
         return pad_pictures(pictures)
 
 
 class GroundingTask(RegionTask):
-    """Phrases and the boxes they name, found by MDETR, Grounding DINO or GLIP.
+    """Grounding of phrases with MDETR, Grounding DINO or GLIP; the metric is ``accuracy``.
 
-    ``accuracy`` is R@1: the best query's box has an IoU of at least 0.5 with one of the phrase's
-    boxes. For a referring expression the phrase is the whole text, and that is the usual figure of
-    RefCOCO, RefCOCO+ and RefCOCOg.
+    ``accuracy`` is R@1, the share of phrases for which the best query's box has an IoU of at least
+    0.5 with one of the phrase's boxes. For a referring expression the phrase is the whole text, and
+    ``accuracy`` is the usual figure of RefCOCO, RefCOCO+ and RefCOCOg.
     """
 
     name: ClassVar[str] = "grounding"
@@ -158,7 +162,7 @@ class GroundingTask(RegionTask):
         return accuracy | {f"recall_at_{k}": hits[k] / count for k in HITS[1:]}
 
     def _ranked(self, model: Any, items: Sequence[Grounding]) -> list[list[Tensor]]:
-        """For each phrase of each item, all boxes (left, top, right, bottom), best first."""
+        """For each phrase of each item, all boxes (queries, 4) as corners in pixels, best first."""
         words, offsets = self.words([item.text for item in items])
         inputs = {**words, **self.looks(items)}
         outputs = model(**moved_to(model, inputs))
@@ -190,17 +194,21 @@ def as_fractions(boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:
 
 
 def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Fractions (centre x, centre y, width, height) as (left, top, right, bottom) in pixels."""
+    """Boxes (n, 4) of :func:`as_fractions` as (left, top, right, bottom) in pixels."""
     return center_to_corners_format(boxes) * torch.tensor([*size, *size], dtype=boxes.dtype)
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of every box with every other: (n, 4) and (m, 4), as corners, to (n, m)."""
+    """IoU of each box in ``first`` (n, 4) with each in ``second`` (m, 4), as corners: (n, m)."""
     return box_iou(first, second)[0]
 
 
 def pad_pictures(pictures: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Pictures (3, height, width) in one batch, padded on the right and below."""
+    """Pictures (3, height, width) in one batch, padded on the right and below.
+
+    ``pixel_values`` (batch, 3, height, width) and, if any picture is padded, ``pixel_mask`` (batch,
+    height, width), 1 inside the picture.
+    """
     height, width = (max(p.shape[axis] for p in pictures) for axis in (1, 2))
     if all(p.shape[1:] == (height, width) for p in pictures):
         return {"pixel_values": torch.stack(list(pictures))}

@@ -1,4 +1,4 @@
-"""Configs and processors of small new models, for recipes without ``model.path``."""
+"""Configs and processors for small new models, for recipes without ``model.path``."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def vit_settings(spec: ModelSpec) -> dict[str, Any]:
 
 
 def vit_processor(spec: ModelSpec) -> Any:
-    """An image processor for a vision transformer alone."""
+    """An image processor for a vision transformer without a text encoder."""
     from transformers import ViTImageProcessor
 
     return ViTImageProcessor(size={"height": spec.image_size, "width": spec.image_size})
 
 
 def bert_settings(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
-    """Sizes of a text encoder, under the names that BERT's kin share."""
+    """Sizes of a text encoder, under the names that BERT and its relatives share."""
     return {
         "hidden_size": spec.width,
         "num_attention_heads": spec.heads,
@@ -61,10 +61,10 @@ def bert_settings(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
 
 
 def blip_config(spec: ModelSpec, tokenizer: Any) -> Any:
-    """A BlipConfig of these sizes."""
+    """A BlipConfig with the sizes in ``spec``."""
     from transformers import BlipConfig
 
-    # BLIP's own 0.02 suits a width of 768; narrow models learn nothing for long with it.
+    # BLIP's own 0.02 suits a width of 768; with it, narrow models learn nothing for a long time.
     deviation = 0.8 * spec.width**-0.5
     return BlipConfig(
         vision_config={**vit_settings(spec), "initializer_range": deviation},
@@ -89,7 +89,7 @@ def blip_processor(spec: ModelSpec, texts: Sequence[str]) -> Any:
 
 
 def clip_config(spec: ModelSpec, tokenizer: Any) -> Any:
-    """A CLIPConfig of these sizes."""
+    """A CLIPConfig with the sizes in ``spec``."""
     from transformers import CLIPConfig
 
     return CLIPConfig(
@@ -117,7 +117,7 @@ def clip_processor(spec: ModelSpec, texts: Sequence[str]) -> Any:
 
 
 def clip_image_processor(spec: ModelSpec) -> Any:
-    """An image processor that makes every image a square of the model's size."""
+    """An image processor that resizes every image to a square of the model's size."""
     from transformers import CLIPImageProcessor
 
     side = {"height": spec.image_size, "width": spec.image_size}
@@ -130,9 +130,10 @@ SPECIAL = {"[PAD]": 0, "[BOS]": 1, "[UNK]": 2, "[EOS]": 3}
 def word_tokenizer(
     texts: Sequence[str], max_length: int = 64, special: Mapping[str, int] = SPECIAL
 ) -> PreTrainedTokenizerFast:
-    """A lower-casing tokenizer with one token a word of ``texts``: [BOS] words [EOS].
+    """A lower-casing tokenizer with one token per word of ``texts``: [BOS] words [EOS].
 
-    ``special`` fixes the numbers of some tokens; words take the others.
+    ``special`` fixes the ids of some tokens; the words, sorted, take the free ids.
+    ``max_length`` is the tokenizer's ``model_max_length``.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -142,7 +143,7 @@ def word_tokenizer(
         for text in texts
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     }
-    # [EOS] must not be 2: transformers' CLIP then pools in a way kept for old checkpoints.
+    # [EOS] must not be 2: transformers' CLIP then pools as for old checkpoints.
     taken = set(special.values())
     numbers = (i for i in itertools.count() if i not in taken)
     others = sorted(w for w in {"[UNK]", *words} if w not in special)

@@ -1,4 +1,4 @@
-"""Visual reasoning: is a statement true of two images? With BLIP and two cross-attentions."""
+"""Visual reasoning with BLIP: is a statement true of a pair of images?"""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["ReasoningTask"]
 
 
 class ReasoningTask(Task):
-    """NLVR2 with a :class:`vlprune.models.BlipForVisualReasoning`; ``accuracy`` counts.
+    """NLVR2 with a :class:`vlprune.models.BlipForVisualReasoning`; the metric is ``accuracy``.
 
-    ``model.path`` may also name a BLIP of transformers: its weights start both twins. The text
-    begins with the tokenizer's own first token.
+    ``model.path`` may also name a BLIP of transformers, whose weights then start this model, with
+    both cross-attentions alike. The text begins with the tokenizer's own first token.
     """
 
     name: ClassVar[str] = "reasoning"

@@ -23,12 +23,13 @@ __all__ = ["BlipRetrievalTask", "RetrievalTask", "recalls"]
 
 
 class RetrievalTask(Task):
-    """Find the caption of an image and the image of a caption, with a CLIPModel.
+    """Retrieval of captions by image and of images by caption, with a CLIPModel.
 
-    Trained on one random caption per image, with CLIP's contrastive loss, or, with a ``queue``,
-    with momentum features and soft targets (:class:`MomentumContrast`). Evaluated by recall
-    among all test images and captions, both ways; ``recall_mean`` is the mean of the six.
-    Options: ``queue`` (entries, 0 = none), ``momentum``, ``alpha`` (weight of soft targets).
+    Each training step takes one random caption per image. The loss is CLIP's contrastive loss or,
+    with a ``queue``, that of :class:`MomentumContrast`, with momentum features and soft targets.
+    The metric ``recall_mean`` is the mean of six recalls among all test images and captions, at 1,
+    5 and 10 both ways. Options: ``queue`` (entries, 0 = none), ``momentum``, ``alpha`` (weight of
+    soft targets).
     """
 
     name: ClassVar[str] = "retrieval"
@@ -61,13 +62,13 @@ class RetrievalTask(Task):
         }
         if not self.uses_queue:
             return {**batch, "return_loss": True}
-        if rng is not None:  # the objective asks for them, the model does not know them
+        if rng is not None:  # only the objective takes keys, not the model
             batch["keys"] = torch.tensor([crc32(str(item.image).encode()) for item in items])
         return batch
 
     @property
     def uses_queue(self) -> bool:
-        """Whether training contrasts against a queue."""
+        """Whether the training loss contrasts against a queue."""
         return bool(self.options["queue"])
 
     def objective(self, model: Any) -> nn.Module:
@@ -82,7 +83,7 @@ class RetrievalTask(Task):
         )
 
     def features(self, model: Any) -> Any:
-        """The part of the model that is contrasted."""
+        """The module that gives the features to contrast."""
         return ClipFeatures(model)
 
     def width(self, model: Any) -> int:
@@ -110,7 +111,7 @@ class RetrievalTask(Task):
         return recalls(*self._reranked(model, scores), torch.tensor(owner))
 
     def _reranked(self, model: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (images, texts) to rank texts by, and to rank images by."""
+        """Scores (images, texts) for ranking texts, and scores of that shape for ranking images."""
         return scores, scores
 
     def predict(self, model: Any, items: list[CaptionedImage]) -> list[str]:
@@ -130,10 +131,10 @@ class RetrievalTask(Task):
 
 
 class BlipRetrievalTask(RetrievalTask):
-    """The same with a BlipForImageTextRetrieval.
+    """Retrieval with a BlipForImageTextRetrieval; the metric is ``recall_mean``.
 
-    Trained as BLIP is: contrast with momentum features and a queue, and matching with hard
-    negatives. Evaluated as BLIP is: the ``rerank`` best by similarity are ordered anew by
+    Training is as in BLIP, by contrast with momentum features and a queue, and by matching with
+    hard negatives. Evaluation is as in BLIP: the ``rerank`` best by similarity are ordered again by
     similarity plus matching score.
     """
 
@@ -172,10 +173,10 @@ class BlipRetrievalTask(RetrievalTask):
         return F.normalize(model.text_proj(states[:, 0]), dim=-1)
 
     def _reranked(self, model: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (images, texts) for each way, with the best ordered by matching as well."""
+        """Scores (images, texts) for each way, with the matching scores of the best added."""
         captions = [caption for item in self.test for caption in item.captions]
         features = place(BlipFeatures(model), device_of(model))
-        # every image is looked at once; its states wait in the main memory
+        # each image is encoded once; its states wait in main memory
         seen = [
             model.vision_model(moved_to(model, self.pixels([item.image])))
             .last_hidden_state[0]
@@ -189,7 +190,7 @@ class BlipRetrievalTask(RetrievalTask):
             logits = features.match(ids["input_ids"], ids["attention_mask"], states)
             return logits[:, 1].cpu()
 
-        by_image, by_text = scores - 1000, scores - 1000  # the others come after the best
+        by_image, by_text = scores - 1000, scores - 1000  # so that all others come after the best
         keep = self.options["rerank"]
         for image, row in enumerate(scores):
             best = row.topk(min(keep, len(row)))
@@ -205,9 +206,9 @@ class BlipRetrievalTask(RetrievalTask):
 def recalls(by_image: Tensor, by_text: Tensor, owner: Tensor) -> dict[str, float]:
     """R@1, R@5 and R@10 both ways, as fractions.
 
-    Scores are (images, texts), to rank the texts of an image and the images of a text;
-    ``owner`` (texts,) says which image a text belongs to. An image is right at k if any of its
-    texts is among its k best, as usual on COCO and Flickr.
+    ``by_image`` and ``by_text`` are scores (images, texts); the first ranks the texts for an image,
+    the second the images for a text. ``owner`` (texts,) is the index of the image of each text. An
+    image counts as a hit at k if any of its texts is among its k best, as usual on COCO and Flickr.
     """
     ranked_texts = owner[by_image.argsort(dim=1, descending=True, stable=True)]
     hit_text = ranked_texts == torch.arange(len(by_image))[:, None]

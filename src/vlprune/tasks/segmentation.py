@@ -31,13 +31,13 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 class SegmentationTask(Task):
-    """ADE20K's folders with a SegmenterForSemanticSegmentation; ``miou`` counts.
+    """ADE20K's layout with a SegmenterForSemanticSegmentation; the metric is ``miou``.
 
-    Mean intersection over union over the whole test set, at one scale, by sliding windows of
-    the model's image size over the image, whose shorter side is made as long as a window.
-    Options: ``multi_scale`` adds ``miou_multi_scale`` (six scales, each mirrored); ``classes``
-    is the number of classes of a new model (0: those found in the training masks); ``augment``
-    trains on mirrored crops at 0.5 to 2 times the size.
+    ``miou`` is the mean intersection over union over the whole test set, at one scale: the shorter
+    side of an image is resized to the model's image size, and windows of that size slide over
+    the image. Options: ``multi_scale`` adds ``miou_multi_scale`` (six scales, each also mirrored);
+    ``classes`` is the number of classes of a new model (0: as many as the training masks have);
+    ``augment`` trains on random crops at 0.5 to 2 times the size, mirrored half the time.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -65,7 +65,7 @@ class SegmentationTask(Task):
         return self.model_type()(config)
 
     def load(self, path: str | Path) -> Any:
-        """A Segmenter, or a new decoder on the encoder of a ViT."""
+        """The Segmenter in ``path``, or a new decoder on the encoder of the ViT there."""
         from transformers import ViTModel
 
         config = open_config(path)
@@ -82,19 +82,19 @@ class SegmentationTask(Task):
 
     @cached_property
     def found_classes(self) -> int:
-        """Classes in the training masks."""
+        """Number of classes in the training masks: the largest class number plus 1."""
         masks = (open_mask(item.mask) for item in self.train)
         return 1 + max(int(mask[mask != IGNORE].max(initial=0)) for mask in masks)
 
     @cached_property
     def known_classes(self) -> int:
-        """Classes of the model that is trained."""
+        """Number of classes of the model that is trained."""
         if self.model_spec.path and self.model_config.model_type != "vit":
             return int(self.model_config.num_labels)
         return int(self.options["classes"] or self.found_classes)
 
     def _opened(self, item: MaskedImage, classes: int) -> tuple[Image.Image, np.ndarray]:
-        """Image and mask, (height, width). Raises DataError if there are more than ``classes``."""
+        """Image, and mask (height, width). Raises DataError for a class not below ``classes``."""
         image = open_image(item.image)
         mask = open_mask(item.mask, image.size)
         most = int(mask[mask != IGNORE].max(initial=0))
@@ -174,7 +174,7 @@ class SegmentationTask(Task):
     def _classes(
         self, model: Any, image: Image.Image, scales: Sequence[float], shape: Any
     ) -> Tensor:
-        """The class of every pixel, (height, width) of the original."""
+        """The predicted class of every pixel, (height, width) as in ``shape``."""
         total = torch.zeros(1)
         for scale in scales:
             zoom = scale * self.side / min(image.size)
@@ -216,7 +216,7 @@ class SegmentationTask(Task):
 
 
 def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:
-    """Corners (y, x) of windows that cover everything; the last ones may overlap others."""
+    """Upper left corners (y, x) of windows that cover the image; the last may overlap others."""
     for y in (*range(0, height - side, side), height - side):
         for x in (*range(0, width - side, side), width - side):
             yield y, x

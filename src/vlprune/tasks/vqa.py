@@ -20,14 +20,14 @@ from .vqa_metric import vqa_accuracy
 
 __all__ = ["VqaTask", "rank_answers"]
 
-RERANK = 128  # candidates kept by their first token, as BLIP evaluates
+RERANK = 128  # candidates kept by their first token, as in BLIP's evaluation
 
 
 class VqaTask(Task):
-    """Questions about images, answered by a BlipForQuestionAnswering.
+    """Visual question answering with a BlipForQuestionAnswering; the metric is ``accuracy``.
 
-    Trained to say the most frequent answer. Evaluated twice: by ranking the answers of the
-    training set (``accuracy``) and by free generation (``accuracy_generated``).
+    The model learns the most frequent answer to each question. It is evaluated by ranking the
+    answers of the training set (``accuracy``) and by free generation (``accuracy_generated``).
     """
 
     name: ClassVar[str] = "vqa"
@@ -88,7 +88,7 @@ class VqaTask(Task):
         return {**self._questions(items), "decoder_input_ids": ids, "labels": labels}
 
     def _answer_ids(self, answers: Sequence[str]) -> Tensor:
-        """[start] answer [end], padded on the right. Shape (answers, tokens)."""
+        """Token ids of [start] answer [end], padded to one length: (answers, tokens)."""
         text = self.processor.tokenizer(list(answers), padding=True, return_tensors="pt")
         ids: Tensor = text["input_ids"]
         ids[:, 0] = self.start_token()
@@ -138,10 +138,12 @@ class VqaTask(Task):
 def rank_answers(
     model: Any, inputs: dict[str, Tensor], candidates: Tensor, pad: int, keep: int = RERANK
 ) -> Tensor:
-    """The index of the most probable candidate for each question. Shape (questions,).
+    """The index of the most probable candidate for each question: (questions,).
 
-    ``candidates`` are token ids (answers, tokens), beginning with [BOS]. As in BLIP, all
-    answers compete by their first token, and the ``keep`` best by their whole probability.
+    ``inputs`` are the model's ``pixel_values``, ``input_ids`` and ``attention_mask``, one row per
+    question. ``candidates`` are token ids (answers, tokens) that begin with the start token and are
+    padded with ``pad``. As in BLIP, all answers compete by the probability of their first token,
+    and then the ``keep`` best by that of the whole answer.
     """
     image = model.vision_model(inputs["pixel_values"])[0]
     states = model.text_encoder(

@@ -31,7 +31,7 @@ _CONTRACTIONS = {
 
 
 def normalise(answer: str) -> str:
-    """The answer without case, articles and most punctuation, numbers up to ten as digits."""
+    """The answer without case, articles and most punctuation, with numbers up to ten as digits."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     text = _without_punctuation(text)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
@@ -39,8 +39,11 @@ def normalise(answer: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Punctuation next to a space, or anywhere in a number with a comma, vanishes; other
-    punctuation becomes a space; periods go unless they stand in a number."""
+    """Text without punctuation, as the evaluation code removes it.
+
+    A mark that somewhere stands next to a space is dropped, and so is every mark of a text that
+    has a comma between digits; other marks become spaces. Periods go unless a digit follows.
+    """
     result = text
     for mark in _PUNCTUATION:
         if f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text):
@@ -51,11 +54,11 @@ def _without_punctuation(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The mean, over leaving out each person, of min(people who agree / 3, 1).
+    """The mean of min(people who agree / 3, 1), leaving out each person in turn.
 
     ``answers`` are those of ten people. A single answer, as in data sets with one truth,
-    counts as ten people who agree. As in the evaluation code: where the people disagree, the
-    prediction is normalised and the answers lose their punctuation; where all say the same,
+    counts as ten people who agree. As in the evaluation code, if people disagree, the
+    prediction is normalised and the answers lose their punctuation; if all give the same answer,
     the comparison is literal.
     """
     people = list(answers) * 10 if len(answers) == 1 else list(answers)

@@ -1,1 +1,1 @@
-"""Generated data: scenes of coloured shapes, written in the format of every data set we read."""
+"""Generated scenes of coloured shapes, written in a format for every task."""

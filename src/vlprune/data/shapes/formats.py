@@ -1,4 +1,4 @@
-"""A scene as an entry of each data set's own format."""
+"""Scenes as entries in the formats of the data sets they stand in for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class MdetrFile:
-    """Texts and the boxes that their characters name, in MDETR's annotation layout."""
+    """Texts, and the boxes that spans of them name, in MDETR's annotation layout."""
 
     def __init__(self) -> None:
         self.images: list[dict[str, Any]] = []
@@ -35,7 +35,7 @@ class MdetrFile:
         spans: list[tuple[int, int, int]],
         instances: list[dict[str, Any]],
     ) -> None:
-        """A text about ``image``; ``spans`` are (which of ``instances``, first character, end)."""
+        """Add a text about ``image``; ``spans``: (index in ``instances``, first character, end)."""
         key = len(self.images)
         entry = {**image, "id": key, "original_img_id": image["id"], "caption": text}
         self.images.append({**entry, "dataset_name": "shapes", "tokens_negative": [[0, len(text)]]})
@@ -46,7 +46,7 @@ class MdetrFile:
             self.annotations.append({**part, **own, "tokens_positive": [[start, end]]})
 
     def body(self, categories: list[dict[str, Any]]) -> dict[str, Any]:
-        """The file."""
+        """The content of the annotation file, for JSON."""
         return {
             "info": {},
             "images": self.images,
@@ -56,7 +56,7 @@ class MdetrFile:
 
 
 def told(scene: Scene, rng: random.Random) -> tuple[str, list[tuple[int, int, int]]]:
-    """A caption that names every object, and (object number, first character, end) of each."""
+    """A caption that names every object, and (object number, first character, end) per object."""
     text, spans = "", []
     for number in rng.sample(range(len(scene.things)), len(scene.things)):
         text += " and a " if text else "a "
@@ -67,7 +67,7 @@ def told(scene: Scene, rng: random.Random) -> tuple[str, list[tuple[int, int, in
 
 
 def gqa_entry(name: str, question: str, answer: str, kind: str) -> dict[str, Any]:
-    """A question as GQA has it; semantic types by what is asked for."""
+    """A question in GQA's format; its kind and first words decide its semantic type."""
     if kind == "yes/no":
         structural, semantic = "verify", "obj"
     else:
@@ -87,7 +87,7 @@ def gqa_entry(name: str, question: str, answer: str, kind: str) -> dict[str, Any
 
 
 def mask_of(scene: Scene) -> Image.Image:
-    """1 for background, 2 + shape number for objects; mode L. 0 would mean: do not count."""
+    """Mask in mode L: 1 for background, 2 + shape number for objects; 0 would mean "ignored"."""
     mask = Image.new("L", (scene.side, scene.side), 1)
     pen = ImageDraw.Draw(mask)
     for thing in scene.things:
@@ -98,7 +98,7 @@ def mask_of(scene: Scene) -> Image.Image:
 def karpathy_entry(
     image_id: int, name: str, subtype: str, split: str, said: list[str]
 ) -> dict[str, Any]:
-    """An image of the Karpathy split JSON, with its captions."""
+    """An image and its captions, as in the Karpathy split JSON."""
     return {
         "imgid": image_id,
         "cocoid": image_id,
@@ -113,7 +113,7 @@ def karpathy_entry(
 
 
 def instance(thing: Thing, image_id: int, number: int) -> dict[str, Any]:
-    """A shape as an object of COCO's instances JSON."""
+    """A shape as an entry of COCO's instances JSON."""
     points = [(round(x, 2), round(y, 2)) for x, y in thing.outline()]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     pairs = zip(points, points[1:] + points[:1], strict=True)
@@ -132,7 +132,7 @@ def instance(thing: Thing, image_id: int, number: int) -> dict[str, Any]:
 def vqa_annotation(
     key: int, image_id: int, question: str, answer: str, kind: str
 ) -> dict[str, Any]:
-    """The ten answers to a question, as in VQAv2's annotations JSON."""
+    """Ten equal answers to a question, as in VQAv2's annotations JSON."""
     return {
         "question_id": key,
         "image_id": image_id,

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: made up, and drawn."""
+"""Random scenes of coloured shapes, and their pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {"small": 0.14, "big": 0.21}  # radius, as a fraction of the image side
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and where, in pixels."""
+    """One object; ``x``, ``y`` (its centre) and ``radius`` are in pixels, ``angle`` in radians."""
 
     shape: str
     colour: str
@@ -40,7 +40,7 @@ class Thing:
     angle: float
 
     def outline(self) -> list[tuple[float, float]]:
-        """The polygon that is drawn."""
+        """Corners of the polygon that is drawn, as (x, y) in pixels."""
         if self.shape == "circle":
             turns = [(i / 24, 1.0) for i in range(24)]
         elif self.shape == "square":
@@ -57,13 +57,13 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """What to call it, without an article."""
+        """Size, colour and shape in words, without an article."""
         return f"{self.size} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn."""
+    """A square picture of ``side`` pixels before it is drawn, on a grey ``background``."""
 
     side: int
     background: int
@@ -71,7 +71,7 @@ class Scene:
 
 
 def make_scene(rng: random.Random, side: int = 64, most: int = 3) -> Scene:
-    """A scene of one to ``most`` objects that do not overlap and differ from each other."""
+    """A scene of one to ``most`` objects, apart from each other, no two of one shape and colour."""
     wanted = rng.randint(1, most)
     things: list[Thing] = []
     while len(things) < wanted:
@@ -100,7 +100,7 @@ def make_scene(rng: random.Random, side: int = 64, most: int = 3) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB image, drawn at four times the size and reduced."""
+    """The scene as an RGB image, drawn at four times the size and reduced to smooth the edges."""
     scale = 4
     image = Image.new("RGB", (scene.side * scale,) * 2, (scene.background,) * 3)
     pen = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""What can be said and asked about a scene."""
+"""Captions, questions, referring expressions and statements about scenes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions that name every object, in different orders."""
+    """Five captions that each name every object, in random order."""
     result = []
     for _ in range(5):
         things = rng.sample(scene.things, len(scene.things))
@@ -23,7 +23,7 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(question, answer, answer type) triples, balanced between yes and no."""
+    """(question, answer, answer type) triples, with one "yes" and one "no" question."""
     things = scene.things
     asked = [
         ("how many objects are there?", NUMBERS[len(things)], "number"),
@@ -47,7 +47,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
 
 
 def references(scene: Scene) -> list[tuple[int, str]]:
-    """(object number, expression) for every object that one phrase singles out."""
+    """(object number, expression) for every expression that fits only one object."""
     found: list[tuple[int, str]] = []
     for number, thing in enumerate(scene.things):
         others = [t for t in scene.things if t is not thing]

@@ -1,4 +1,4 @@
-"""Generated scenes on disk, in all formats at once."""
+"""Writing generated scenes to disk, in all formats at once."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def write_shapes(
     most: int = 3,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """The folder, holding ``train`` + ``test`` scenes in every format.
+    """Write ``train`` + ``test`` scenes in every format and return the folder that holds them.
 
-    Same arguments, same bytes; a folder that is complete is left alone, and one that was left
-    half-way is completed. Where ``folder`` holds scenes of other arguments, a folder inside it is
-    returned. ``progress`` is called with 1 after each scene. Raises DataError for a folder that
-    holds anything else: nothing is written over but what was written here.
+    The same arguments give the same bytes; a complete folder is left alone, an incomplete one is
+    completed. If ``folder`` holds scenes made with other arguments, the scenes go into a folder
+    inside it. ``side`` is the side of a picture in pixels, ``most`` the most objects per scene.
+    ``progress`` is called with 1 after each scene. Raises DataError for fewer than two scenes in a
+    split, and for a folder that holds other files or cannot be written: only files that this
+    function wrote are ever overwritten. Raises OSError when the disk is full.
     """
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
@@ -71,7 +73,7 @@ NOTE = "shapes.json"
 
 
 def _made_before(root: Path) -> dict[str, Any] | None:
-    """What was written into ``root``, or begun; None for a new or empty folder.
+    """The arguments of the scenes written to ``root``, complete or not; None for an empty folder.
 
     Raises DataError for a folder that holds anything else.
     """
@@ -97,7 +99,7 @@ def _made_before(root: Path) -> dict[str, Any] | None:
 
 
 def _write(root: Path, made: dict[str, Any], progress: Callable[[int], None] | None) -> None:
-    """All scenes in all formats."""
+    """Write all scenes in all formats."""
     root.mkdir(parents=True, exist_ok=True)
     _dump(root / NOTE, made | {"complete": False})
     train = range(made["train"])
@@ -114,13 +116,13 @@ def _write(root: Path, made: dict[str, Any], progress: Callable[[int], None] | N
 
 
 KINDS = tuple(itertools.product(SIZES, SHAPES))
-"""The classes of classification: (size, shape)."""
+"""The classes for classification, as (size, shape)."""
 
 
 class _Split:
-    """One split: its pictures are written scene by scene, its annotations at the end.
+    """One split; its pictures are written scene by scene, its annotations at the end.
 
-    Each format has a name of its own for the split: ``subtype`` is COCO's, ``masks`` ADE20k's,
+    Each format has its own name for the split: ``subtype`` is COCO's, ``masks`` ADE20K's,
     ``pairs`` NLVR2's, ``classes`` that of image folders.
     """
 
@@ -154,7 +156,7 @@ class _Split:
         self.sentence_ids = itertools.count()
 
     def write(self, progress: Callable[[int], None]) -> None:
-        """Everything; ``progress`` is called with 1 after each scene."""
+        """Write the whole split; ``progress`` is called with 1 after each scene."""
         for folder in (self.images, self.scenes, self.masks, self.pairs / self.pair_split):
             folder.mkdir(parents=True, exist_ok=True)
         self.notes.mkdir(parents=True, exist_ok=True)
@@ -177,7 +179,7 @@ class _Split:
         return f"COCO_{self.subtype}_{image_id:012d}.jpg"
 
     def _pictures(self, image_id: int, scene: Scene, image: Image) -> None:
-        """The scene, its mask, and one shape alone for classification."""
+        """Write the scene, its mask, and a picture of a single shape for classification."""
         image.save(self.images / self._name(image_id), quality=95)
         image.save(self.scenes / f"{image_id:012d}.jpg", quality=95)
         mask_of(scene).save(self.masks / f"{image_id:012d}.png")
@@ -190,7 +192,7 @@ class _Split:
         picture.save(self.classes / f"{size}-{shape}" / f"{image_id:012d}.jpg", quality=95)
 
     def _annotate(self, image_id: int, scene: Scene, rng: random.Random) -> None:
-        """Captions, boxes, questions and referring expressions of one scene."""
+        """Collect captions, boxes, questions and referring expressions of one scene."""
         name = self._name(image_id)
         entry = {"id": image_id, "file_name": name, "width": self.side, "height": self.side}
         self.listed.append(entry)
@@ -220,7 +222,7 @@ class _Split:
         now: tuple[Scene, Image],
         rng: random.Random,
     ) -> None:
-        """A statement about two pictures."""
+        """Collect a statement about two scenes, and write their pictures."""
         sentence, truth = statement(before[0], now[0], rng)
         name = f"{self.pair_split}-{image_id}-0"
         line = {"identifier": f"{name}-0", "sentence": sentence, "label": str(truth)}
@@ -229,7 +231,7 @@ class _Split:
             picture.save(self.pairs / self.pair_split / f"{name}-img{number}.png")
 
     def _annotations(self) -> None:
-        """The files that name all pictures."""
+        """Write the annotation files, which list all pictures of the split."""
         categories = [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)]
         listed, subtype = {"images": self.listed}, {"data_subtype": self.subtype}
         for name, body in {
