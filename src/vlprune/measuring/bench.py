@@ -46,7 +46,7 @@ def latencies(
 ) -> dict[str, dict[int, float]]:
     """Median seconds of one forward pass: {model: {batch size: seconds}}; the models take turns.
 
-    Raises VlpruneError if they do not all lie on one device.
+    Raises VlpruneError if the models do not all lie on one device.
     """
     places = {name: device_of(model) for name, model in models.items()}
     if len(set(places.values())) > 1:
@@ -140,7 +140,7 @@ def bench(
 def _times_as_fast(
     timed: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Dense over small time, round by round, and its fraction of the ratio of MACs."""
+    """The ratio of dense to small times, round by round, also relative to the ratio of MACs."""
     ratios = np.asarray(timed["dense"]) / np.asarray(timed["small"])
     low, times, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
     row = {"times": times, "low": low, "high": high}
@@ -281,7 +281,7 @@ def _summary(engine: str, batch_size: int, name: str, values: list[float]) -> di
 def alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
     """Loading time, peak memory and bytes on disk of the model in ``folder``.
 
-    Raises CheckpointError if a process of its own cannot load the model.
+    Time and memory are measured in a separate process. Raises CheckpointError if that fails.
     """
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     facts: dict[str, Any] = {"disk_bytes": sum(path.stat().st_size for path in weights)}

@@ -22,7 +22,7 @@ def made_up_inputs(
     """Random images of the configured size and random tokens, as far as the model takes them.
 
     The inputs lie on the model's device, with the same numbers on every device. There is no
-    attention mask on the meta device: forward passes look at a mask's values, which it lacks there.
+    attention mask on the meta device: forward passes look at a mask's values, and there are none.
 
     Raises UnsupportedError for models whose prompts hold image placeholders or whose images are cut
     into patches beforehand, since their inputs depend on the processor, and for configs that give

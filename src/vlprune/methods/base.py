@@ -163,11 +163,11 @@ class Search(ABC):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for :meth:`restore` to go on exactly from here."""
+        """All that a checkpoint must hold for :meth:`restore` to go on exactly from here."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Go on from a result of :meth:`state`."""
         return
 
     def facts(self) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Checks that must hold for every family and every attention unit.
 
 Each check takes a function that builds a fresh :class:`~vlprune.testing.families.Sample` and an
-attention unit, and raises AssertionError if its promise is broken. Run the
-checks on an architecture of your own::
+attention unit, and raises AssertionError if its promise is broken. Run the checks on an
+architecture of your own::
 
     from vlprune.testing import CHECKS
     for check in CHECKS.values():

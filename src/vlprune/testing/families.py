@@ -231,7 +231,7 @@ def _blip_config(**vision: Any) -> Any:
 @_family
 def blip() -> Sample:
     inputs = {"input_ids": _ids(), "pixel_values": _pixels()}
-    # BlipModel encodes the text alone: its cross-attention is there but never runs
+    # BlipModel encodes the text alone: its cross-attention exists but never runs
     return Sample(T.BlipModel(_blip_config()), inputs, idle=r"crossattention")
 
 

@@ -34,7 +34,7 @@ def _found(phase: Path) -> list[Path]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Note that the checkpoint is whole, and remove those that are not needed any more.
+    """Note that the checkpoint is whole, and remove checkpoints that are no longer needed.
 
     Raises CheckpointError if the note cannot be written.
     """

@@ -73,9 +73,9 @@ class Compressor:
         Compressor(model, ...)  describes and prices; refuses what cannot be done; leaves no trace
         with compressor:        gates are put in place: here, by callback() for a Trainer, or by
             step(progress)      the first step() of a loop of your own; the search learns
-        plan()                  what would stay if the cut were made now
+        plan()                  the plan of a cut that were made now
         finish()                takes the gates away and cuts; the same object, really smaller
-        report()                what was asked and reached
+        report()                the figures asked for and reached
 
     Gates stay until :meth:`finish` cuts, :meth:`detach` is called, the ``with`` block ends, or the
     Compressor is deleted. Copies and pickles of the model that are made meanwhile have no gates.
@@ -194,7 +194,7 @@ class Compressor:
             self._gating.translate_names()
 
     def restart(self) -> None:
-        """Forget what the search has seen, and open all gates."""
+        """Start the search anew, and open all gates."""
         self.search = self._new_search()
         if self.turns is not None:
             self.turns.restart(self.search)
@@ -275,7 +275,7 @@ class Compressor:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` returned; puts the gates in place.
+        """Go on from a result of :meth:`state`; puts the gates in place.
 
         Raises VlpruneError if the state belongs to another model or attention unit.
         """

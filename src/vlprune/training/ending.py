@@ -35,7 +35,7 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def unfinished(method: Method, search: Search, progress: float) -> str:
-    """A sentence on what a cut before the end of the search means; "" if the search has ended."""
+    """A warning about a cut before the end of the search; "" if the search has ended."""
     if not method.needs_training or progress >= 1:
         return ""
     gate = float(search.facts().get("gate_of_fading_units", 1.0))

@@ -96,7 +96,7 @@ class _Trainer(Trainer):
                 seal(folder)
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             full = is_full(error, folder.parent)
-            shutil.rmtree(folder, ignore_errors=True)  # it may have filled the disk
+            shutil.rmtree(folder, ignore_errors=True)  # the folder may have filled the disk
             why = os.strerror(errno.ENOSPC) if full else reason(error)
             raise CheckpointError(f"cannot write the checkpoint {plain(folder)}: {why}") from (
                 OSError(errno.ENOSPC, why) if full else error
@@ -278,7 +278,7 @@ def _arguments(
         logging_steps=min(50, max(1, steps // 20)),
         save_strategy="steps" if saving else "no",
         save_steps=spec.save_steps or steps,
-        logging_nan_inf_filter=False,  # it would log a NaN as a good loss
+        logging_nan_inf_filter=False,  # the filter would log a NaN as a good loss
         report_to=report_to,
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # every rank computes the same buffers

@@ -109,7 +109,7 @@ class Reach:
         return torch.tensor([s.name not in self.unreached for s in structures])
 
     def restore(self, state: Tensor) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Go on from a result of :meth:`state`."""
         pairs = zip(self.search.problem.structures, state.tolist(), strict=True)
         self.unreached = {structure.name for structure, reached in pairs if not reached}
         self._leave_whole()

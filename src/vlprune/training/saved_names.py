@@ -20,7 +20,7 @@ def in_own_names(model: Any, state: dict[str, Tensor], waiting: dict[str, Tensor
 
     Nothing happens to a state that is in the model's names already. Entries that are stored in
     another form, not only under another name, are read by the model's ``from_pretrained``, all at
-    once: a shard's wait in ``waiting`` until those of the other shards are there.
+    once: a shard's entries wait in ``waiting`` until those of the other shards have arrived.
     """
     own = model.state_dict()
     if not hasattr(model, "save_pretrained") or state.keys() <= own.keys():

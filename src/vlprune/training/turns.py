@@ -49,7 +49,7 @@ def turns_of(
 
 
 class Turns:
-    """Shows a search the weights that it learns in turn with (:class:`vlprune.methods.Weights`).
+    """Access to the weights that a search takes turns with (:class:`vlprune.methods.Weights`).
 
     ``loss`` turns a batch into its loss; ``autocast`` is the dtype that training runs in, if any;
     ``seen`` counts the batches looked at; ``reached`` are the structures whose vectors had an

@@ -69,7 +69,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     for spec in (recipe.train, recipe.search, recipe.retrain):
         if spec.fp16 and device.type == "cpu":
             raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
-    alone = PartialState().is_main_process  # the others work for it, in the same folder
+    alone = PartialState().is_main_process  # the other processes help it, in the same folder
     with claimed(out, progress.note) if alone else nullcontext(out / WORK) as work:
         refuse_overwriting(recipe, out)
         report = _run(read(recipe, method, out, work, device, progress), started)

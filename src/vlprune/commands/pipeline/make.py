@@ -26,8 +26,8 @@ HELD_OUT = 0.05
 def make_task(recipe: Recipe, folder: Path) -> Task:
     """The task of a recipe, with its data loaded.
 
-    Raises the errors of its readers, and UnsupportedError if the processor of ``model.path`` cannot
-    make a batch of that data.
+    Raises the errors of the task's readers, and UnsupportedError if the processor of ``model.path``
+    cannot make a batch of that data.
     """
     task = TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
     if recipe.model.path:

@@ -38,7 +38,7 @@ DENSE_NOTE, CUT_NOTE = "vlprune-dense.json", "vlprune-cut.json"
 
 @dataclass(frozen=True)
 class Basis:
-    """Digests of what the dense model is made from."""
+    """Digests of the sources of the dense model."""
 
     model: str
     data: str
@@ -46,7 +46,7 @@ class Basis:
 
     @property
     def key(self) -> str:
-        """The same for two runs only if they train the same dense model."""
+        """A digest, the same for two runs only if they train the same dense model."""
         return hashed(asdict(self))
 
 
@@ -122,7 +122,7 @@ def _read(path: Path, progress: Progress, what: str) -> Any:
 
 
 def known_dense(folder: Path, basis: Basis, progress: Progress) -> Any:
-    """Metrics and log of the dense model in ``folder`` if this run would make the same one."""
+    """Metrics and log of the dense model in ``folder`` if this run would make the same model."""
     what = f"the dense model in {plain(folder)}"
     note = agreed(lambda: _read(folder / DENSE_NOTE, progress, what))
     if note is None or note.key == NO_NOTE:

@@ -31,10 +31,10 @@ __all__ = ["Problem", "read"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A recipe, where it runs, and what has been made of it.
+    """A recipe, the place where it runs, and the objects made from it.
 
     ``items`` are trained on in the search, ``held_out`` are further batches that the search learns
-    from; ``basis`` says what the dense model is made from.
+    from; ``basis`` identifies the sources of the dense model.
     """
 
     recipe: Recipe

@@ -41,7 +41,7 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
     try:
         yield work
     finally:
-        for name in (OWNER, LOCK):  # while it is held: who waits for this very file gets a new one
+        for name in (OWNER, LOCK):  # while the lock is held: who waits for it gets a new file
             (work / name).unlink(missing_ok=True)
         if lock is not None:
             lock.release()
