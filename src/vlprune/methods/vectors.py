@@ -51,7 +51,7 @@ class Vectors:
         return cls(keep, share)
 
     def alive(self) -> dict[str, Tensor]:
-        """1 where a unit has an effect: an own unit that stays, or a shared one whose source does."""
+        """1 where a unit has an effect: an own unit that stays, a shared unit whose source does."""
         alive: dict[str, Tensor] = {}
 
         def of(name: str) -> Tensor | None:
