@@ -1,4 +1,4 @@
-"""What is checked of a command line before anything is loaded, and told all at once."""
+"""Checks of a command line before anything is loaded, with all mistakes reported at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def each(*checks: Callable[[], Any]) -> list[Any]:
-    """What the checks return, in order.
+    """The results of the checks, in order.
 
     Raises the error of a check that fails; where several fail, one RecipeError with the problems
     of all.
@@ -57,13 +57,13 @@ def each(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def check_folder(folder: Path | None) -> None:
-    """Raise CheckpointError unless a folder that is given is there."""
+    """Raise CheckpointError if a folder is given but does not exist."""
     if folder is not None and not folder.is_dir():
         raise CheckpointError(f"there is no folder {plain(folder)}")
 
 
 def check_name(name: str) -> None:
-    """Raise CheckpointError for what is no folder, and can be no name on the hub either."""
+    """Raise CheckpointError for a name that is neither an existing path nor a possible hub name."""
     from ..folders.opening import HUB_NAME
 
     if not Path(name).exists() and not HUB_NAME.fullmatch(name):
@@ -77,7 +77,7 @@ def check_output(folder: Path) -> None:
 
 
 def check_file(path: Path | None) -> None:
-    """Raise CheckpointError unless a file that is asked for can be written."""
+    """Raise CheckpointError if a file is asked for but cannot be written."""
     if path is not None:
         place.check_file(path)
 
@@ -91,7 +91,7 @@ def check_device(name: str) -> None:
 
 
 def check_attention(unit: str) -> None:
-    """Raise UnsupportedError unless it is an attention unit."""
+    """Raise UnsupportedError unless ``unit`` is an attention unit."""
     check_choice(unit, get_args(AttentionUnit), "attention must be one of {}, not {}.")
 
 
@@ -104,7 +104,7 @@ def check_choice(word: str, known: Sequence[str], says: str) -> None:
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
-    """1,8,32 as numbers. Raises RecipeError."""
+    """The batch sizes in text such as ``1,8,32``. Raises RecipeError for any other text."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -126,9 +126,10 @@ def check_timing(threads: int, seconds: float, batch_sizes: str) -> None:
 
 
 def recipe_for(folder: Path, given: Path | None, overrides: Sequence[str] | None) -> Recipe | None:
-    """The recipe that is given, or that of the folder of a model or of an export inside it.
+    """The given recipe, or that of ``folder``: a model's, or an export's inside a model's.
 
-    None where the folder is missing: that is the mistake, not the recipe. Raises RecipeError.
+    None where the folder is missing: the folder is the mistake then, not the recipe. Raises the
+    errors of :func:`vlprune.recipe.spec.load_recipe`.
     """
     if given is None and not folder.is_dir():
         return None
@@ -140,5 +141,5 @@ def recipe_for(folder: Path, given: Path | None, overrides: Sequence[str] | None
 
 
 def on(device: str, recipe: Recipe) -> Recipe:
-    """The recipe, to be run on ``device`` where one is given."""
+    """The recipe, to be run on ``device`` unless that is empty."""
     return replace(recipe, device=device) if device else recipe

@@ -17,14 +17,14 @@ __all__ = ["Bars"]
 
 
 class Bars(Progress):
-    """Phases and bars on stderr; plain lines, a few a phase, where stderr is no terminal."""
+    """Phases and bars on stderr; plain lines, a few per phase, where stderr is no terminal."""
 
     def phase(self, title: str) -> None:
-        """A line for the phase that begins."""
+        """Print a line for the phase that begins."""
         err.print(title, style="bold" if err.is_terminal else None)
 
     def note(self, text: str) -> None:
-        """A line, as it is."""
+        """Print a line as it is, control characters escaped."""
         err.print(plain(text), markup=False, soft_wrap=True)
 
     @contextmanager

@@ -30,6 +30,6 @@ out = Plain(soft_wrap=False)
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing, and say so. Raises RecipeError."""
+    """Write a file, all of it or nothing, and report that. Raises RecipeError if that fails."""
     write_text(path, text, RecipeError)
     err.print(f"Written to {path}.")

@@ -1,8 +1,8 @@
-"""Being asked to stop: Ctrl-C, a scheduler's SIGTERM, a terminal that goes away.
+"""Requests to stop: Ctrl-C, a scheduler's SIGTERM, a terminal that goes away.
 
 By default SIGTERM and SIGHUP end Python on the spot, and SIGINT ends it with a traceback. Here all
 three raise :class:`Stopped`, which no ``except Exception`` catches, so that every ``with`` and
-``finally`` on the way out is done.
+``finally`` on the way out runs.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _First:
 
 
 def received() -> int:
-    """The number of the signal that asked this process to stop; 0 while none has.
+    """The number of the signal that asked this process to stop; 0 if none has.
 
     Libraries turn whatever is raised inside them into exceptions of their own, so an error of any
-    kind is to be read as a stop once this is not 0.
+    kind means a stop once this number is not 0.
     """
     return _First.number
 
@@ -62,7 +62,7 @@ def _handle(number: int, _frame: Any) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it, signals that ask to stop raise :class:`Stopped`.
+    """Make signals that ask to stop raise :class:`Stopped` inside the block.
 
     Signals that were ignored before (``nohup``, a job in the background) stay ignored. Outside the
     main thread, where Python takes no handlers, nothing changes.

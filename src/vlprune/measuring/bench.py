@@ -1,4 +1,4 @@
-"""Seconds beside MACs: how fast a model answers, next to another, in one process."""
+"""Measured seconds beside MACs: models timed in turns in one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .inputs import TEXT_TOKENS, made_up_inputs
 __all__ = ["bench", "latencies", "seconds_exported"]
 
 NOISE = 0.2
-"""The largest spread (interquartile range over median) of what is to be told apart."""
+"""The largest spread (interquartile range over median) at which timings count as steady."""
 LEAST_ROUNDS, MOST_ROUNDS = 7, 60
 
 
@@ -46,7 +46,7 @@ def latencies(
 ) -> dict[str, dict[int, float]]:
     """Median seconds of one forward pass: {model: {batch size: seconds}}; the models take turns.
 
-    Raises VlpruneError if they do not all lie on one device.
+    Raises VlpruneError if the models do not all lie on one device.
     """
     places = {name: device_of(model) for name, model in models.items()}
     if len(set(places.values())) > 1:
@@ -78,19 +78,20 @@ def bench(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """How fast the model in ``folder`` is, and how much faster than that in ``against``.
+    """Time the model in ``folder``, and compare it with the model in ``against`` if given.
 
-    Both run in this process, on one ``device`` (:func:`vlprune.device.choose`), in turns, for
-    about ``seconds`` per batch size and engine: eager, with ``compiled`` torch.compile, and the
-    exports inside the folders, whose runtimes use the CPU. Inputs are made up. Memory and loading
-    are measured in a process of their own each.
+    Both run in this process, on one ``device`` (:func:`vlprune.device.choose`), in turns, for about
+    ``seconds`` per batch size and engine: eager, with ``compiled`` torch.compile, and the exports
+    inside the folders, whose runtimes use the CPU. Inputs are made up. Memory and loading time are
+    measured in a separate process per model.
 
     Returns plain values: ``conditions``; ``models`` {name: params, macs (batch 1), disk_bytes,
     load_seconds, peak_bytes}; ``runs``, a list of engine, batch, model, median, low and high
     (quartiles, seconds), items_per_second; ``faster``, a list of engine, batch, times (median of
     dense over small, round by round), low, high, ideal (MACs of dense over small), of_ideal.
 
-    Raises VlpruneError if the machine is too busy to tell, RecipeError if it has no such device.
+    Raises VlpruneError if the machine is too busy to tell, RecipeError if the machine has no such
+    device, UnsupportedError if ``folder`` is an export or no inputs can be made up for its model.
     """
     progress = progress or Progress()
     Timing(threads, seconds, tuple(batch_sizes))
@@ -139,7 +140,7 @@ def bench(
 def _times_as_fast(
     timed: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Dense over small, round by round; and how much of what the MACs promise that is."""
+    """The ratio of dense to small times, round by round, also relative to the ratio of MACs."""
     ratios = np.asarray(timed["dense"]) / np.asarray(timed["small"])
     low, times, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
     row = {"times": times, "low": low, "high": high}
@@ -175,7 +176,7 @@ def inputs_of(models: Mapping[str, Any], folders: Mapping[str, Path]) -> Any:
 
 
 def _prompt(model: Any, folder: Path) -> dict[str, torch.Tensor] | None:
-    """One image and a few words as the folder's processor makes them; None without one."""
+    """One image and a few words as the folder's processor makes them; None if it cannot."""
     from PIL import Image
 
     try:
@@ -203,7 +204,7 @@ def _size(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _engines(
     models: Mapping[str, Any], folders: Mapping[str, Path], compiled: bool, trust: bool
 ) -> dict[str, dict[str, Any]]:
-    """{engine: {model: what is called}}."""
+    """The callables to time, {engine: {model: callable}}."""
     engines: dict[str, dict[str, Any]] = {"eager": dict(models)}
     if compiled:
         engines["compiled"] = {name: torch.compile(model) for name, model in models.items()}
@@ -233,7 +234,10 @@ def seconds_exported(run: Exported, batch: Mapping[str, Any]) -> float:
 def steady(
     timers: Mapping[str, Callable[[], float]], seconds: float, what: str
 ) -> dict[str, list[float]]:
-    """Rounds of all in turns, more of them if they spread. Raises VlpruneError if they still do."""
+    """The seconds of all timers, taken in turns, in twice the rounds if the first ones spread.
+
+    Raises VlpruneError if the second ones spread by more than :data:`NOISE`, too.
+    """
     first = take_turns(timers, 1, warm_up=2)
     once = sum(values[0] for values in first.values())
     rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, seconds / max(once, 1e-6))))
@@ -275,10 +279,13 @@ def _summary(engine: str, batch_size: int, name: str, values: list[float]) -> di
 
 
 def alone(folder: Path, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Loading time, peak memory and bytes on disk of the model in ``folder``."""
+    """Loading time, peak memory and bytes on disk of the model in ``folder``.
+
+    Time and memory are measured in a separate process. Raises CheckpointError if that fails.
+    """
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     facts: dict[str, Any] = {"disk_bytes": sum(path.stat().st_size for path in weights)}
-    # -P: else it would import torch.py, or any module, of the working folder
+    # -P: without it Python would import a torch.py from the working folder
     command = [sys.executable, "-P", "-m", "vlprune.measuring.bench"]
     command += [str(folder.absolute()), str(batch_size), str(device)]
     environment = {

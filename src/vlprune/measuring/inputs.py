@@ -21,11 +21,12 @@ def made_up_inputs(
 ) -> dict[str, torch.Tensor]:
     """Random images of the configured size and random tokens, as far as the model takes them.
 
-    They lie where the model does, and are the same numbers on every device. No attention mask on
-    the meta device: forward passes look into masks, which a model without weights cannot.
+    The inputs lie on the model's device, with the same numbers on every device. There is no
+    attention mask on the meta device: forward passes look at a mask's values, and there are none.
 
-    Raises UnsupportedError for models whose prompts hold image placeholders or whose images are
-    cut into patches beforehand: their inputs depend on their processor.
+    Raises UnsupportedError for models whose prompts hold image placeholders or whose images are cut
+    into patches beforehand, since their inputs depend on the processor, and for configs that give
+    no usable image size.
     """
     config = model.config
     takes = inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""How much each part of a model matters, without training: what `vlprune sensitivity` shows."""
+"""How much each part of a model matters, without training, for ``vlprune sensitivity``."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def scan(
 ) -> dict[str, Any]:
     """The loss and the size of the model with one part at a time cut to each of ``shares``.
 
-    A part is all attention or all FFN of a tower; ``"whole"`` is everything. Units are ranked
-    by |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are
-    masked, and the loss is measured on as many test batches: no training, so what is shown is
-    the damage before any repair. ``advance(1)`` is called after each measurement.
-    Not from the papers.
+    A part is all attention or all FFN of a tower; ``"whole"`` is everything. Units are ranked by
+    |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are masked, and
+    the loss is measured on as many test batches. Nothing is trained, so the losses show the damage
+    before any repair. ``advance(1)`` is called after each measurement. Raises DataError if there is
+    no data. Not from the papers.
     """
     structures = discover(model, attention).structures  # type: ignore[arg-type]
     prices = cost.param_prices(model, structures)
@@ -111,7 +111,7 @@ def _loss(objective: Any, model: Any, batches: Sequence[dict[str, Any]]) -> floa
 def _masks(
     members: Sequence[Structure], scores: dict[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """Gates that keep the best ``share`` of all units of a part, and one unit a structure."""
+    """Gates that keep the best ``share`` of all units of a part, and one unit per structure."""
     together = torch.cat([scores[s.name] for s in members])
     keep = max(1, round(share * len(together)))
     bar = together.topk(keep).values[-1]

@@ -30,4 +30,4 @@ METHODS: dict[str, type[Method]] = {
     "taylor": Taylor,
     "upop": UPop,
 }
-"""What a recipe may write under ``method: name:``."""
+"""The methods, by the names that a recipe may write under ``method: name:``."""

@@ -1,8 +1,8 @@
-"""What a method is: a frozen config that starts a search, and the search it starts.
+"""The base classes of methods, which are frozen configs, and of the searches that they start.
 
-A method knows structures, prices, gates and progress; never a module path, never a model.
-To add one: a class with its options in ``options.py`` (so that a recipe is checked without
-importing torch), a file with a subclass of it and a :class:`Search`, and a line in
+A method sees structures, prices, gates and progress, but never a module path or the model. To add a
+method, write a class with its options in ``recipe/options.py`` (so that a recipe is checked without
+importing torch), a file with a subclass of those options and a :class:`Search`, and a line in
 ``methods/__init__.py``.
 """
 
@@ -37,14 +37,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Problem:
-    """What a search is given.
+    """The input of a search.
 
     ``budget`` is the fraction of ``prices.total`` that stays. Three functions look at the model,
     which a search never sees: ``squares()`` gives the sum of squared weights of every unit,
-    {structure: (size,)}; ``shareable(target, source)`` says why units of one structure cannot take
-    the weights of another, "" if they can; ``similarity(target, source)`` gives the cosines of
-    their weights, (target's units, source's units). Structures of one of the ``groups``
-    {structure: group} must keep equally many units.
+    {structure: (size,)}; ``shareable(target, source)`` gives the reason why units of ``target``
+    cannot take the weights of ``source``, "" if they can; ``similarity(target, source)`` gives the
+    cosines of their weights, (target's units, source's units). Structures of the same group in
+    ``groups`` {structure: group} must keep equally many units.
     """
 
     structures: tuple[Structure, ...]
@@ -58,7 +58,7 @@ class Problem:
     groups: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, names: Collection[str]) -> Problem:
-        """The problem that is left where these structures stay whole."""
+        """The problem that is left if the structures in ``names`` stay whole."""
         if not names:
             return self
         return replace(
@@ -71,7 +71,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The structure that weights are drawn to, and how.
+    """The structure that the weights are drawn to, and how strongly.
 
     ``strength`` times the distance (:func:`vlprune.methods.vectors.alignment`) joins the loss;
     then the distance is multiplied by ``factor`` (:func:`vlprune.methods.vectors.draw_near`).
@@ -86,8 +86,8 @@ class Alignment:
 class Look:
     """The loss of a held-out batch: ``masked`` with vectors, ``full`` without.
 
-    ``keep`` and ``share`` are the gradients of the first by what the vectors keep and share,
-    {structure: (size,)}, the mean over all processes; empty if they were not asked for.
+    ``keep`` and ``share`` are the gradients of ``masked`` by the vectors' values of the same name,
+    {structure: (size,)}, averaged over all processes; empty if the search does not learn.
     """
 
     masked: float
@@ -97,13 +97,13 @@ class Look:
 
 
 class Weights(Protocol):
-    """The weights that a search learns in turn with, as far as it meets them."""
+    """The access to the weights for a search that learns in turn with them."""
 
     def align(self, wanted: Alignment) -> None:
         """Draw the weights towards a structure, by their gradients and directly."""
 
     def look(self, vectors: Vectors, learns: bool) -> Look:
-        """Take the loss of the next held-out batch, with gradients if the search ``learns``."""
+        """Compute the loss of the next held-out batch, with gradients if the search ``learns``."""
 
 
 class Search(ABC):
@@ -115,11 +115,11 @@ class Search(ABC):
 
     @property
     def decides_on(self) -> frozenset[str]:
-        """The structures that it may take units from."""
+        """The names of the structures that the search may take units from."""
         return frozenset(s.name for s in self.problem.structures)
 
     def leave_whole(self, names: frozenset[str]) -> None:
-        """Take nothing from these structures: what it has seen says nothing about them (yet)."""
+        """Take no units from these structures, which the search knows too little about (yet)."""
         self.whole = names
 
     @property
@@ -132,7 +132,7 @@ class Search(ABC):
         return least(self.open.prices)
 
     def reprice(self, prices: Prices) -> None:
-        """Go on with these prices: a measured table is taken from a checkpoint."""
+        """Go on with these prices, such as a measured table that a checkpoint holds."""
         self.problem = replace(self.problem, prices=prices)
 
     def gates(self, progress: float) -> Mapping[str, Tensor]:
@@ -144,30 +144,30 @@ class Search(ABC):
         return
 
     def expect(self, steps: int) -> None:
-        """Raise RecipeError if a training of so many steps could not teach it anything."""
+        """Raise RecipeError if the search could learn nothing in a training of ``steps`` steps."""
         return
 
     def turn(self, progress: float, weights: Weights) -> None:
         """Learn in turn with the weights; called once after each backward pass.
 
-        Only for a method that ``uses_held_out`` batches.
+        Called only for methods that set ``uses_held_out``.
         """
         return
 
     @abstractmethod
     def keep(self) -> dict[str, tuple[int, ...]]:
-        """The units that stay, within the budget."""
+        """The units that stay, {structure: units}, within the budget."""
 
     def share(self) -> dict[str, tuple[Any, ...]]:
-        """The units that take another's weights, as in :class:`vlprune.Plan`."""
+        """The units that take another unit's weights, in the form of :class:`vlprune.Plan`."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for :meth:`restore` to go on exactly from here."""
+        """All that a checkpoint must hold for :meth:`restore` to go on exactly from here."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Go on from a result of :meth:`state`."""
         return
 
     def facts(self) -> dict[str, float]:
@@ -175,7 +175,7 @@ class Search(ABC):
         return {}
 
     def history(self) -> list[dict[str, float]]:
-        """Figures noted while it ran, first to last."""
+        """Figures noted while the search ran, oldest first."""
         return []
 
 
@@ -183,13 +183,13 @@ class Method(ABC):
     """A config that can start a search."""
 
     uses_gates: ClassVar[bool] = False
-    """Whether training must run with gates, whose gradients the search is handed."""
+    """Whether training must run with gates, whose gradients are passed to the search."""
     uses_held_out: ClassVar[bool] = False
-    """Whether its search learns in turn with the weights, on batches that are not trained on."""
+    """Whether the search learns in turn with the weights, on batches that are not trained on."""
 
     @property
     def needs_training(self) -> bool:
-        """Whether its search must watch a training; if not, a plan can be made at any time."""
+        """Whether the search must watch a training; if not, a plan can be made at any time."""
         return self.uses_gates or self.uses_held_out
 
     @abstractmethod
@@ -198,12 +198,12 @@ class Method(ABC):
 
 
 class OneShot(OneShotOptions, Method):
-    """A method that scores every unit once and keeps the best. The baselines share it.
+    """The base class of the baselines, which score every unit once and keep the best.
 
-    ``scope="global"`` ranks all units of the model together, after bringing the scores of each
-    kind of structure to zero mean and unit variance (not from a paper, but after UPop's section
-    3.2); ``scope="uniform"`` removes the same share of every structure. ``round_to=8`` keeps
-    multiples of 8 units.
+    ``scope="global"`` ranks all units of the model together, after bringing the scores of each kind
+    of structure to zero mean and unit variance (not from a paper; modelled on UPop, section 3.2);
+    ``scope="uniform"`` removes the same share of every structure. ``round_to=8`` keeps multiples of
+    8 units.
     """
 
     def best(self, problem: Problem, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -218,7 +218,7 @@ class OneShot(OneShotOptions, Method):
 
 
 def family(structure: Structure) -> str:
-    """``"ffn"`` or ``"attention"``: what is compared with what."""
+    """``"ffn"`` or ``"attention"``: the scores of a family are standardised together."""
     return "ffn" if structure.kind == "ffn" else "attention"
 
 

@@ -8,14 +8,14 @@ __all__ = ["Magnitude"]
 
 
 class Magnitude(OneShot):
-    """One-shot baseline: the root of a unit's summed squared weights is its score.
+    """One-shot baseline: a unit's score is the root of its summed squared weights.
 
     Source: the group magnitude criterion of Li et al. (ICLR 2017), over all slices of the
     unit. Needs no data and no training.
     """
 
     def start(self, problem: Problem) -> Search:
-        """A search that looks at the weights when it is asked for the plan."""
+        """A search that reads the weights when the plan is made."""
         return _MagnitudeSearch(self, problem)
 
 

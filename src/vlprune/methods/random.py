@@ -11,7 +11,7 @@ __all__ = ["Random"]
 
 
 class Random(RandomOptions, OneShot):
-    """One-shot baseline: every unit has the same chance. What any method must beat."""
+    """One-shot baseline: every unit has the same chance. Any method must beat this."""
 
     def start(self, problem: Problem) -> Search:
         """A search whose plan depends on the seed alone."""

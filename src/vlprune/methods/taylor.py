@@ -15,7 +15,7 @@ __all__ = ["Taylor"]
 
 
 class Taylor(OneShot):
-    """One-shot baseline: |d loss / d gate| at gate 1, averaged over the steps it has seen.
+    """One-shot baseline: |d loss / d gate| at gate 1, averaged over the steps of training.
 
     With gates at 1 the gradient of a gate is the sum of weight times gradient over the unit,
     the first-order change of the loss when the unit is removed. Source: Molchanov et al.

@@ -23,9 +23,9 @@ IMPORTANCE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "squared": (lambda gradient, gate: gradient.square(), 1.0),
     "gradient_x_gate": (lambda gradient, gate: (gradient * gate).abs(), 1.0),
 }
-"""What is added up over the steps, and whether a large (1) or a small (-1) total stays.
+"""The term added up over the steps, and whether large (1) or small (-1) totals stay.
 
-``signed`` is the paper's: a gate whose increase raises the loss goes first. The other two are
+``signed`` is from the paper: a gate whose increase raises the loss goes first. The other two are
 for comparison and not from the paper: the empirical Fisher information, and Taylor's first-order
 change."""
 
@@ -33,25 +33,25 @@ change."""
 class UPop(UPopOptions, Method):
     """Unified and progressive pruning (Shi et al., ICML 2023, arXiv 2301.13741, section 3).
 
-    While the model trains, the gradients G of all gates are added up, in float32, from the
-    first step on; steps that are not finite are left out and counted. At every ``interval``
-    steps G is standardised over all attention gates and over all FFN gates of all towers (so
-    that one ranking holds for everything), the lowest-ranked units are walked down until the
-    scheduled share of the cost is reached (:func:`vlprune.methods.schedule.removed_share`), and all
-    of these get the same gate, which fades to exactly 0 at the end. A unit may come back while
-    the search runs; every structure keeps at least one unit.
+    While the model trains, the gradients G of all gates are added up, in float32, from the first
+    step on; steps that are not finite are left out and counted. At every ``interval`` steps G is
+    standardised over all attention gates and over all FFN gates of all towers (so that one ranking
+    holds for everything). Units are then taken from the bottom of the ranking until the scheduled
+    share of the cost is reached (:func:`vlprune.methods.schedule.removed_share`), and all of them
+    get the same gate, which fades to exactly 0 at the end. A unit may come back while the search
+    runs; every structure keeps at least one unit.
 
     ``interval`` counts optimizer steps; ``"auto"`` (not from the paper) decides at every hundredth
-    of the search, about what the authors used on each task. ``cost="exact"`` counts what a unit
-    really costs in the budget's currency; ``cost="paper"`` counts ``paper_ratio`` for an attention
-    unit and 1 for an FFN unit, and takes 1 - budget as the paper's p, a fraction of the prunable
-    cost, so what is reached differs from the budget (the authors use 36 for BLIP and CLIP, 9234/769
-    for DeiT-S). ``importance`` is a name of :data:`IMPORTANCE`. ``l1`` adds the authors' L1 term,
-    as in ``{"attention": 1.44e-2, "ffn": 5e-4}``; its gradient is the same for every gate of a
-    kind, so standardisation cancels it while no gate is 0, and it is left out by default.
-    ``round_to`` (multiples of so many units) and ``floors`` (``{"vision": 0.3}``: that share of the
-    tower's prunable cost stays) hold for every decision, so that what fades is what goes; neither
-    is from the paper.
+    of the search, about as often as the authors on each task. ``cost="exact"`` counts a unit's true
+    cost in the budget's currency; ``cost="paper"`` counts ``paper_ratio`` for an attention unit and
+    1 for an FFN unit, and takes 1 - budget as the paper's p, a fraction of the prunable cost, so
+    the cost reached differs from the budget (the authors use 36 for BLIP and CLIP, 9234/769 for
+    DeiT-S). ``importance`` is a name of :data:`IMPORTANCE`. ``l1`` adds the authors' L1 term, as in
+    ``{"attention": 1.44e-2, "ffn": 5e-4}``; its gradient is the same for every gate of a kind, so
+    standardisation cancels it while no gate is 0, and it is left out by default. ``round_to`` (keep
+    multiples of this number) and ``floors`` (``{"vision": 0.3}``: that share of the tower's
+    prunable cost stays) hold for every decision, so that exactly the units that fade are removed;
+    neither is from the paper.
     """
 
     uses_gates: ClassVar[bool] = True
@@ -72,7 +72,7 @@ class _UPopSearch(Search):
         self.floors = self._floors()
         lowest = least(self.prices, method.round_to, self.floors)
         if self.budget < lowest:
-            # the same sentence as at the end, now rather than after hours of training
+            # raises the same error as the end of the search, but before hours of training
             self._select({s.name: [0.0] * s.size for s in self.structures}, 1.0)
         self.total = torch.zeros(sum(self.sizes))  # G, in the order of the structures
         self.values = torch.ones(sum(self.sizes))  # the gates
@@ -103,7 +103,7 @@ class _UPopSearch(Search):
     # -- while training ------------------------------------------------------------------
 
     def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
-        """Add to G, and decide if it is time to."""
+        """Add to G, and decide anew if a decision is due."""
         device = next(iter(gradients.values())).device
         self.total, self.values = self.total.to(device), self.values.to(device)
         gradient = torch.cat(
@@ -133,7 +133,7 @@ class _UPopSearch(Search):
         return due or progress >= 1
 
     def _decide(self, progress: float) -> None:
-        """Rank, walk down to the scheduled share, let what lies below fade."""
+        """Rank all units, and let the lowest fade until the scheduled share is reached."""
         kept = self._select(self.scores(), progress)
         fading = 1 - removed_share(progress) if progress < 1 else 0.0
         values = torch.full((sum(self.sizes),), fading)
@@ -165,7 +165,7 @@ class _UPopSearch(Search):
     def _select(
         self, scores: Mapping[str, list[float]], progress: float
     ) -> dict[str, tuple[int, ...]]:
-        """The units that stay when the search has come so far: as near as blocks and floors allow.
+        """The units that stay at ``progress``, as near the schedule as blocks and floors allow.
 
         Raises BudgetError at the end of the search if the budget cannot be reached.
         """
@@ -234,7 +234,7 @@ class _UPopSearch(Search):
         return {s.name: part for s, part in zip(self.structures, parts, strict=True)}
 
     def _mask(self, kind: str) -> Tensor:
-        """1 for the units of a kind: (all units,)."""
+        """1 for the units of a kind, 0 for all others: (all units,)."""
         parts = [torch.full((s.size,), float(family(s) == kind)) for s in self.structures]
         return torch.cat(parts).to(self.total.device)
 

@@ -1,7 +1,7 @@
-"""One differentiable number per unit: does it stay, does it take its weights from another?
+"""Differentiable numbers per unit: does the unit stay, does it take weights from another unit?
 
-A plan says the same with lists; vectors say it while it is being learnt. Source: joint share and
-prune (ICLR 2023); the exact form is not from the paper.
+A plan holds the same decisions as lists; vectors hold them while they are being learnt. Source:
+joint share and prune (ICLR 2023); the exact form is not from the paper.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..structures.units import positions
 __all__ = ["Vectors", "alignment", "draw_near"]
 
 Shares = Mapping[str, tuple[str, Tensor, Tensor]]
-"""{structure: (source, 1 for each unit that takes the source's weights, which unit it takes)}."""
+"""{structure: (source, 1 per unit that takes the source's weights, the source's unit for each)}."""
 
 
 @dataclass(frozen=True)
 class Vectors:
     """``keep`` {structure: (size,)}, 1 where a unit stays, and ``share``, as :data:`Shares`.
 
-    A structure that is absent stays whole. Sharing takes precedence: whether a unit that shares is
-    alive is its source's affair.
+    A structure that is absent stays whole. Sharing takes precedence: a unit that shares is alive if
+    its source unit is.
     """
 
     keep: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Vectors:
 
     @classmethod
     def of_plan(cls, structures: Sequence[Structure], plan: Plan) -> Vectors:
-        """The vectors that say what a plan says."""
+        """The vectors that hold the decisions of a plan."""
         keep = {}
         for structure in structures:
             keep[structure.name] = torch.zeros(structure.size)
@@ -51,7 +51,7 @@ class Vectors:
         return cls(keep, share)
 
     def alive(self) -> dict[str, Tensor]:
-        """1 where a unit has an effect: own ones that stay, shared ones whose source does."""
+        """1 where a unit has an effect: an own unit that stays, a shared unit whose source does."""
         alive: dict[str, Tensor] = {}
 
         def of(name: str) -> Tensor | None:
@@ -82,7 +82,7 @@ class Vectors:
         }
 
     def cost(self, prices: Prices) -> Tensor:
-        """What the model costs: exact where all vectors are 0 or 1. A scalar."""
+        """The cost of the model, a scalar; exact where all vectors are 0 or 1."""
         alive, own = self.alive(), self.own()
         total = torch.tensor(prices.fixed, dtype=torch.float64)
         for name, price in prices.unit.items():
@@ -95,7 +95,7 @@ class Vectors:
         return total
 
     def plan(self, structures: Sequence[Structure], attention: str, fingerprint: str) -> Plan:
-        """The plan that says the same; values above one half count as 1."""
+        """The plan with the same decisions; values above one half count as 1."""
         alive = self.alive()
         keep = {s.name: tuple(_units(alive[s.name])) for s in structures if s.name in alive}
         share = {}
@@ -115,8 +115,8 @@ def alignment(
 ) -> Tensor:
     """How far the weights are from the wanted structure: R_align, a scalar.
 
-    The mean over the structures of the length of every unit that is to go, plus the distance of
-    every unit that is to share from the unit it shares. A unit's weights count, not its bias.
+    The lengths of all units that are to go, plus the distances of all units that are to share from
+    the units they share, divided by the number of structures. A unit's weights count, not its bias.
     Differentiable in the weights, both of a unit and of its source.
     """
     by_name = {s.name: s for s in structures}
@@ -158,8 +158,8 @@ def draw_near(
 ) -> None:
     """Multiply the distance of the weights from the wanted structure by ``factor``, in place.
 
-    Units that are to go shrink, units that are to share move to the unit they share, sources
-    first. With 0 the weights are the structure: masked, mixed and whole model are the same.
+    Units that are to go shrink, units that are to share move to the unit they share, sources first.
+    With 0 the weights match the structure: masked, mixed and whole model are the same.
     """
     by_name = {s.name: s for s in structures}
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""The conformance suite, for our families and for architectures of your own."""
+"""The conformance suite, for the supported families and for architectures of your own."""
 
 from .conformance import CHECKS
 from .families import FAMILIES, VARIANTS, Sample, build

@@ -1,7 +1,7 @@
-"""What must hold for every family and every attention unit.
+"""Checks that must hold for every family and every attention unit.
 
-Each check takes a function that builds a fresh :class:`~vlprune.testing.families.Sample`
-and an attention unit, and raises AssertionError if the promise is broken. Run them over an
+Each check takes a function that builds a fresh :class:`~vlprune.testing.families.Sample` and an
+attention unit, and raises AssertionError if its promise is broken. Run the checks on an
 architecture of your own::
 
     from vlprune.testing import CHECKS
@@ -47,11 +47,11 @@ __all__ = ["CHECKS"]
 Make = Callable[[], Sample]
 Check = Callable[[Make, AttentionUnit], None]
 TOLERANCE = 1e-10
-"""Masked and cut model in float64, relative to outputs of order 1."""
+"""The largest difference of masked and cut model in float64, relative to outputs of order 1."""
 NEARLY = 1e-5
-"""One model before and after a folder, in float32, relative to outputs of order 1. Its weights are
-the same bits; its outputs need not be, since kernels sum in another order where the weights lie at
-another place in memory."""
+"""The largest difference of a model before saving and after loading, in float32, relative to
+outputs of order 1. The weights are the same bits; the outputs need not be, since kernels sum in
+another order where the weights lie at another place in memory."""
 
 CHECKS: dict[str, Check] = {}
 
@@ -98,7 +98,7 @@ def _apart(expected: list[Tensor], found: list[Tensor]) -> float:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a folder holds of a model."""
+    """The tensors of a model that a folder holds."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
@@ -127,10 +127,10 @@ def _bits(x: Tensor) -> Tensor:
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[nn.Module]:
-    """The model itself, to be cut inside; afterwards it is what it was.
+    """The model itself, to be cut inside the block and restored afterwards.
 
-    A copy would do as well and takes as long as three forward passes. Parameters are not copied:
-    a cut replaces them, and the checks see to it that the model answers as before.
+    A copy would do as well but takes as long as three forward passes. Parameters are not copied: a
+    cut replaces them, and the checks assert that the model answers as before.
     """
     configs: dict[int, Any] = {}
 
@@ -154,7 +154,7 @@ def _put_back(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy that later changes do not reach, down to the containers in it."""
+    """A copy that later changes do not reach; containers among the values are copied, too."""
     return {
         name: value.copy() if isinstance(value, dict | list | set) else value
         for name, value in values.items()
@@ -217,7 +217,7 @@ def _quiet() -> Iterator[None]:
 
 @_check
 def discovery_is_stable(make: Make, attention: AttentionUnit) -> None:
-    """Discovering twice gives the same; every weight belongs to at most one unit."""
+    """Discovering twice gives the same description; every weight belongs to at most one unit."""
     model = make().model
     description = discover(model, attention)
     assert description == discover(model, attention)
@@ -306,7 +306,7 @@ def masked_equals_cut(make: Make, attention: AttentionUnit) -> None:
             moved = _apart(dense, masked[implementations[-1]])
             assert moved > 1e-4, f"removing half moves the output by {moved:.1e} only"
     # all units were kept last, under the implementation that is still set; eager may know more
-    # than SDPA does (Gemma 2 caps its scores), so the first answer is none to compare with
+    # than SDPA does (Gemma 2 caps its scores), so the first answer is not comparable
     again = _forward(sample.model, sample.inputs)
     assert _apart(masked[implementations[-1]], again) <= TOLERANCE, "the model was not put back"
 
@@ -378,8 +378,11 @@ def costs_agree(make: Make, attention: AttentionUnit) -> None:
 
 
 def share_plan(model: nn.Module, description: Description, seed: int = 0) -> Plan:
-    """Half of the units of every structure, and wherever two structures of any towers are alike,
-    some units with the weights of an earlier one, in any pairing; so chains occur."""
+    """A plan that keeps half of every structure and shares wherever two structures are alike.
+
+    Some units take the weights of an earlier structure, of any tower and in any pairing, so that
+    chains occur.
+    """
     rng, structures = random.Random(seed), list(description)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     plan, share = make_plan(description, _half, seed), {}
@@ -401,7 +404,7 @@ def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
     description = discover(sample.model, attention)
     structures = description.structures
     plan = share_plan(sample.model, description)
-    while any(not plan.kept(s) for s in structures):  # all of it was shared from what goes
+    while any(not plan.kept(s) for s in structures):  # all sharing with units that go
         empty = {s.name for s in structures if not plan.kept(s)}
         share = {name: entry for name, entry in plan.share.items() if name not in empty}
         plan = Plan(plan.keep, share, attention, description.fingerprint)
@@ -434,13 +437,13 @@ def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
 
 
 def param_prices_total(model: nn.Module, description: Description) -> float:
-    """What the price list of a model adds up to."""
+    """The total of a model's price list, in parameters."""
     return cost.param_prices(model, description.structures).total
 
 
 @_check
 def folders_round_trip(make: Make, attention: AttentionUnit) -> None:
-    """Saved and loaded twice, by the own class and by AutoModel: the same bits of weights."""
+    """Saved and loaded twice, by its own class and by AutoModel: the same bits of weights."""
     sample = make()
     description = discover(sample.model, attention)
     small = rewrite(sample.model, description, make_plan(description, _half))

@@ -36,17 +36,20 @@ class Sample:
 
 
 FAMILIES: dict[str, Callable[[], Sample]] = {}
-"""Those that every check of the conformance suite runs on."""
+"""The families that every check of the conformance suite runs on."""
 
 VARIANTS: dict[str, Callable[[], Sample]] = {}
-"""Those whose attention differs from a family's by the name of its class only.
+"""Variants whose attention differs from a family's by the name of its class only.
 
-Two checks are enough for them: that masked equals cut, and that the order is right.
+Two checks are enough for variants: that masked equals cut, and that the order is right.
 """
 
 
 def build(name: str, seed: int = 0) -> Sample:
-    """A fresh sample of the family or variant, in eval mode, the same for the same seed."""
+    """A fresh sample of the family or variant, in eval mode, the same for the same seed.
+
+    Raises KeyError for an unknown name.
+    """
     torch.manual_seed(seed)
     sample = (FAMILIES.get(name) or VARIANTS[name])()
     sample.model.eval()
@@ -228,7 +231,7 @@ def _blip_config(**vision: Any) -> Any:
 @_family
 def blip() -> Sample:
     inputs = {"input_ids": _ids(), "pixel_values": _pixels()}
-    # BlipModel encodes the text alone: its cross-attention is there but never runs
+    # BlipModel encodes the text alone: its cross-attention exists but never runs
     return Sample(T.BlipModel(_blip_config()), inputs, idle=r"crossattention")
 
 

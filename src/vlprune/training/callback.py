@@ -46,12 +46,12 @@ class CompressorCallback(TrainerCallback, ExportableState):
         self._last: tuple[int, int] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What goes into ``trainer_state.json``."""
+        """The entry in ``trainer_state.json``: the search's state, and a figure of the weights."""
         packed = base64.b64encode(pack(self.compressor.state())).decode()
         return {"args": {}, "attributes": {"search": packed, "weights": self._weights()}}
 
     def _weights(self) -> float:
-        """A figure by which the weights that this process holds are known again."""
+        """A figure to recognise the weights of this process by: the sum of their magnitudes."""
         parameters = self.compressor.model.parameters()
         return sum(float(p.detach().double().abs().sum()) for p in map(_local, parameters))
 
@@ -96,7 +96,7 @@ class CompressorCallback(TrainerCallback, ExportableState):
         self.compressor.restore(unpack(base64.b64decode(saved["search"])))
 
     def _saved(self, state: Any) -> Any:
-        """What :meth:`state` gave when the checkpoint was saved; None without this callback."""
+        """The attributes that :meth:`state` put into the checkpoint; None without this callback."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is None:
             return None
@@ -132,7 +132,7 @@ class CompressorCallback(TrainerCallback, ExportableState):
         step = id(state), state.global_step
         if self.compressor.finished or step == self._last:  # given to the Trainer twice
             return
-        if state.global_step >= state.max_steps:  # resumed after its end, it makes a step more
+        if state.global_step >= state.max_steps:  # resumed at its end, a Trainer steps once more
             return
         self._last = step
         optimizer = kwargs.get("optimizer")

@@ -1,7 +1,7 @@
 """The Trainer's checkpoints of one phase: sealed when whole, checked before they are read.
 
-The Trainer reads them with ``weights_only``, so that a pickle in one runs no code. But it would
-train on with flipped weights, and stop at a file that was cut short without saying what to do.
+The Trainer reads them with ``weights_only``, so that a pickle in a checkpoint runs no code. But the
+Trainer would go on from corrupted weights, and stop at a truncated file without saying what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["newest", "seal", "step_of"]
 
 SEAL = "vlprune-complete.json"
 KEPT = 2
-"""The newest, and the one before in case the newest is damaged."""
+"""Checkpoints to keep: the newest, and the one before in case the newest is damaged."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -34,7 +34,7 @@ def _found(phase: Path) -> list[Path]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Note that the checkpoint is whole, and remove those that are not needed any more.
+    """Note that the checkpoint is whole, and remove checkpoints that are no longer needed.
 
     Raises CheckpointError if the note cannot be written.
     """
@@ -48,7 +48,7 @@ def newest(phase: Path, say: Callable[[str], None]) -> Path | None:
     """The last whole checkpoint in the folder of a phase.
 
     Later ones that are damaged, or that this phase did not write, are set aside with a line to
-    ``say``; one that was cut short by a kill is removed. Raises CheckpointError if neither can be
+    ``say``; a checkpoint cut short by a kill is removed. Raises CheckpointError if neither can be
     done.
     """
     passed, whole = [], None

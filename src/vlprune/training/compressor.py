@@ -59,30 +59,30 @@ __all__ = ["Compressor", "CompressorCallback"]
 class Compressor:
     """A compression of ``model`` by ``method`` to ``budget``.
 
-    ``budget`` is the fraction of the whole model that stays: ``{"params": 0.5}``,
-    ``{"macs": 0.5}`` or ``{"latency": 0.5}``; the latter two need ``example_inputs`` (keywords of
-    one forward pass), because they depend on the input. A latency is measured where the model
-    lies, with these inputs and torch's present number of threads: choose them as in production.
-    ``skip`` leaves structures dense whose names match one of these patterns, as in
-    ``("text_model.*",)``. With ``uniform`` all layers of a tower keep equally many units of a
-    kind, so that an ordinary config may be able to say it (:func:`vlprune.ordinary`). ``prices``
-    is a table of seconds that :func:`vlprune.latency_prices` has measured before.
+    ``budget`` is the fraction of the whole model that stays: ``{"params": 0.5}``, ``{"macs": 0.5}``
+    or ``{"latency": 0.5}``; the latter two need ``example_inputs`` (keywords of one forward pass),
+    because they depend on the input. A latency is measured on the model's device, with these inputs
+    and torch's present number of threads: choose them as in production. Structures whose names
+    match a pattern in ``skip`` stay dense, as in ``("text_model.*",)``. With ``uniform`` all layers
+    of a tower keep equally many units of a kind, so that an ordinary config may be able to describe
+    the result (:func:`vlprune.ordinary`). ``prices`` is a table of seconds that
+    :func:`vlprune.latency_prices` measured earlier.
 
     Its life::
 
         Compressor(model, ...)  describes and prices; refuses what cannot be done; leaves no trace
         with compressor:        gates are put in place: here, by callback() for a Trainer, or by
             step(progress)      the first step() of a loop of your own; the search learns
-        plan()                  what would stay if the cut were made now
+        plan()                  the plan of a cut that were made now
         finish()                takes the gates away and cuts; the same object, really smaller
-        report()                what was asked and reached
+        report()                the figures asked for and reached
 
     Gates stay until :meth:`finish` cuts, :meth:`detach` is called, the ``with`` block ends, or the
     Compressor is deleted. Copies and pickles of the model that are made meanwhile have no gates.
 
     A method that learns in turn with the weights (``JSP``) needs ``held_out``: a list or any other
-    sequence of batches (keywords of one forward pass) that are not trained on. ``loss`` turns
-    one into its loss; by default it is what the model's own forward returns as ``loss``.
+    sequence of batches (keywords of one forward pass) that are not trained on. ``loss`` turns a
+    batch into its loss; the default is the ``loss`` that the model's own forward returns.
 
     Raises BudgetError for a budget that cannot be reached, UnsupportedError for a model with
     nothing to prune, with another quantizer, with adapters, or inside a wrapper that would not
@@ -136,12 +136,12 @@ class Compressor:
 
     @property
     def prices(self) -> Prices:
-        """What units cost, in the currency of the budget."""
+        """The costs of units, in the currency of the budget."""
         return self.costs.prices
 
     @property
     def gates(self) -> Mapping[str, Tensor]:
-        """The gates as they stand, {structure: (size,)}; none where the method uses none."""
+        """The gates as they stand, {structure: (size,)}; empty where the method uses no gates."""
         return self._gating.gates
 
     def _new_search(self) -> Search:
@@ -165,23 +165,23 @@ class Compressor:
             self._gating.attach()
 
     def detach(self) -> None:
-        """Take gates and hooks away again; what the search has learnt stays."""
+        """Remove gates and hooks; the search keeps what it has learnt."""
         self._gating.detach()
 
     def begin(self, steps: int) -> None:
-        """Get ready for a search of so many steps; :meth:`callback` does this.
+        """Get ready for a search of ``steps`` steps; :meth:`callback` does this.
 
-        Raises RecipeError if they are too few for the method, UnsupportedError if somebody has
-        replaced weights (an adapter, say) since the Compressor was made.
+        Raises RecipeError if the steps are too few for the method, UnsupportedError if weights have
+        been replaced (by an adapter, say) since the Compressor was made.
         """
         self.attach()
         self.search.expect(steps)
         self._gating.follow()  # an objective may never call the model's own forward
 
     def end(self) -> None:
-        """What is removed for good is emptied; gates stay in place until :meth:`finish`.
+        """Zero the weights of units whose removal is final; gates stay until :meth:`finish`.
 
-        So the model can be evaluated and saved between the search and the cut.
+        The model can then be evaluated and saved between the search and the cut.
         """
         if self.finished:
             self.detach()
@@ -194,7 +194,7 @@ class Compressor:
             self._gating.translate_names()
 
     def restart(self) -> None:
-        """Forget what the search has seen, and open all gates."""
+        """Start the search anew, and open all gates."""
         self.search = self._new_search()
         if self.turns is not None:
             self.turns.restart(self.search)
@@ -206,23 +206,24 @@ class Compressor:
         self._gating.set(self.search.gates(0.0))
 
     def train_in(self, dtype: torch.dtype | None) -> None:
-        """The dtype that training computes in, for looks at held-out batches; None: the model's."""
+        """Set the dtype that training, and so held-out batches, compute in; None: the model's."""
         if self.turns is not None:
             self.turns.autocast = dtype
 
     def step(self, progress: float, scale: float = 1.0, weight_scale: float | None = None) -> None:
         """Tell the search that one backward pass is done; call before ``optimizer.step()``.
 
-        ``progress`` runs from 0 to 1 over the search. ``scale`` is what the loss was multiplied
-        with before the backward pass: ``scaler.get_scale()`` where a GradScaler is in use, and
-        ``weight_scale`` is that factor where the weights' gradients still carry it, 1 after
+        ``progress`` runs from 0 to 1 over the search. ``scale`` is the factor that the loss was
+        multiplied by before the backward pass: ``scaler.get_scale()`` where a GradScaler is in use,
+        and ``weight_scale`` is that factor where the weights' gradients still carry it, 1 after
         ``scaler.unscale_(optimizer)`` (default: ``scale``).
 
-        If nothing has put the gates in place yet, the first call does, and learns nothing from
-        the pass before it.
+        If nothing has put the gates in place yet, the first call does, and learns nothing from the
+        pass before it. Raises VlpruneError if ``progress`` is outside [0, 1], if the model has been
+        cut, or if no gate has a gradient.
         """
         if abs(progress - 1) < 1e-6:
-            progress = 1.0  # a sum of fractions may end a little beside it
+            progress = 1.0  # a sum of fractions may end slightly off 1
         if not 0 <= progress <= 1:
             raise VlpruneError(f"progress runs from 0 to 1, not {progress!r}")
         if self.finished:
@@ -236,7 +237,7 @@ class Compressor:
                         "'with compressor:' block"
                     )
                 return
-        if self.progress == 0:  # an adapter may have come since the gates were put in place
+        if self.progress == 0:  # an adapter may have been added since the gates were put in place
             check_plain(self.model, self.structures)
         if self.method.uses_gates:
             self._learn(progress, scale)
@@ -274,9 +275,9 @@ class Compressor:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` returned; puts the gates in place.
+        """Go on from a result of :meth:`state`; puts the gates in place.
 
-        Raises VlpruneError if it is another model's.
+        Raises VlpruneError if the state belongs to another model or attention unit.
         """
         saved = SearchState.of(state)
         sizes = {name: gate.shape for name, gate in self._gating.gates.items()}
@@ -306,9 +307,9 @@ class Compressor:
         return callback
 
     def watch(self, trainer: Any) -> TrainerCallback:
-        """As ``callbacks=[compressor.callback()]``, and the search's figures reach its loggers.
+        """Add :meth:`callback` to a Trainer so that the search's figures reach its loggers.
 
-        The Trainer calls loggers before callbacks it is given, so this one is put in front:
+        The Trainer calls its loggers before the callbacks it is given, so this one is put in front:
         TensorBoard, Weights & Biases or MLflow (``report_to``) show ``search/remains`` and more.
         """
         callback = self.callback()
@@ -316,7 +317,7 @@ class Compressor:
         return callback
 
     def remember_optimizer(self, optimizer: Any) -> None:
-        """The optimizer that trains the model now, so that it can go on after the cut."""
+        """Note the optimizer that trains the model, so that it can go on after the cut."""
         if optimizer is not None:
             self._optimizer = optimizer
 
@@ -331,7 +332,7 @@ class Compressor:
     # -- the end -------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """The plan as the search sees it now. Raises VlpruneError if it has seen nothing."""
+        """The plan as the search sees it now. Raises VlpruneError if the search knows nothing."""
         if self._plan is not None:
             return self._plan
         check_plain(self.model, self.structures)
@@ -350,13 +351,14 @@ class Compressor:
         return settled(self.model, self.description.structures, plan)
 
     def finish(self, verify: bool = True) -> Any:
-        """The model that was given, really smaller: the same object.
+        """Cut the given model in place, and return the same object.
 
-        With ``verify`` the masked and the cut model are compared on ``example_inputs``, or on
-        the first batch seen in training; :meth:`report` says how far apart they were, or that
-        there was nothing to compare on. Whatever goes wrong, the model stays as it was. A
-        Trainer's optimizer goes on with the new parameters; in a loop of your own, make a new
-        optimizer. Raises VerificationError if masked and cut model differ.
+        With ``verify`` the masked and the cut model are compared on ``example_inputs``, or on the
+        first batch seen in training; :meth:`report` says how far apart they were, or that there was
+        nothing to compare on. If an error is raised, the model stays as it was. A Trainer's
+        optimizer goes on with the new parameters; in a loop of your own, make a new optimizer.
+        Raises VerificationError if masked and cut model differ, UnsupportedError if the weights are
+        sharded, VlpruneError if processes disagree on the plan.
         """
         if self.finished:
             return self.given
@@ -385,10 +387,10 @@ class Compressor:
         return self.given
 
     def notes(self) -> list[str]:
-        """What a reader of the report must know, one sentence per note."""
+        """Caveats that a reader of the report must know, one sentence each."""
         early = unfinished(self.method, self.search, self.progress) if self.finished else ""
         return [note for note in (early, self._reach.missing if self.progress > 0 else "") if note]
 
     def report(self) -> dict[str, Any]:
-        """What was asked and reached, by tower and kind: plain values, ready for JSON."""
+        """Figures asked for and reached, by tower and kind: plain values, ready for JSON."""
         return summary(self)

@@ -1,4 +1,4 @@
-"""The end of a search: what is said of one that stopped early, and how fast the small model is."""
+"""The end of a search: a warning if it stopped early, and the speed of the small model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..prices.clock import (
 __all__ = ["measured_seconds", "refuse_sharded", "unfinished"]
 
 ROUNDS = 9
-"""Forward passes of which the median is the reached latency."""
+"""Forward passes whose median time is the reached latency."""
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -35,7 +35,7 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def unfinished(method: Method, search: Search, progress: float) -> str:
-    """What a cut before the end of its search means; "" if the search has ended."""
+    """A warning about a cut before the end of the search; "" if the search has ended."""
     if not method.needs_training or progress >= 1:
         return ""
     gate = float(search.facts().get("gate_of_fading_units", 1.0))

@@ -1,4 +1,4 @@
-"""Training is the Trainer's: this only fills in its arguments and guards its checkpoints."""
+"""Training by the Hugging Face Trainer: its arguments, and a guard on its checkpoints."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Items(Dataset[tuple[int, Any]]):
 class _Arguments(TrainingArguments):
     """The Trainer's arguments, for training on the one device ``runs_on``.
 
-    By itself the Trainer takes every GPU it sees, as one DataParallel model, or the first.
+    Left to itself, the Trainer takes every GPU in sight, as one DataParallel model, or the first.
     """
 
     runs_on: str = "cpu"
@@ -83,7 +83,10 @@ class _Trainer(Trainer):
     rates: Mapping[str, float] = MappingProxyType({})
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint, sealed when every process has written its part; the one before stays."""
+        """Write a checkpoint, and seal it when every process has written its part.
+
+        Raises CheckpointError if it cannot be written; earlier ones stay.
+        """
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         state = PartialState()
         try:
@@ -93,7 +96,7 @@ class _Trainer(Trainer):
                 seal(folder)
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             full = is_full(error, folder.parent)
-            shutil.rmtree(folder, ignore_errors=True)  # it may have filled the disk
+            shutil.rmtree(folder, ignore_errors=True)  # the folder may have filled the disk
             why = os.strerror(errno.ENOSPC) if full else reason(error)
             raise CheckpointError(f"cannot write the checkpoint {plain(folder)}: {why}") from (
                 OSError(errno.ENOSPC, why) if full else error
@@ -121,7 +124,10 @@ class _Trainer(Trainer):
 def _split_groups(
     groups: Sequence[dict[str, Any]], names: Mapping[int, str], rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Each group once for every rate; a pattern is looked for at any depth of a name."""
+    """Each group split by rate; a pattern may match at any depth of a name.
+
+    Raises RecipeError for a pattern that matches no name.
+    """
     split: list[dict[str, Any]] = []
     used: set[str] = set()
     for group in groups:
@@ -140,7 +146,10 @@ def _split_groups(
 
 
 class _Watch(TrainerCallback):
-    """Reports every step, and ends training with a sentence when the loss is not a number."""
+    """Reports every step, and ends training when the loss is no longer a finite number.
+
+    Raises VlpruneError once more than ``patience`` losses in a row were not finite.
+    """
 
     def __init__(self, advance: Callable[..., None], patience: int) -> None:
         self.advance, self.patience = advance, patience
@@ -174,7 +183,7 @@ class _Watch(TrainerCallback):
 
 
 def prepare(seed: int, threads: int = 0) -> None:
-    """Settings of the whole process: seeds, CPU threads, no denormal numbers."""
+    """Set seeds and CPU threads (0: as they are) for the process; flush denormals to zero."""
     set_seed(seed)
     torch.set_flush_denormal(True)  # a BLIP step is ten times slower with them
     if threads:
@@ -197,16 +206,16 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train the model in place and where it lies, as ``spec`` says; returns the Trainer's log.
 
-    ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng``
-    depends on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called
-    as it goes. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there,
-    and training goes on from the last one that is whole; ``say`` gets a line for every other.
-    Raises CheckpointError where one cannot be written. TensorBoard's files, where
-    ``report_to`` asks for them, go to ``logs``.
+    ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng`` depends
+    on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called during
+    training. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there, and
+    training goes on from the last one that is whole; ``say`` gets a line for every other. Raises
+    CheckpointError where a checkpoint cannot be written, VlpruneError where the loss is no longer
+    finite. TensorBoard's files, where ``report_to`` asks for them, go to ``logs``.
     """
     if not spec.on:
         return []
-    set_seed(seed)  # a phase does not depend on whether the one before was run or resumed
+    set_seed(seed)  # a phase must not depend on whether the phase before was run or resumed
     steps = spec.count(len(items), PartialState().num_processes)
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
         saving = checkpoints is not None and spec.save_steps > 0
@@ -236,7 +245,7 @@ def fit(
         else:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             state = trainer.state
-        # the last row is about this process: how long it took, what it saw since it resumed
+        # the last row describes this process only: its run time, and its loss since it resumed
         return [row for row in state.log_history if "train_runtime" not in row]
 
 
@@ -250,7 +259,7 @@ def _arguments(
     report_to: str,
     device: torch.device,
 ) -> _Arguments:
-    """What a recipe says of a training, in the Trainer's words."""
+    """The Trainer's arguments for a training as a recipe describes it."""
     return _Arguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -269,10 +278,10 @@ def _arguments(
         logging_steps=min(50, max(1, steps // 20)),
         save_strategy="steps" if saving else "no",
         save_steps=spec.save_steps or steps,
-        logging_nan_inf_filter=False,  # it would log a NaN as a good loss
+        logging_nan_inf_filter=False,  # the filter would log a NaN as a good loss
         report_to=report_to,
         remove_unused_columns=False,
-        ddp_broadcast_buffers=False,  # every rank makes the same ones
+        ddp_broadcast_buffers=False,  # every rank computes the same buffers
         dataloader_drop_last=items >= spec.batch_size,
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
@@ -282,7 +291,7 @@ def _arguments(
 
 
 def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
-    """Call these before the loggers, so that what they add to a log is logged."""
+    """Put these callbacks before the loggers, so that their additions to a log are logged."""
     others = [one for one in trainer.callback_handler.callbacks if one not in callbacks]
     trainer.callback_handler.callbacks = [*callbacks, *others]
 
@@ -290,7 +299,7 @@ def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
 def _as_it_ended(
     trainer: Trainer, checkpoint: Path, callbacks: Sequence[TrainerCallback]
 ) -> TrainerState:
-    """Bring model and callbacks to the end of a training whose last checkpoint is there."""
+    """Bring model and callbacks to the end of a training, from its last checkpoint."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     trainer._load_from_checkpoint(str(checkpoint))
     for callback in callbacks:
@@ -300,7 +309,7 @@ def _as_it_ended(
 
 
 def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], Any]:
-    """A collator whose randomness is a function of the seed and of what is in the batch."""
+    """A collator whose randomness depends on the seed and the batch's item numbers only."""
 
     def collated(rows: list[tuple[int, Any]]) -> Any:
         numbers = ",".join(str(index) for index, _ in rows)

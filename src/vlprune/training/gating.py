@@ -1,4 +1,4 @@
-"""What a search leaves in a model while it runs, and the one owner of all of it."""
+"""The gates and hooks that a search puts into a model, and the object that owns them all."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Gating:
     """The gates of a search, and two hooks on the root of the model, from attach to detach.
 
     One hook keeps the first training batch, which the cut is proved on, and lets gates follow the
-    model to another device; the other lets a Trainer find weights again that transformers saves
-    under other names. Copies and pickles of the model have neither gates nor working hooks.
+    model to another device; the other lets a Trainer find the weights that transformers saves under
+    other names. Copies and pickles of the model have neither gates nor working hooks.
     """
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure], with_gates: bool) -> None:
@@ -36,7 +36,7 @@ class Gating:
         self._hooks, self._in_place = ExitStack(), ExitStack()
 
     def attach(self) -> None:
-        """Put everything in place. Raises UnsupportedError if another search is there."""
+        """Put everything in place. Raises UnsupportedError if another search has done so."""
         if self.attached:
             return
         self._refuse_another()
@@ -61,7 +61,7 @@ class Gating:
         self._translates = True
 
     def detach(self) -> None:
-        """Take everything away again; the gates keep their values."""
+        """Remove everything; the gates keep their values."""
         self._hooks.close()
         self._translates = False
         self.attached = False
@@ -76,7 +76,7 @@ class Gating:
                     )
 
     def follow(self) -> None:
-        """Move the gates to where the model is now: a Trainer moves it after we have seen it."""
+        """Move the gates to the model's device: a Trainer moves the model after they were made."""
         device = device_of(self.model)
         if all(gate.device == device for gate in self.gates.values()):
             return
@@ -95,7 +95,7 @@ class Gating:
     def take_gradients(self, scale: float = 1.0) -> dict[str, Tensor]:
         """The gates' gradients {structure: (size,)}, which start from zero again afterwards.
 
-        ``scale`` is what the loss was multiplied with.
+        ``scale`` is the factor that the loss was multiplied by.
         """
         taken = {n: g.grad.detach() for n, g in self.gates.items() if g.grad is not None}
         for gate in self.gates.values():
@@ -104,10 +104,10 @@ class Gating:
 
     @torch.no_grad()
     def empty_removed_units(self) -> None:
-        """Set the weights of units whose gate is 0 to 0, as their gates make them anyway.
+        """Set the weights of units whose gate is 0 to 0, as the gates already do in effect.
 
-        A model that is saved without its gates then computes what it computes with them.
-        Sharded weights are left alone.
+        A model that is saved without its gates then computes the same as with them. Sharded weights
+        are left alone.
         """
         for structure in self.structures:
             gone = (self.gates[structure.name].detach() == 0).nonzero()[:, 0].cpu()
@@ -149,7 +149,7 @@ class _BeforeForward(_Hook):
         if owner is None or module is not owner.model:
             return
         owner.follow()
-        # a look at generate() or an evaluation is no training
+        # generate() and evaluations are no training
         if owner.first_batch is None and torch.is_grad_enabled():
             owner.first_batch = copied(module, args, kwargs)
 

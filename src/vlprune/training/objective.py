@@ -1,4 +1,4 @@
-"""What is handed to the Trainer: a module around the model that owns the loss."""
+"""The module that the Trainer trains: a wrapper around the model that computes the loss."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Trainee"]
 
 
 class Trainee(nn.Module):
-    """A module around ``model`` whose forward returns a loss for a batch: the model's own here.
+    """A module around ``model`` whose forward returns the loss of a batch: here the model's own.
 
     Buffers of a subclass (queues, averages) are saved in the Trainer's checkpoints with the
-    weights. The checkpoints hold the weights under the names they have in memory. Those of a
-    bare PreTrainedModel may not: transformers 5.23 saves a ViT under the names of transformers
-    4, and a Trainer that resumes then leaves its weights as they are, without a word.
+    weights. The checkpoints hold the weights under the names they have in memory. Those of a bare
+    PreTrainedModel may not: transformers 5.23 saves a ViT under the names of transformers 4, and a
+    Trainer that resumes then silently leaves its weights as they are.
     """
 
     accepts_loss_kwargs = False  # the Trainer then divides the loss when it accumulates
-    _keys_to_ignore_on_save = None  # the Trainer asks for it when it loads a checkpoint
+    _keys_to_ignore_on_save = None  # the Trainer reads this when it loads a checkpoint
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -30,13 +30,16 @@ class Trainee(nn.Module):
         self.register_state_dict_post_hook(_without_ties)
 
     def forward(self, *args: Any, **batch: Any) -> Any:
-        """What the model returns."""
+        """The model's own output."""
         return self.model(*args, **batch)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load what :meth:`state_dict` gave: the second names of tied weights are not missed."""
+        """Load the output of :meth:`state_dict`, which lacks the second names of tied weights.
+
+        Raises RuntimeError if ``strict`` and any other name is missing or unexpected.
+        """
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         wanted = self.state_dict().keys()
         missing = [name for name in result.missing_keys if name in wanted]
@@ -46,7 +49,7 @@ class Trainee(nn.Module):
 
     @property
     def device(self) -> Any:
-        """Where the weights are."""
+        """The device of the weights."""
         return device_of(self.model)
 
 

@@ -1,4 +1,4 @@
-"""An optimizer that outlives a cut: it goes on with the parameters that replaced its own."""
+"""Optimizers that outlive a cut: they go on with the parameters that replaced their own."""
 
 from __future__ import annotations
 

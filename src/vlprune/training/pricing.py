@@ -1,4 +1,4 @@
-"""What is refused and priced before a search starts."""
+"""The checks and the pricing before a search starts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def described(model: nn.Module, attention: AttentionUnit) -> Description:
 
 
 def without(structures: Sequence[Structure], skip: Sequence[str]) -> tuple[Structure, ...]:
-    """The structures whose names match none of the patterns. Raises UnsupportedError."""
+    """The structures whose names match none of the patterns.
+
+    Raises UnsupportedError if a pattern matches no name, or if nothing is left.
+    """
     for pattern in skip:
         if not any(fnmatchcase(s.name, pattern) for s in structures):
             raise UnsupportedError(
@@ -86,11 +89,11 @@ def widths(structures: Sequence[Structure]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs, and what its units do.
+    """The costs of a model and of its units.
 
     ``prices`` are in the budget's currency, ``param_prices`` in parameters, ``params`` is the
     number of parameters before the cut. ``macs`` are None without example inputs. ``conditions``
-    says what a latency was measured on.
+    are those that a latency was measured under.
     """
 
     params: int
@@ -108,9 +111,9 @@ def costs_of(
     attention: AttentionUnit,
     measured: Prices | None,
 ) -> Costs:
-    """Price the units; ``measured`` is a table of seconds from before.
+    """Price the units; ``measured`` is an earlier table of seconds.
 
-    Raises BudgetError if the budget's currency needs inputs and there are none.
+    Raises BudgetError if the budget's currency needs inputs and ``inputs`` is None.
     """
     params, param_prices = int(cost.params(model, structures)), cost.param_prices(model, structures)
     if inputs is None:
@@ -138,7 +141,7 @@ def problem_of(
     fraction: float,
     groups: Mapping[str, str],
 ) -> Problem:
-    """What a method is given: values, and three questions to the model that it never sees."""
+    """The problem of a method: values, and three functions that look at the model for it."""
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
     return Problem(
         structures,

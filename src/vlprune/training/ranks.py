@@ -1,4 +1,4 @@
-"""What several processes must agree on before a search may decide anything."""
+"""Agreement between processes, which must all decide on the same numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 
 def agreed(find: Callable[[], Value]) -> Value:
-    """What ``find`` returns in the first process, in all of them; it runs nowhere else."""
+    """The first process's result of ``find``, in all processes; ``find`` runs in the first only."""
     shared = [find() if PartialState().is_main_process else None]
     first: Value = broadcast_object_list(shared)[0]
     return first
@@ -38,7 +38,7 @@ def agreed(find: Callable[[], Value]) -> Value:
 def mean_gradients(
     structures: Sequence[Structure], gradients: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """The mean over all processes, of the structures that any of them has reached.
+    """The mean over all processes, for the structures that any process has reached.
 
     Gates are no parameters of the model, so DDP does not average their gradients. A process whose
     batch did not reach a structure (no picture in it, say) counts as zero there, and every process

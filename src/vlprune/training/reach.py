@@ -1,4 +1,4 @@
-"""Which structures the loss depends on, and what a user hears about the others."""
+"""Which structures the loss depends on, and the warnings about the others."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..structures.structure import Structure
 __all__ = ["Reach"]
 
 PATIENCE = 0.1
-"""The fraction of a search after which structures that no gradient has reached are spoken of."""
+"""The fraction of a search after which structures that no gradient has reached are reported."""
 LAST_CALL = 0.5
-"""The fraction after which a search is ended that cannot meet its budget without them."""
+"""The fraction after which a search that cannot meet its budget without them is ended."""
 
 
 class Reach:
     """The structures that no gradient has reached so far, which the search leaves whole.
 
-    Zeros reach nothing: a loss that does not depend on a unit says nothing about it. ``every``
-    are all structures of the model, those among them that are skipped too.
+    A gradient of zeros reaches nothing: a loss that does not depend on a unit says nothing about
+    it. ``every`` holds all structures of the model, skipped ones included.
     """
 
     def __init__(self, method: Method, search: Search, every: Sequence[Structure]) -> None:
@@ -45,7 +45,7 @@ class Reach:
 
     @property
     def missing(self) -> str:
-        """What a report says of structures that are not reached; "" if there are none."""
+        """A sentence on the structures that are not reached; "" if there are none."""
         if not (names := self.names):
             return ""
         return (
@@ -57,8 +57,9 @@ class Reach:
     def note(self, reached: Iterable[str], progress: float) -> None:
         """Take note of structures that the loss depends on.
 
-        Warns once of those that are still missing after a while; raises VlpruneError if the search
-        has waited for long and what is left cannot meet the budget.
+        Where the method uses gates, warns once of structures that are still missing after
+        :data:`PATIENCE`. Raises VlpruneError then if none at all is reached, and after
+        :data:`LAST_CALL` if the budget cannot be met without the missing ones.
         """
         self.unreached -= set(reached)
         self._leave_whole()
@@ -67,7 +68,7 @@ class Reach:
             self._tell(progress)
 
     def _leave_whole(self) -> None:
-        """What no gradient has reached stays, and what must keep as many units as that."""
+        """Leave whole the structures that no gradient has reached, and all in their groups."""
         groups = self.search.problem.groups
         bound = {groups[name] for name in self.unreached if name in groups}
         whole = self.unreached | {name for name, group in groups.items() if group in bound}
@@ -108,14 +109,14 @@ class Reach:
         return torch.tensor([s.name not in self.unreached for s in structures])
 
     def restore(self, state: Tensor) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Go on from a result of :meth:`state`."""
         pairs = zip(self.search.problem.structures, state.tolist(), strict=True)
         self.unreached = {structure.name for structure, reached in pairs if not reached}
         self._leave_whole()
 
 
 def _patterns_of(names: Sequence[str], every: Sequence[str]) -> list[str]:
-    """Patterns for ``skip`` that match these names and no others of ``every``, as few as simple."""
+    """Patterns for ``skip`` that match these names and no others of ``every``, each short."""
     others = set(every) - set(names)
     patterns: list[str] = []
     for name in names:

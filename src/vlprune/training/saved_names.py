@@ -2,7 +2,7 @@
 
 ``save_pretrained`` writes many architectures (ViT, DETR, LLaVA ...) under the names of earlier
 versions. ``from_pretrained`` translates them back; a Trainer that goes on from a checkpoint hands
-them to ``load_state_dict``, which ignores names it does not know, without a word.
+them to ``load_state_dict``, which silently ignores names that it does not know.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def in_own_names(model: Any, state: dict[str, Tensor], waiting: dict[str, Tensor
 
     Nothing happens to a state that is in the model's names already. Entries that are stored in
     another form, not only under another name, are read by the model's ``from_pretrained``, all at
-    once: a shard's wait in ``waiting`` until those of the other shards are there.
+    once: a shard's entries wait in ``waiting`` until those of the other shards have arrived.
     """
     own = model.state_dict()
     if not hasattr(model, "save_pretrained") or state.keys() <= own.keys():
@@ -30,7 +30,7 @@ def in_own_names(model: Any, state: dict[str, Tensor], waiting: dict[str, Tensor
     known = {_identity(tensor): name for name, tensor in own.items()}
     written = revert_weight_conversion(model, dict(own))
     names = {name: known.get(_identity(tensor), "") for name, tensor in written.items()}
-    if not state.keys() <= names.keys():  # another model's: whoever loads it will say so
+    if not state.keys() <= names.keys():  # of another model: its loader will report that
         return
     renamed = {names[name]: tensor for name, tensor in state.items() if names[name]}
     waiting.update({name: tensor for name, tensor in state.items() if not names[name]})
@@ -45,7 +45,7 @@ def in_own_names(model: Any, state: dict[str, Tensor], waiting: dict[str, Tensor
 
 
 def _loaded(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What ``from_pretrained`` makes of a state in saved form."""
+    """The state that ``from_pretrained`` makes of one in saved form."""
     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
     config = copy.deepcopy(model.config)
     loaded = type(model).from_pretrained(

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a search."""
+"""The state of a search, as a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class SearchState:
     """All that a search needs to go on exactly from a step, and its form as named tensors.
 
     ``search`` is the method's own; ``gates`` {structure: (size,)}; ``reached`` one boolean per
-    structure; ``seconds`` a measured table of prices as curves, that of ``""`` being what always
-    stays. Measured again after an interruption the table would be another one.
+    structure; ``seconds`` is a measured table of prices as curves, where that of ``""`` is the cost
+    that always stays. The table is saved because a second measurement would differ.
     """
 
     search: Mapping[str, Tensor]

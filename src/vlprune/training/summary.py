@@ -1,4 +1,4 @@
-"""What a compression asked for and reached, as plain values."""
+"""The report of a compression, asked and reached, as plain values."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def summary(compressor: Compressor) -> dict[str, Any]:
 
 
 def _budget(compressor: Compressor, plan: Plan, params_left: float) -> dict[str, Any]:
-    """What was asked and what was reached, in the budget's own currency."""
+    """The fractions asked and reached, in the budget's own currency."""
     budget, prices = compressor.budget, compressor.prices
     units = {s.name: plan.kept(s) for s in compressor.structures}
     reached = params_left if budget.what == "params" else prices.cost(units) / prices.total
@@ -116,7 +116,7 @@ def _groups(compressor: Compressor, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _cost(prices: Prices, members: Sequence[Structure], plan: Plan) -> dict[str, int]:
-    """What these structures cost before and after the cut."""
+    """The cost of these structures before and after the cut."""
     after = 0.0
     for s in members:
         borrowed = (prices.unit[s.name] - prices.borrowed[s.name]) * len(plan.shared(s))

@@ -1,4 +1,4 @@
-"""Distillation: what the dense model says about a batch, as a part of the loss.
+"""Distillation: terms of the loss that make a model imitate the dense model.
 
 Not from a paper.
 """
@@ -23,13 +23,14 @@ __all__ = ["Taught", "last_blocks"]
 
 
 class Taught(Trainee):
-    """``trainee`` with an extra loss: to do as ``teacher``, the dense model, does.
+    """``trainee`` with an extra loss for imitating ``teacher``, the dense model.
 
-    ``weights`` says how much of each term: ``logits`` is KL(teacher || student) over the last
+    ``weights`` holds the weight of each term: ``logits`` is KL(teacher || student) over the last
     axis of the output head; ``features`` the squared distance of the hidden states after each
-    tower's last block, relative to the teacher's; ``similarities`` KL over the rows and columns
-    of the image-text similarity matrix. A term that the model has no tensors for is refused.
-    The teacher takes no gradient, is no part of checkpoints, and sees the same batch.
+    tower's last block, relative to the teacher's; ``similarities`` KL over the rows and columns of
+    the image-text similarity matrix. A forward pass raises UnsupportedError for a term that the
+    model has no tensors for. The teacher takes no gradient, is no part of checkpoints, and sees the
+    same batch.
     """
 
     def __init__(
@@ -151,13 +152,13 @@ def _distance(ours: Tensor, truth: Tensor) -> Tensor:
 
 
 def _divergence(ours: Tensor, truth: Tensor, axis: int = -1) -> Tensor:
-    """KL(truth || ours) of the softmax over ``axis``, one value for each other position."""
+    """KL(truth || ours) of the softmax over ``axis``, one value per position on the other axes."""
     log_ours, log_truth = ours.float().log_softmax(axis), truth.float().log_softmax(axis)
     return (log_truth.exp() * (log_truth - log_ours)).sum(axis)
 
 
 def _logits(ours: Tensor, truth: Tensor, labels: Any) -> Tensor:
-    """Over the positions that have a label, where there is one label per position."""
+    """The mean divergence, over labelled positions only if there is one label per position."""
     if ours.dim() == 4:  # (batch, classes, height, width)
         ours, truth = ours.movedim(1, -1), truth.movedim(1, -1)
     apart = _divergence(ours, truth)

@@ -1,4 +1,4 @@
-"""A search that learns in turn with the weights: its half of each training step."""
+"""The search's half of each training step, where it learns in turn with the weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def turns_of(
     held_out: Sequence[Mapping[str, Any]],
     loss: Callable[[Mapping[str, Any]], Tensor] | None,
 ) -> Turns | None:
-    """The search's half of each step; None if it does not learn in turn with the weights.
+    """The search's half of each step; None if the search does not learn in turn.
 
     Raises UnsupportedError if the model shares weights, which such a search cannot go on from.
     """
@@ -49,7 +49,7 @@ def turns_of(
 
 
 class Turns:
-    """Shows a search the weights that it learns in turn with (:class:`vlprune.methods.Weights`).
+    """Access to the weights that a search takes turns with (:class:`vlprune.methods.Weights`).
 
     ``loss`` turns a batch into its loss; ``autocast`` is the dtype that training runs in, if any;
     ``seen`` counts the batches looked at; ``reached`` are the structures whose vectors had an
@@ -92,8 +92,9 @@ class Turns:
     def look(self, vectors: Vectors, learns: bool) -> Look:
         """The loss of the next held-out batch with and without the vectors.
 
-        The weights are constants here, the model is in eval mode, and training's random numbers
-        are left alone.
+        The weights are constants here, the model is in eval mode, and training's random numbers are
+        left alone. Raises VlpruneError without held-out batches, UnsupportedError if the weights
+        are sharded.
         """
         batch = self._next_batch()
         keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
@@ -135,7 +136,7 @@ class Turns:
         )
 
     def _next_batch(self) -> Any:
-        """The next held-out batch, on the model's device; another one in every process."""
+        """The next held-out batch, on the model's device; every process gets another batch."""
         if not len(self.held_out):
             raise VlpruneError(
                 "this method learns on batches that are not trained on: give "

@@ -1,6 +1,6 @@
-"""From a recipe to a folder, and what the commands ask of a folder that is there.
+"""From a recipe to a folder, and the work of commands on a folder that exists.
 
-``compress`` reads as the verbs of a run; the files beside it hold one step each.
+``compress`` lists the steps of a run as verbs; the files beside it hold one step each.
 """
 
 from .compress import compress

@@ -35,11 +35,12 @@ __all__ = ["compress"]
 def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Run the recipe and fill ``out``; returns the report that is saved there.
 
-    ``out`` ends as a folder that plain ``from_pretrained`` loads, with the dense model in
-    ``out/dense``. If a run of the same recipe was stopped, it goes on from the last finished
-    phase or checkpoint, and ends as if it had never been stopped.
+    ``out`` becomes a folder that plain ``from_pretrained`` loads, with the dense model in
+    ``out/dense``. If a run of the same recipe was stopped, it goes on from the last finished phase
+    or checkpoint, and ends as if it had never been stopped.
 
-    Raises CheckpointError if ``out`` cannot be written, or if another run is working in it.
+    Raises CheckpointError if ``out`` cannot be written, or if another run is working in it;
+    RecipeError if this machine cannot do what the recipe asks.
     """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
@@ -68,7 +69,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     for spec in (recipe.train, recipe.search, recipe.retrain):
         if spec.fp16 and device.type == "cpu":
             raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
-    alone = PartialState().is_main_process  # the others work for it, in the same folder
+    alone = PartialState().is_main_process  # the other processes help it, in the same folder
     with claimed(out, progress.note) if alone else nullcontext(out / WORK) as work:
         refuse_overwriting(recipe, out)
         report = _run(read(recipe, method, out, work, device, progress), started)
@@ -79,7 +80,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
 
 
 def _run(problem: Problem, started: float) -> dict[str, Any]:
-    """All steps of a run in their order; what cannot be done is refused before anything trains."""
+    """All steps of a run in order; impossible requests are refused before anything trains."""
     model, trained = open_dense(problem)
     small = earlier_cut(problem)
     search = plan_search(problem, model) if small is None else None

@@ -1,4 +1,4 @@
-"""What ``vlprune inspect`` shows of a model."""
+"""The description of a model that ``vlprune inspect`` shows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["describe"]
 def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
     """Structures, units, params and MACs of a model by tower and kind: plain values.
 
-    MACs are counted on ``example_inputs``, the keywords of a forward pass; without them, or where
-    the forward pass does not take them, they are None and ``macs_problem`` says why.
+    MACs are counted on ``example_inputs``, the keywords of a forward pass; without inputs, or where
+    the forward pass does not take them, the MACs are None and ``macs_problem`` says why.
     """
     description = discover(model, attention)  # type: ignore[arg-type]
     prices = cost.param_prices(model, description.structures)

@@ -1,4 +1,4 @@
-"""What is asked of the model in a folder: its metrics, and how much each part of it matters."""
+"""The metrics of the model in a folder, and how much each of its parts matters."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def evaluate_folder(
 ) -> dict[str, float]:
     """The metrics of the model in ``folder`` on the test data of ``recipe``.
 
-    ``results`` is a JSON file for what the model says about each item, in the format of the
-    task's evaluation server where there is one.
+    ``results`` is a JSON file for the model's answer to each item, in the format of the task's
+    evaluation server where the task has one. Raises UnsupportedError if the task cannot be
+    evaluated on the model.
     """
     progress = progress or Progress()
     if results is not None:
@@ -88,7 +89,7 @@ def evaluate_folder(
 
 
 def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
-    """What each part of the model in ``folder`` is worth, on the data of ``recipe``."""
+    """How much each part of the model in ``folder`` matters, on the data of ``recipe``."""
     progress = progress or Progress()
     task, model = open_folder(folder, recipe)
     towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]

@@ -46,8 +46,9 @@ def export_folder(
 ) -> dict[str, Any]:
     """Export the model in ``folder``; see :func:`vlprune.folders.exported.export`.
 
-    With a ``recipe`` it is traced and checked on batches of its test data and calibrated on
-    training data, else all on made-up inputs; on the CPU, whatever device the recipe names.
+    With a ``recipe`` the export is traced and checked on batches of the recipe's test data and
+    calibrated on its training data; otherwise all of this uses made-up inputs. It runs on the CPU,
+    whatever device the recipe names.
     """
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""What a model folder and a data set hold, in a few characters: not where they lie.
+"""Short digests of the contents of a model folder and of a data set, wherever they lie.
 
-A run that goes on must notice that the model or the data behind a path is another one, and must not
-be thrown back because a folder was moved. So contents are digested, and no paths or times.
+A run that goes on must notice that the model or the data behind a path has changed, but must not
+start anew because a folder was moved. So contents are digested, but no paths or times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["model_files", "of_data", "of_model"]
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 NOT_THE_MODEL = ("bench.json", "report.json", "vlprune-dense.json", "vlprune-cut.json")
 WHOLE = 2**30
-"""Bytes of pictures that are read in full; of larger data sets an even sample of this size is."""
+"""Bytes of pictures that are read in full; larger data sets are sampled evenly to this size."""
 
 
 def model_files(folder: Path) -> list[str]:
@@ -39,8 +39,8 @@ def model_files(folder: Path) -> list[str]:
 def of_model(path: str) -> str:
     """The digest of a model's folder; of a model on the hub, the commit that is in the cache.
 
-    All of it is read, at more than a gigabyte a second. An empty text if there is no such model,
-    which is said when it is loaded.
+    The whole folder is read, at more than a gigabyte per second. The empty string if there is no
+    such model, which is reported when the model is loaded.
     """
     if not path:
         return ""
@@ -69,7 +69,7 @@ def of_data(items: Sequence[Any]) -> str:
     for path in pictures:
         try:
             pictures[path] = os.stat(path).st_size
-        except OSError:  # said when it is opened
+        except OSError:  # reported when it is opened
             pictures[path] = -1
     total.update(repr([(path.name, size) for path, size in pictures.items()]).encode())
     stride = max(1, -(-sum(pictures.values()) // WHOLE))
@@ -100,7 +100,7 @@ def _leaves(value: Any, pictures: dict[Path, int]) -> Iterator[Any]:
             yield from _leaves(entry, pictures)
     elif value is None or isinstance(value, (str, int, float, bytes)):
         yield value
-    else:  # whose text may hold an address
+    else:  # the text of anything else may hold an address
         yield type(value).__name__
 
 

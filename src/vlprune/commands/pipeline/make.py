@@ -1,4 +1,4 @@
-"""What a recipe names, made: its task, its method, the held-out items, a model in its place."""
+"""Making what a recipe names: its task, its method, its held-out batches, its dense model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ HELD_OUT = 0.05
 def make_task(recipe: Recipe, folder: Path) -> Task:
     """The task of a recipe, with its data loaded.
 
-    Raises what its readers raise, and UnsupportedError if the processor of ``model.path`` cannot
-    make a batch of that data.
+    Raises the errors of the task's readers, and UnsupportedError if the processor of ``model.path``
+    cannot make a batch of that data.
     """
     task = TASKS[recipe.task](recipe.model, recipe.data, folder, recipe.options)
     if recipe.model.path:
@@ -37,7 +37,7 @@ def make_task(recipe: Recipe, folder: Path) -> Task:
 
 
 def make_method(options: Mapping[str, Any], round_to: int | None = None) -> Method:
-    """The method of a recipe, which has checked its name and options.
+    """The method of a recipe, whose name and options the recipe has checked.
 
     ``round_to`` replaces the option of that name.
     """
@@ -49,7 +49,7 @@ def make_method(options: Mapping[str, Any], round_to: int | None = None) -> Meth
 
 
 class HeldOut(Sequence[Any]):
-    """Batches of items that the search does not train on, collated when they are asked for."""
+    """Batches of items that the search does not train on, collated on access."""
 
     def __init__(self, task: Task, items: Sequence[Any], batch_size: int) -> None:
         self.task, self.items, self.batch_size = task, items, batch_size
@@ -64,7 +64,7 @@ class HeldOut(Sequence[Any]):
 
 
 def split(task: Task, recipe: Recipe) -> tuple[list[Any], HeldOut]:
-    """The training items in two: 95 % to train on, the rest in batches to learn from."""
+    """The training items, split: 95 % to train on, the rest in held-out batches for the search."""
     order = list(range(len(task.train)))
     random.Random(f"{recipe.seed}/held out").shuffle(order)
     count = max(1, round(HELD_OUT * len(order)))
@@ -97,8 +97,8 @@ def model_from(folder: Path, task: Task, device: torch.device) -> Any:
 def in_fresh_memory(model: Any) -> Any:
     """The same model, its weights where torch puts new tensors.
 
-    A loaded file is mapped, so weights begin anywhere. Kernels then sum in another order, and a
-    resumed training would differ in its last bits from the one it continues.
+    A loaded file is mapped, so weights begin at any address. Kernels then sum in another order, and
+    a resumed training would differ in its last bits from the one it continues.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()

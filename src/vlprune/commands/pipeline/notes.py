@@ -1,8 +1,8 @@
-"""What earlier runs left in the output folder, and whether this run may take it.
+"""Notes on the results of earlier runs in the output folder, and whether this run may reuse them.
 
-It may if nothing it depends on has changed: a model or a data set behind the same path, or anything
-in the recipe that decides on weights. Where folders lie, how often the Trainer saves, how many
-threads compute and where logs go decide nothing.
+A result is reused if nothing that it depends on has changed: the model or the data behind a path,
+or anything in the recipe that affects the weights. Where folders lie, how often the Trainer saves,
+how many threads compute and where logs go affect nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DENSE_NOTE, CUT_NOTE = "vlprune-dense.json", "vlprune-cut.json"
 
 @dataclass(frozen=True)
 class Basis:
-    """Digests of what the dense model is made from."""
+    """Digests of the sources of the dense model."""
 
     model: str
     data: str
@@ -46,12 +46,12 @@ class Basis:
 
     @property
     def key(self) -> str:
-        """The same for two runs only if they train the same dense model."""
+        """A digest, the same for two runs only if they train the same dense model."""
         return hashed(asdict(self))
 
 
 def basis_of(recipe: Recipe, task: Task) -> Basis:
-    """The basis of a recipe's dense model; the first process finds it out for all."""
+    """The basis of a recipe's dense model; the first process computes it for all."""
     return agreed(lambda: _basis_of(recipe, task))
 
 
@@ -65,7 +65,7 @@ def _basis_of(recipe: Recipe, task: Task) -> Basis:
 
 
 def deciding(phase: Training) -> dict[str, Any]:
-    """What of a phase decides on the weights at its end."""
+    """The settings of a phase that affect the weights at its end."""
     return {name: value for name, value in asdict(phase).items() if name != "save_steps"}
 
 
@@ -87,7 +87,7 @@ def search_key(recipe: Recipe, basis: Basis, round_to: Any) -> str:
 
 
 def refuse_overwriting(recipe: Recipe, out: Path) -> None:
-    """Raise before anything is trained if the result would replace a model of the user."""
+    """Raise RecipeError or CheckpointError if the result would replace a model of the user."""
     dense = out / "dense"
     given = Path(recipe.model.path) if recipe.model.path else None
     if given is not None and given.exists() and given.resolve() in (out.resolve(), dense.resolve()):
@@ -103,7 +103,7 @@ def refuse_overwriting(recipe: Recipe, out: Path) -> None:
 
 
 def known(path: Path, key: str, progress: Progress, what: str) -> Any:
-    """What :func:`remember` noted under this key, in all processes; None if there is nothing.
+    """The body that :func:`remember` noted under this key, in all processes; None without one.
 
     If the note, or a file it vouches for, is damaged, its folder is set aside and a line says so.
     """
@@ -122,7 +122,7 @@ def _read(path: Path, progress: Progress, what: str) -> Any:
 
 
 def known_dense(folder: Path, basis: Basis, progress: Progress) -> Any:
-    """Metrics and log of the dense model in ``folder`` if this run would make the same one."""
+    """Metrics and log of the dense model in ``folder`` if this run would make the same model."""
     what = f"the dense model in {plain(folder)}"
     note = agreed(lambda: _read(folder / DENSE_NOTE, progress, what))
     if note is None or note.key == NO_NOTE:
@@ -147,6 +147,6 @@ def remember(path: Path, key: str, body: Any) -> None:
     folder = path.parent
     models = path.name in (DENSE_NOTE, CUT_NOTE)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in unfinished(path):  # by a run that was killed: this one alone works here
+    for left in unfinished(path):  # by a run that was killed: only this run works here now
         left.unlink(missing_ok=True)
     write_note(path, key, body, fingerprint.model_files(folder) if models else ())

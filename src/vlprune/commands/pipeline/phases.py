@@ -54,7 +54,7 @@ def retraining(problem: Problem, plan: Plan) -> Phase:
 
 
 def trainee_of(problem: Problem, model: Any, teacher: Any = None) -> nn.Module:
-    """What is trained for ``model``: its task's objective, with the teacher if one is asked for."""
+    """The module to train for ``model``: the task's objective, with a teacher if asked for."""
     recipe, trainee = problem.recipe, problem.task.objective(model)
     if teacher is None or not recipe.teacher:
         return trainee

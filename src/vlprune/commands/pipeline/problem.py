@@ -31,10 +31,10 @@ __all__ = ["Problem", "read"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A recipe, where it runs, and what has been made of it.
+    """A recipe, the place where it runs, and the objects made from it.
 
-    ``items`` are trained on in the search, ``held_out`` are batches that it learns from besides;
-    ``basis`` says what the dense model is made from.
+    ``items`` are trained on in the search, ``held_out`` are further batches that the search learns
+    from; ``basis`` identifies the sources of the dense model.
     """
 
     recipe: Recipe
@@ -55,7 +55,7 @@ class Problem:
 
     @property
     def timed(self) -> bool:
-        """Whether the budget is one of time."""
+        """Whether the budget is a latency."""
         return "latency" in self.recipe.budget
 
     @property
@@ -72,9 +72,9 @@ class Problem:
 def read(
     recipe: Recipe, method: Method, out: Path, work: Path, device: torch.device, progress: Progress
 ) -> Problem:
-    """Read the data, and measure what the method leaves to be measured.
+    """Read the data, and measure ``round_to`` where the recipe says ``auto``.
 
-    ``method`` is the recipe's, with ``round_to=1`` where the recipe says ``auto``.
+    ``method`` is the recipe's, with ``round_to=1`` in place of ``auto``.
     """
     progress.phase("reading data")
     with PartialState().main_process_first():

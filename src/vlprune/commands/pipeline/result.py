@@ -1,4 +1,4 @@
-"""What a run ends with: how fast the models are, the report, the folder."""
+"""The end of a run: timing the models, writing the report, filling the folder."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def measure_speed(problem: Problem, dense: Any, small: Any) -> Speed:
 def full_report(
     problem: Problem, trained: Mapping[str, Any], small: Small, speed: Speed, took: float
 ) -> dict[str, Any]:
-    """The search's report with all that the run knows besides; ``took`` is in seconds."""
+    """The search's report plus all else that the run knows; ``took`` is in seconds."""
     recipe, task = problem.recipe, problem.task
     report = copy.deepcopy(dict(small.report))
-    if problem.timed:  # side by side, where the compressor's own figures lie a training apart
+    if problem.timed:  # side by side: the compressor's own figures lie a training apart
         beside = {name: by_size[problem.batch_size] for name, by_size in speed.seconds.items()}
         report["budget"]["reached"] = beside["small"] / beside["dense"]
         report["budget"]["seconds"] |= beside
@@ -88,7 +88,8 @@ def full_report(
 def save_result(problem: Problem, small: Small, report: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the folder of the result; returns the report that is saved there.
 
-    It says of a uniform plan whether the model has an ordinary form, which is then saved.
+    For a uniform plan, the report says whether the model has an ordinary form; if so, that form is
+    saved.
     """
     problem.progress.phase("saving")
     model, saved = small.model, dict(report)
@@ -115,7 +116,7 @@ def _ordinary(small: Any) -> tuple[str, Any]:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Bytes of all weights and index buffers: what is held in memory, and saved."""
+    """Bytes of all weights and index buffers, as held in memory and as saved."""
     tensors = model.state_dict().values()
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}.values())
 

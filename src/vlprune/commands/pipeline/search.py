@@ -45,13 +45,13 @@ class Small:
 
 
 class OwnLoss:
-    """The loss of a held-out batch, by what the search trains once that is known."""
+    """The loss of a held-out batch, computed by the module that the search trains, once set."""
 
     trainee: nn.Module | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         assert self.trainee is not None
-        with evaluating(self.trainee):  # queues and averages are not to move
+        with evaluating(self.trainee):  # queues and averages must not be updated
             return self.trainee(**batch)["loss"]
 
 
@@ -64,7 +64,7 @@ class PlannedSearch:
 
 
 def plan_search(problem: Problem, model: Any) -> PlannedSearch:
-    """Describe and price the model, and refuse now what would fail after hours of training."""
+    """Describe and price the model, and refuse now all that would fail after hours of training."""
     recipe, batch_size = problem.recipe, problem.batch_size
     loss, example = OwnLoss(), problem.task.example_inputs(batch_size)
     if problem.timed:
@@ -102,7 +102,7 @@ def search_and_cut(problem: Problem, search: PlannedSearch, dense: Any) -> Small
     """Train the Compressor's model while it searches, and cut it; ``dense`` may teach it."""
     phase, compressor = searching(problem), search.compressor
     problem.progress.phase("searching" if phase.spec.on else "planning")
-    compressor.restart()  # with the trained weights, where it looks at weights at all
+    compressor.restart()  # with the trained weights, for methods that look at weights
     model = compressor.given
     search.loss.trainee = trainee = trainee_of(problem, model, dense)
     history = run_phase(problem, phase, model, trainee, problem.items, [compressor.callback()])

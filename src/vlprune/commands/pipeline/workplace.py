@@ -1,4 +1,4 @@
-"""Where a run keeps what it needs until it is finished, and that only one run works there."""
+"""The working folder of an unfinished run, and the lock that admits only one run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ OURS = ("train-*", "search-*", "cut-*", "retrain-*", "round-to.json", "damaged-*
 def claimed(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """The working folder of a run in ``out``, for this run alone.
 
-    Its lock ends with the process that holds it, however that ends. Where the file system has no
-    locks, ``say`` gets a line and the run goes on. Folders that are still empty at the end are
-    removed again, if they were made here. Raises CheckpointError if another run is at work in
-    ``out``, or if nothing can be written there.
+    The lock ends with the process that holds it, however the process ends. Where the file system
+    has no locks, ``say`` gets a line and the run goes on. Folders made here that are still empty at
+    the end are removed again. Raises CheckpointError if another run is at work in ``out``, or if
+    nothing can be written there.
     """
     work = out / WORK
     made = [folder for folder in (work, *work.parents) if not folder.exists()]
@@ -41,11 +41,11 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[Path]:
     try:
         yield work
     finally:
-        for name in (OWNER, LOCK):  # while it is held: who waits for this very file gets a new one
+        for name in (OWNER, LOCK):  # while the lock is held: who waits for it gets a new file
             (work / name).unlink(missing_ok=True)
         if lock is not None:
             lock.release()
-        with suppress(OSError):  # one holds something
+        with suppress(OSError):  # a folder is not empty
             for folder in made or [work]:
                 folder.rmdir()
 

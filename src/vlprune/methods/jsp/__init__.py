@@ -1,7 +1,7 @@
 """Joint share and prune: one hypernetwork decides what goes and what is shared, across towers.
 
 US patent 12,386,873 B2 (Samsung Electronics, granted 2025-08-12) claims a device of this kind. So
-this method is used only where it is asked for by name, and is the default nowhere.
+this method runs only where it is named explicitly, and is never a default.
 """
 
 from .method import JSP

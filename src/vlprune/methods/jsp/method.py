@@ -1,4 +1,4 @@
-"""The options of JSP, and what they mean."""
+"""The JSP method, with the meaning of its options."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ __all__ = ["JSP"]
 class JSP(JspOptions, Method):
     """Joint share and prune (ICLR 2023, openreview UMERaIHMwB3), as far as it is public; see below.
 
-    Every unit of the towers ``base`` and ``other`` has a number m, 1 where it stays. A unit of
-    ``other`` may take its weights from the layer of ``base`` at equal depth (``"cross"``), a unit
-    of ``base`` from the first layer of its block of ``block`` layers (``"block"``). A hypernetwork
-    makes all these vectors, so it sees layers and modalities together; it is trained in turn with
-    the weights, one step every ``every`` weight steps, on held-out batches: task loss plus
-    ``budget_weight`` times log(max(P, target) / target), P the parameters that the vectors leave.
+    Every unit of the towers ``base`` and ``other`` has a number m, 1 where the unit stays. A unit
+    of ``other`` may take its weights from the layer of ``base`` at equal depth (``"cross"``), a
+    unit of ``base`` from the first layer of its block of ``block`` layers (``"block"``). A
+    hypernetwork makes all these vectors, so it sees layers and modalities together; it is trained
+    in turn with the weights, one step every ``every`` weight steps, on held-out batches: task loss
+    plus ``budget_weight`` times log(max(P, target) / target), P the cost that the vectors leave.
     The weights are trained whole, and drawn to the wanted structure: ``alignment`` times their
-    distance from it (:func:`vlprune.methods.vectors.alignment`) joins the loss, and once it is
-    frozen that distance also fades on UPop's schedule, to exactly 0 at the end. Then units go and
-    are shared for real, which changes nothing.
+    distance from that structure (:func:`vlprune.methods.vectors.alignment`) joins the loss, and
+    once the structure is frozen the distance also fades on UPop's schedule, to exactly 0 at the
+    end. Then the cut removes and shares units for real, which changes no output.
 
     Stated in the source: sharing across backbones and inside blocks, pruning in both, one
     hypernetwork, the alignment term, training in turn. Not from the source, because no code is
-    public: everything with a number here, the form of the network and of the losses, which are
-    close to the authors' sibling works.
+    public: every number here, and the form of the network and of the losses, which stay close to
+    the authors' sibling works.
 
     ``families`` switches parts off for comparison. ``group_size`` units decide together.
-    ``warmup``, ``align`` and ``freeze`` are progress: the hypernetwork learns from ``warmup`` to
-    ``freeze``, weights are aligned from ``align`` on. ``match`` pairs units by the cosine of
-    their weights (Hungarian) instead of by number. ``mismatch="skip"`` shares only where two layers
-    are alike and leaves the others alone, ``"error"`` refuses.
+    ``warmup``, ``align`` and ``freeze`` are points of progress: the hypernetwork learns from
+    ``warmup`` to ``freeze``, weights are aligned from ``align`` on. ``match`` pairs units by the
+    cosine of their weights (Hungarian matching) instead of by number. ``mismatch="skip"`` shares
+    only where two layers are alike, ``"error"`` raises UnsupportedError where they are not.
 
-    Needs ``held_out`` batches in the Compressor (a recipe splits them off by itself).
+    Needs ``held_out`` batches in the Compressor (a run of a recipe splits them off by itself).
     """
 
     uses_held_out: ClassVar[bool] = True
 
     def start(self, problem: Problem) -> Search:
-        """A search that keeps everything. Raises BudgetError if the budget cannot be reached."""
+        """A search that keeps everything at first.
+
+        Raises BudgetError if the budget cannot be reached, is a latency, or comes with groups of
+        equal width; UnsupportedError if a tower is missing or its layers cannot share as asked.
+        """
         return JspSearch(self, problem)

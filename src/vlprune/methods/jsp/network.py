@@ -12,11 +12,11 @@ from torch import Tensor, nn
 __all__ = ["MEDIAN", "HyperNetwork", "drawn"]
 
 MEDIAN = -math.log(math.log(2))
-"""Of Gumbel(0, 1), 0.3665: a logit above its negative is kept in more than half of all draws."""
+"""The median of Gumbel(0, 1), 0.3665: a logit above -MEDIAN is kept in over half of all draws."""
 
 
 class HyperNetwork(nn.Module):
-    """From fixed random inputs, one per vector, to a logit for each of the vector's units."""
+    """Maps fixed random inputs, one per vector, to ``sizes[i]`` logits for vector i."""
 
     inputs: Tensor
 
@@ -35,7 +35,7 @@ class HyperNetwork(nn.Module):
                 head.mul_(0.1)  # so that no draw removes anything at first
 
     def forward(self) -> list[Tensor]:
-        """One row of logits per vector."""
+        """One row of logits per vector, (its size,) each."""
         states, _ = self.rnn(self.inputs)
         states = nn.functional.gelu(self.norm(states))
         return [head(state) for head, state in zip(self.heads, states, strict=True)]
@@ -54,7 +54,7 @@ class Rounded(torch.autograd.Function):
 
 
 def drawn(logits: Sequence[Tensor], temperature: float, generator: torch.Generator) -> list[Tensor]:
-    """A random draw of zeros and ones for each logit, which a gradient can pass through."""
+    """A random 0 or 1 for each logit, in the same shapes, that gradients can pass through."""
     decided = []
     for logit in logits:
         uniform = torch.rand(logit.shape, generator=generator).clamp(1e-9, 1 - 1e-7)

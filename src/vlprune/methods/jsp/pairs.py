@@ -1,4 +1,4 @@
-"""Which units may stay, go or share with which: the vectors that the hypernetwork makes."""
+"""The vectors that the hypernetwork makes: which units may stay, go, or share with which."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Vector:
     structure: Structure
     depth: float
     source: str = ""
-    units: Tensor | None = None  # of the source, for each unit; -1: has none
+    units: Tensor | None = None  # the unit of the source for each unit; -1: none
 
     @property
     def name(self) -> str:
@@ -34,7 +34,10 @@ class Vector:
 
 
 def vectors_of(method: JspOptions, problem: Problem) -> list[Vector]:
-    """All heads, by depth, the towers taking turns."""
+    """All vectors by depth, the tower ``base`` first where depths are equal.
+
+    Raises UnsupportedError if a tower is missing, or if layers cannot share as the method asks.
+    """
     layers = {tower: _layers(problem.structures, tower) for tower in (method.base, method.other)}
     for tower, kinds in layers.items():
         if not kinds and (tower == method.base or "cross" in method.families):
@@ -76,7 +79,7 @@ def _source(
     structure: Structure,
     number: int,
 ) -> Structure | None:
-    """The layer that the units of a structure may take their weights from."""
+    """The layer that the units of a structure may take weights from; None if there is none."""
     if tower == method.other and tower != method.base:
         over = layers[method.base].get(structure.kind, [])
         if "cross" not in method.families or not over:
@@ -91,7 +94,7 @@ def _source(
 def _shared(
     method: JspOptions, problem: Problem, structure: Structure, source: Structure, depth: float
 ) -> Vector | None:
-    """The vector that shares, or None where the layers are unlike and that is allowed."""
+    """The vector that shares; None where the layers are unlike and the method skips such pairs."""
     why = problem.shareable(structure, source)
     if why:
         if method.mismatch == "skip":

@@ -1,4 +1,4 @@
-"""A search by JSP: what it learns, and in which order it asks what of the weights."""
+"""The search of JSP: its hypernetwork learns in turn with the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["JspSearch"]
 
 
 class JspSearch(Search):
-    """The hypernetwork and its optimizer, in turn with the weights."""
+    """The hypernetwork and its optimizer, which take turns with the weights."""
 
     def __init__(self, method: JspOptions, problem: Problem) -> None:
         super().__init__(problem)
@@ -61,7 +61,7 @@ class JspSearch(Search):
     # -- logits to vectors -----------------------------------------------------------------
 
     def _logits(self) -> list[Tensor]:
-        """o + b for each unit of each vector: (size,) each."""
+        """The network's output plus ``offset`` for each unit of each vector: (size,) each."""
         group = self.method.group_size
         return [
             row.repeat_interleave(group)[: vector.structure.size] + self.method.offset
@@ -70,9 +70,9 @@ class JspSearch(Search):
 
     @torch.no_grad()
     def vectors_at(self, threshold: float, whole: Collection[str] = ()) -> Vectors:
-        """Without noise: u is 1 where the logit, with the noise's median, exceeds a threshold.
+        """The vectors without noise: u is 1 where logit plus median noise reaches the threshold.
 
-        And everywhere in the structures that stay ``whole``.
+        In structures that stay ``whole``, u is 1 everywhere.
         """
         logits = self._logits()
         decided = [
@@ -83,9 +83,12 @@ class JspSearch(Search):
 
     @torch.no_grad()
     def fitted(self) -> Vectors:
-        """The vectors at the lowest threshold that meets the budget: exported, deterministic."""
+        """The vectors of the plan, without noise: at the lowest threshold that meets the budget.
+
+        Raises BudgetError if no threshold does because structures stay whole.
+        """
         levels = torch.cat(self._logits()).add(MEDIAN).unique()  # ascending
-        low, high = 0, len(levels)  # at levels[low] too much may remain, at +inf it fits
+        low, high = 0, len(levels)  # at levels[low] too much may remain, at +inf the budget is met
         best, self.threshold = self.vectors_at(math.inf, self.whole), math.inf
         if float(best.cost(self.prices)) > self.target * (1 + 1e-12):
             raise BudgetError(
@@ -116,7 +119,7 @@ class JspSearch(Search):
             )
 
     def turn(self, progress: float, weights: Weights) -> None:
-        """Draw the weights near, and every so many steps learn from a held-out batch."""
+        """Draw the weights near, and every ``every`` steps learn from a held-out batch."""
         if progress >= self.method.freeze and self.frozen is None and self.structure_steps:
             self.frozen = self.now = self.fitted()
         wanted = self._alignment(progress)
@@ -132,7 +135,7 @@ class JspSearch(Search):
             self.learn(vectors, look.keep, look.share)
 
     def _alignment(self, progress: float) -> Alignment | None:
-        """What the weights are drawn to: the structure as it is now, or as it was frozen."""
+        """The structure, as it is now or was frozen, to draw the weights to; None if too early."""
         method = self.method
         if progress < method.align or not self.structure_steps:
             return None
@@ -148,7 +151,7 @@ class JspSearch(Search):
         return self.method.warmup <= progress < self.method.freeze and self.frozen is None
 
     def draw(self, progress: float) -> Vectors:
-        """The vectors to take a loss with: a random draw while the search learns."""
+        """The vectors to compute a loss with: a random draw while the search learns."""
         if not self._learns(progress):
             return self.now
         logits = self._logits()
@@ -158,7 +161,7 @@ class JspSearch(Search):
     def learn(
         self, vectors: Vectors, keep: Mapping[str, Tensor], share: Mapping[str, Tensor]
     ) -> None:
-        """Take a step, from the gradients of the loss by the vectors that were drawn."""
+        """Take a step, with the gradients of the loss by the vectors that were drawn."""
         pulled = [(vectors.keep[name], g) for name, g in keep.items()]
         pulled += [(vectors.share[name][1], g) for name, g in share.items()]
         pulled = [(v, g.to(v)) for v, g in pulled if v.requires_grad]
@@ -264,7 +267,7 @@ class JspSearch(Search):
         return [{**e, "gap": e["masked_loss"] - e["full_loss"]} for e in self.watched]
 
     def _shares(self, vectors: Vectors) -> dict[str, float]:
-        """What remains of the budget's currency, and of each tower what is kept and shared."""
+        """Fractions: of the cost that remains; per tower, of units kept, shared and pruned."""
         facts = {"remains": float(vectors.cost(self.prices)) / self.prices.total}
         alive, own = vectors.alive(), vectors.own()
         for tower in (self.method.base, self.method.other):
