@@ -576,8 +576,10 @@ def test_a_restored_callback_is_made_from_its_class_alone() -> None:
 
 def test_an_accelerated_optimizer_holds_the_optimizer_it_was_given() -> None:
     """optimizers: parameters are exchanged in that one."""
+    from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
+    Accelerator()  # it asks the state that this leaves
     inner = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
     assert AcceleratedOptimizer(inner).optimizer is inner
 
