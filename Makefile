@@ -21,7 +21,7 @@ lint: .venv/ready ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint ## lint and the quick tests: about a minute on two cores
+check: lint ## lint and the quick tests: two to four minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quick
 
 test: lint ## lint and all tests but the slow ones
