@@ -80,6 +80,7 @@ def test_public_names_exist_and_are_documented() -> None:
     assert dir(vlprune) == sorted(vlprune.__all__)  # ruff keeps the order of the list itself
     for name in vlprune.__all__:
         assert getattr(vlprune, name).__doc__, name
+    assert vlprune.compressor.CompressorCallback
     with pytest.raises(AttributeError):
         vlprune.nothing  # noqa: B018
 

@@ -80,7 +80,12 @@ _HOME = {
     "training.compressor": ("Compressor",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = {"cost": "prices.cost", "errors": "errors", "testing": "testing"}
+_MODULES = {
+    "compressor": "training.compressor",  # for trainer.remove_callback(CompressorCallback)
+    "cost": "prices.cost",
+    "errors": "errors",
+    "testing": "testing",
+}
 
 
 def __getattr__(name: str) -> Any:
