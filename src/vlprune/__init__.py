@@ -15,6 +15,7 @@ from .folders import hook
 if TYPE_CHECKING:
     from . import errors, testing
     from .architectures import discover
+    from .calibration.session import Calibration, fold, rotate
     from .cutting.gates import gated
     from .cutting.rewrite import rewrite
     from .cutting.sharing.materialize import materialize
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .folders.load import load
     from .folders.ordinary import ordinary
     from .folders.save import save
-    from .methods import JSP, Magnitude, Random, Taylor, UPop
+    from .methods import JSP, OBS, Magnitude, Random, Taylor, UPop
     from .prices import cost
     from .prices.latency import latency_prices
     from .prices.round_to import best_round_to
@@ -35,7 +36,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "JSP",
+    "OBS",
     "Attr",
+    "Calibration",
     "Compressor",
     "Description",
     "Gate",
@@ -51,12 +54,14 @@ __all__ = [
     "cost",
     "discover",
     "errors",
+    "fold",
     "gated",
     "latency_prices",
     "load",
     "materialize",
     "ordinary",
     "rewrite",
+    "rotate",
     "save",
     "select",
     "testing",
@@ -64,6 +69,7 @@ __all__ = [
 
 _HOME = {
     "architectures": ("discover",),
+    "calibration.session": ("Calibration", "fold", "rotate"),
     "cutting.gates": ("gated",),
     "cutting.rewrite": ("rewrite",),
     "cutting.sharing.materialize": ("materialize",),
@@ -71,7 +77,7 @@ _HOME = {
     "folders.load": ("load",),
     "folders.save": ("save",),
     "folders.ordinary": ("ordinary",),
-    "methods": ("JSP", "Magnitude", "Random", "Taylor", "UPop"),
+    "methods": ("JSP", "OBS", "Magnitude", "Random", "Taylor", "UPop"),
     "prices.latency": ("latency_prices",),
     "prices.round_to": ("best_round_to",),
     "prices.select": ("select",),

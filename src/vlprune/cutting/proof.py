@@ -23,7 +23,7 @@ from .sharing.ties import (
     untie,
 )
 
-__all__ = ["Verification", "compare", "run_masked"]
+__all__ = ["Verification", "compare", "in_dtype", "run_masked"]
 
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
@@ -75,7 +75,7 @@ def run_masked(
             try:
                 if kernel:
                     tried.enter_context(_kernels(model, kernel))
-                tried.enter_context(_in_dtype(model, dtype))
+                tried.enter_context(in_dtype(model, dtype))
                 with (
                     _untied(model),
                     mixed(model, cut.structures, cut.plan),
@@ -186,7 +186,7 @@ def _untied(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The model in another dtype while the block runs; widening and back is lossless.
 
     Parameters cut inside the block come back in the dtype they had.

@@ -1,8 +1,9 @@
 """The methods, one small file each; JSP is a folder."""
 
-from .base import Alignment, Look, Method, OneShot, Problem, Search, Weights
+from .base import Alignment, Layer, Look, Method, OneShot, Problem, Search, Statistics, Weights
 from .jsp import JSP
 from .magnitude import Magnitude
+from .obs import OBS
 from .random import Random
 from .taylor import Taylor
 from .upop import UPop
@@ -10,7 +11,9 @@ from .upop import UPop
 __all__ = [
     "JSP",
     "METHODS",
+    "OBS",
     "Alignment",
+    "Layer",
     "Look",
     "Magnitude",
     "Method",
@@ -18,6 +21,7 @@ __all__ = [
     "Problem",
     "Random",
     "Search",
+    "Statistics",
     "Taylor",
     "UPop",
     "Weights",
@@ -26,6 +30,7 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     "jsp": JSP,
     "magnitude": Magnitude,
+    "obs": OBS,
     "random": Random,
     "taylor": Taylor,
     "upop": UPop,

@@ -9,7 +9,7 @@ importing torch), a file with a subclass of those options and a :class:`Search`,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -24,11 +24,13 @@ from .vectors import Vectors
 
 __all__ = [
     "Alignment",
+    "Layer",
     "Look",
     "Method",
     "OneShot",
     "Problem",
     "Search",
+    "Statistics",
     "Weights",
     "family",
     "standardised",
@@ -106,6 +108,36 @@ class Weights(Protocol):
         """Compute the loss of the next held-out batch, with gradients if the search ``learns``."""
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer that reads units of ``structure``, with the statistics of its calibration batches.
+
+    ``columns`` (units, columns per unit) are the units' places in its input, ``second`` (width,
+    width) the second moments of that input (about the mean where the layer has a bias that can make
+    up for it), ``weight`` (out, width), ``influence`` (out,) what a squared error in each output
+    channel adds to the relative squared error of the model's outputs.
+    """
+
+    structure: str
+    columns: Tensor
+    second: Tensor
+    weight: Tensor
+    influence: Tensor
+
+
+class Statistics(Protocol):
+    """What calibration batches tell about a model, for methods that set ``uses_calibration``."""
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer that reads units, one at a time: hold none of them."""
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """What the loss of each query-key dimension adds to the error of the outputs.
+
+        {structure: (size,)}, in the unit of :attr:`Layer.influence`.
+        """
+
+
 class Search(ABC):
     """The state of one search."""
 
@@ -154,6 +186,13 @@ class Search(ABC):
         """
         return
 
+    def calibrate(self, statistics: Statistics) -> None:
+        """Learn from calibration batches, before :meth:`keep`.
+
+        Called only for methods that set ``uses_calibration``.
+        """
+        return
+
     @abstractmethod
     def keep(self) -> dict[str, tuple[int, ...]]:
         """The units that stay, {structure: units}, within the budget."""
@@ -186,6 +225,8 @@ class Method(ABC):
     """Whether training must run with gates, whose gradients are passed to the search."""
     uses_held_out: ClassVar[bool] = False
     """Whether the search learns in turn with the weights, on batches that are not trained on."""
+    uses_calibration: ClassVar[bool] = False
+    """Whether the search learns from statistics of calibration batches, without training."""
 
     @property
     def needs_training(self) -> bool:

@@ -17,6 +17,7 @@ __all__ = [
     "METHOD_OPTIONS",
     "TASK_OPTIONS",
     "JspOptions",
+    "ObsOptions",
     "OneShotOptions",
     "RandomOptions",
     "TaskOptions",
@@ -47,6 +48,16 @@ class RandomOptions(OneShotOptions):
     """Of ``random``."""
 
     seed: Annotated[int, Whole(0, SEEDS)] = 0
+
+
+@checked
+class ObsOptions(Checked):
+    """Of ``obs``."""
+
+    across: Annotated[str, OneOf("outputs", "layers", "uniform")] = "outputs"
+    rotate: Annotated[bool, Flag()] = False
+    fold: Annotated[bool, Flag()] = True
+    round_to: Annotated[int, BLOCKS] = 1
 
 
 @checked
@@ -101,6 +112,7 @@ class JspOptions(Checked):
 METHOD_OPTIONS: dict[str, type[Any]] = {
     "jsp": JspOptions,
     "magnitude": OneShotOptions,
+    "obs": ObsOptions,
     "random": RandomOptions,
     "taylor": OneShotOptions,
     "upop": UPopOptions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,34 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..cutting.proof import (
-    Verification,
-)
-from ..cutting.rewrite import (
-    perform,
-)
-from ..cutting.settle import (
-    check_plain,
-    settle,
-)
-from ..cutting.sharing.rules import (
-    settled,
-    with_followers,
-)
-from ..cutting.sharing.ties import (
-    is_shared,
-)
+from ..calibration.session import Calibration, session_of
+from ..calibration.store import Originals
+from ..cutting.proof import Verification
+from ..cutting.rewrite import perform
+from ..cutting.settle import check_plain, settle
+from ..cutting.sharing.rules import settled, with_followers
+from ..cutting.sharing.ties import is_shared
 from ..cutting.wrappers import unwrapped
 from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Method, Search
 from ..prices import cost
-from ..prices.budget import (
-    parse_budget,
-)
-from ..prices.prices import (
-    Prices,
-)
+from ..prices.budget import parse_budget
+from ..prices.prices import Prices
 from ..structures.plan import Plan
 from ..structures.structure import AttentionUnit
 from .callback import CompressorCallback, callback_for
@@ -84,6 +70,11 @@ class Compressor:
     sequence of batches (keywords of one forward pass) that are not trained on. ``loss`` turns a
     batch into its loss; the default is the ``loss`` that the model's own forward returns.
 
+    ``calibration`` is batches like those that the model is used with, without labels (a list, a
+    DataLoader, or a :class:`vlprune.Calibration` with more choices). A method that needs no
+    training but statistics (``OBS``) learns from them, and :meth:`finish` repairs the plan of any
+    method with them before it cuts (:func:`vlprune.fold`).
+
     Raises BudgetError for a budget that cannot be reached, UnsupportedError for a model with
     nothing to prune, with another quantizer, with adapters, or inside a wrapper that would not
     survive the cut (``torch.compile`` does).
@@ -102,6 +93,7 @@ class Compressor:
         held_out: Sequence[Mapping[str, Any]] = (),
         loss: Callable[[Mapping[str, Any]], Tensor] | None = None,
         prices: Prices | None = None,
+        calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise UnsupportedError(
@@ -121,8 +113,14 @@ class Compressor:
         self.search = self._new_search()
         refuse_unreachable(method, self.structures, self.prices, self.budget.fraction, self._groups)
         self._shared = is_shared(model)
+        if method.uses_calibration and calibration is None:
+            raise VlpruneError(
+                f"{type(method).__name__} learns from calibration batches: give "
+                "Compressor(..., calibration=[batch, ...]) some"
+            )
+        self.session = session_of(model, self.structures, calibration) if calibration else None
         self.turns = turns_of(method, self.search, model, self.structures, held_out, loss)
-        self.progress, self.finished = 0.0, False
+        self.progress, self.finished, self._calibrated = 0.0, False, False
         self.verification: Verification | None = None
         self.seconds: float | None = None
         self.params_after = 0
@@ -195,7 +193,7 @@ class Compressor:
 
     def restart(self) -> None:
         """Start the search anew, and open all gates."""
-        self.search = self._new_search()
+        self.search, self._calibrated = self._new_search(), False
         if self.turns is not None:
             self.turns.restart(self.search)
         self.progress, self._reach = (
@@ -336,6 +334,7 @@ class Compressor:
         if self._plan is not None:
             return self._plan
         check_plain(self.model, self.structures)
+        self._calibrate()
         learnt = self.turns is None or bool(self.search.facts().get("structure_steps"))
         if self.progress > 0 and learnt and self._reach.nothing:
             raise VlpruneError(
@@ -350,8 +349,20 @@ class Compressor:
         )
         return settled(self.model, self.description.structures, plan)
 
+    def _calibrate(self) -> None:
+        """Let the search learn from the calibration batches, once."""
+        if self.session is None or not self.method.uses_calibration or self._calibrated:
+            return
+        if getattr(self.method, "rotate", False):
+            self.session.rotate()
+        self.search.calibrate(self.session)
+        self._calibrated = True
+
     def finish(self, verify: bool = True) -> Any:
         """Cut the given model in place, and return the same object.
+
+        With calibration batches the plan is first folded into the weights, unless the method says
+        otherwise.
 
         With ``verify`` the masked and the cut model are compared on ``example_inputs``, or on the
         first batch seen in training; :meth:`report` says how far apart they were, or that there was
@@ -368,16 +379,24 @@ class Compressor:
         if early := unfinished(self.method, self.search, self.progress):
             warnings.warn(early, stacklevel=2)
         after = int(cost.params(self.model, self.description.structures, plan))
-        inputs = self.example_inputs or self._gating.first_batch
+        inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
         self.detach()
+        originals = Originals(self.model)
         try:
             cut = settle(self.model, self.description, plan)
+            if self.session is not None:
+                inputs = inputs or self.session.batches.given[0]
+                if getattr(self.method, "fold", True):
+                    self.session.fold(plan, originals)
             self.verification = perform(self.model, cut, inputs if verify else None)
         except BaseException:
+            originals.put_back()
             if attached:
                 self.attach()
             raise
+        finally:
+            originals.forget()
         if self._optimizer is not None:
             exchange(self._optimizer, replaced(before, self.model))
         self._plan, self.finished, self.params_after = plan, True, after
@@ -389,7 +408,9 @@ class Compressor:
     def notes(self) -> list[str]:
         """Caveats that a reader of the report must know, one sentence each."""
         early = unfinished(self.method, self.search, self.progress) if self.finished else ""
-        return [note for note in (early, self._reach.missing if self.progress > 0 else "") if note]
+        reached = self._reach.missing if self.progress > 0 else ""
+        calibrated = self.session.notes() if self.session is not None else []
+        return [note for note in (early, reached, *calibrated) if note]
 
     def report(self) -> dict[str, Any]:
         """Figures asked for and reached, by tower and kind: plain values, ready for JSON."""

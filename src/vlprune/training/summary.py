@@ -70,6 +70,8 @@ def summary(compressor: Compressor) -> dict[str, Any]:
         },
         "search_history": compressor.search.history(),
     }
+    if compressor.session is not None:
+        report["calibration"] = compressor.session.facts()
     if compressor.costs.macs is not None:
         report["macs"] = {
             "before": compressor.costs.macs.total,

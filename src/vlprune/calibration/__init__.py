@@ -1,0 +1,1 @@
+"""Compression without training: statistics of calibration batches, rotate, fold."""

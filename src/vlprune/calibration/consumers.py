@@ -1,0 +1,93 @@
+"""The linear layers that read the units of a structure, found from its slots alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cutting.padded import is_linear, linear_axes
+from ..structures.structure import Slot, Structure
+from ..structures.units import owner_of, positions
+
+__all__ = ["Consumer", "Rows", "consumers_of", "rows_of"]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear layer at ``module`` whose input holds the units of ``structure``.
+
+    ``columns`` (size, columns per unit) are the unit's places in the layer's input; the layer reads
+    ``width`` numbers and writes ``out``.
+    """
+
+    structure: str
+    module: str
+    columns: Tensor
+    width: int
+    out: int
+
+    def kept(self, units: Sequence[int]) -> Tensor:
+        """The columns that stay when ``units`` do, ascending, other structures' included."""
+        stays = torch.ones(self.width, dtype=torch.bool)
+        stays[self.columns.reshape(-1)] = False
+        stays[self.columns[list(units)].reshape(-1)] = True
+        return stays.nonzero().reshape(-1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a projection that belong to a structure: ``heads`` heads of ``size`` dimensions.
+
+    ``module`` is the path of the projection, "" for a parameter that no module of its own holds;
+    ``weight`` and ``bias`` (or "") are parameters, ``start`` the first row.
+    """
+
+    module: str
+    weight: str
+    bias: str
+    start: int
+    heads: int
+    size: int
+
+
+def consumers_of(model: nn.Module, structure: Structure) -> tuple[Consumer, ...]:
+    """The layers that read the structure's units; none for query-key dimensions."""
+    found = []
+    for slot in structure.slots:
+        path, leaf = owner_of(slot.param)
+        module: Any = model.get_submodule(path)
+        if leaf != "weight" or not is_linear(module) or slot.axis != linear_axes(module)[1]:
+            continue
+        shape = module.weight.shape
+        out_axis, in_axis = linear_axes(module)
+        columns = torch.stack([positions(slot, structure.size, [u]) for u in range(structure.size)])
+        found.append(Consumer(structure.name, path, columns, shape[in_axis], shape[out_axis]))
+    return tuple(found)
+
+
+def rows_of(model: nn.Module, structure: Structure) -> tuple[Rows, ...]:
+    """The projections whose rows are the structure's head dimensions, in the order of its slots.
+
+    For ``attention_qk`` that is q, then k; for ``attention_vo`` the values. Empty for other units.
+    """
+    found = []
+    for slot in structure.slots:
+        path, leaf = owner_of(slot.param)
+        if slot.inner != 1 or leaf not in ("weight", "in_proj_weight"):
+            continue
+        module = model.get_submodule(path)
+        if leaf == "weight" and (not is_linear(module) or slot.axis != linear_axes(module)[0]):
+            continue
+        bias = _bias_beside(structure.slots, slot, path, leaf.replace("weight", "bias"))
+        name = path if leaf == "weight" else ""
+        found.append(Rows(name, slot.param, bias, slot.start, slot.repeat, structure.size))
+    return tuple(found)
+
+
+def _bias_beside(slots: Sequence[Slot], weight: Slot, path: str, leaf: str) -> str:
+    name = f"{path}.{leaf}" if path else leaf
+    return next((s.param for s in slots if s.param == name and s.start == weight.start), "")

@@ -1,0 +1,282 @@
+"""Repairing what a plan takes away: the weights that stay learn to do the work of those that go.
+
+Layer by layer, the columns that stay are fitted by least squares so that the residual stream comes
+as near as it can to that of the dense model, on the inputs that the layers already repaired give.
+So each repair also makes up for what the repairs before it left. Sources: least-squares channel
+pruning (He et al., ICCV 2017) and CORP's affine form; the target and the shrinking towards the
+unrepaired weights are not from a paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cutting.gates import evaluating
+from ..device import device_of
+from ..structures.plan import Plan
+from ..structures.structure import Structure
+from ..structures.units import positions
+from .batches import Batches
+from .blocks import Block, hooked
+from .consumers import Consumer
+from .landing import Landing, Replay, landing_of, value_at
+from .moments import Moments, flat
+from .passes import calls_of, ready, weight_of
+from .solve import Repair, repair
+from .store import Originals, Steps
+from .streams import Stream, streams
+
+__all__ = ["fold_layers"]
+
+
+class _Enough(Exception):
+    """The rest of a block need not run."""
+
+
+def fold_layers(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    plan: Plan,
+    batches: Batches,
+    originals: Originals,
+    steps: Steps,
+    advance: Callable[..., None] = lambda done: None,
+) -> dict[str, Repair]:
+    """Fold the plan into the weights in place; returns the repair of each layer, {module: repair}.
+
+    Afterwards the model computes, with all of its units, what the cut model will compute: the
+    columns of units that go are 0. ``originals`` gets every parameter before it changes, ``steps``
+    every block when it is done. Blocks that a forward pass calls more than once are repaired last,
+    each layer towards its own dense output.
+    """
+    done: dict[str, Repair] = {}
+    with ExitStack() as stack:
+        blocks = ready(stack, model, structures, batches)
+        once = [b for b in blocks if not b.again]
+        calls = calls_of(model, batches)
+        passes = stack.enter_context(streams(model, [b.path for b in once], [*calls, *calls]))
+        dense, small = passes[: len(calls)], passes[len(calls) :]
+        for number, block in enumerate(once):
+            originals.keep(_changing(model, block, plan))
+            done |= _fold_block(model, block, plan, batches, dense, small, (steps, number))
+            advance(1)
+    for block in blocks:
+        if block.again:
+            originals.keep(_changing(model, block, plan))
+            done |= _fold_alone(model, block, plan, batches)
+            advance(1)
+    return done
+
+
+def _changing(model: nn.Module, block: Block, plan: Plan) -> list[str]:
+    """The parameters that folding the plan changes in a block."""
+    cut = [s for s in block.structures if len(plan.kept(s)) < s.size]
+    names = [slot.param for s in cut if s.kind != "ffn" for slot in s.slots]
+    for consumer in block.consumers:
+        if any(consumer.structure == s.name for s in cut):
+            layer = model.get_submodule(consumer.module)
+            names += [f"{consumer.module}.{leaf}" for leaf, _ in layer.named_parameters()]
+    return list(dict.fromkeys(names))
+
+
+def _fold_block(
+    model: nn.Module,
+    block: Block,
+    plan: Plan,
+    batches: Batches,
+    dense: Sequence[Stream],
+    small: Sequence[Stream],
+    step: tuple[Steps, int],
+) -> dict[str, Repair]:
+    """Fold one block, between the passes of the dense model and those of the small one."""
+    steps, number = step
+    here = [
+        n
+        for n, stream in enumerate(small)
+        if stream.advance(block.path) and dense[n].advance(block.path)
+    ]
+    by_name = {s.name: s for s in block.structures}
+    cut = [c for c in block.consumers if len(plan.kept(by_name[c.structure])) < len(c.columns)]
+    known = steps.known(f"folded-{number}")
+    if known is not None:
+        for n in here:
+            dense[n].resume()
+        tensors, facts = known
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                model.get_parameter(name).copy_(tensor)
+        bare = torch.zeros(0)
+        return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
+    module = model.get_submodule(block.path)
+    replays = {n: Replay(module, small[n].args, small[n].kwargs) for n in here}
+    landings: dict[str, Landing | None] = {}
+    for c in cut:
+        tried = (landing_of(replays[n], model.get_submodule(c.module)) for n in here[:1])
+        landings[c.module] = next(tried, None)
+    wanted: dict[str, dict[int, Tensor]] = {c.module: {} for c in cut}
+    for n in here:  # the dense pass goes on while the block is still dense
+        hooks = [
+            hook
+            for c in cut
+            for hook in _value_hooks(model, replays[n], c, landings[c.module], wanted[c.module], n)
+        ]
+        with hooked(hooks):
+            dense[n].resume()
+    for structure in block.structures:
+        _silence(model, structure, plan.kept(structure))
+    done = {}
+    for c in cut:
+        tower = by_name[c.structure].tower
+        sums = _sums(model, c, landings[c.module], replays, wanted[c.module], batches, tower)
+        del wanted[c.module]
+        done[c.module] = _repaired(model, c, sums, plan.kept(by_name[c.structure]))
+    facts = {name: (r.before, r.after, r.damping) for name, r in done.items()}
+    changed = {name: model.get_parameter(name) for name in _changing(model, block, plan)}
+    steps.remember(f"folded-{number}", changed, {"repairs": facts})
+    return done
+
+
+def _repaired(
+    model: nn.Module, consumer: Consumer, sums: tuple[Moments, Moments], units: Sequence[int]
+) -> Repair:
+    """The repair of one layer, written into it."""
+    layer: Any = model.get_submodule(consumer.module)
+    weight = weight_of(layer)
+    kept = consumer.kept(units).to(weight.device)
+    fitted, held_out = sums
+    if not fitted.count and not held_out.count:  # no batch reaches the layer: its columns just go
+        bias = None if layer.bias is None else layer.bias.detach()
+        made = Repair(weight[:, kept], bias, 0.0, 0.0, 0.0)
+    else:
+        made = repair(fitted, held_out, weight, layer.bias, kept)
+    _write(layer, made, kept)
+    return made
+
+
+def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) -> dict[str, Repair]:
+    """Fold a block that is called again and again: all calls of a layer are pooled."""
+    by_name = {s.name: s for s in block.structures}
+    done = {}
+    for structure in block.structures:
+        own = [c for c in block.consumers if c.structure == structure.name]
+        if not own or len(plan.kept(structure)) == structure.size:
+            continue
+        dense = {c.module: weight_of(model.get_submodule(c.module)).clone() for c in own}
+        _silence(model, structure, plan.kept(structure))
+        for c in own:
+            layer: Any = model.get_submodule(c.module)
+            with torch.no_grad():
+                weight_of(layer).copy_(dense[c.module])
+            fitted, held_out = (Moments.empty(c.width, c.out, device_of(layer)) for _ in range(2))
+            for number, call in enumerate(calls_of(model, batches)):
+
+                def take(
+                    _module: nn.Module, args: Any, output: Tensor, number: int = number
+                ) -> None:
+                    weights = batches.weights(by_name[c.structure].tower, number, args[0])  # noqa: B023
+                    into = held_out if batches.held_out(number) else fitted  # noqa: B023
+                    into.add(flat(args[0]), weights, flat(output))
+
+                hook = hooked([(layer.register_forward_hook, take)])
+                with evaluating(model), torch.no_grad(), hook:
+                    call()
+            sums = fitted.summed(), held_out.summed()
+            done[c.module] = _repaired(model, c, sums, plan.kept(structure))
+    return done
+
+
+def _value_hooks(
+    model: nn.Module,
+    replay: Replay,
+    consumer: Consumer,
+    landing: Landing | None,
+    into: dict[int, Tensor],
+    number: int,
+) -> list[Any]:
+    """Hooks that note the dense value at the landing; at the layer's output where there is none."""
+
+    def take(value: Tensor) -> None:
+        into.setdefault(number, value.detach())
+
+    if landing is None:
+        layer = model.get_submodule(consumer.module)
+        return [(layer.register_forward_hook, lambda _m, _a, output: take(output))]
+    return value_at(replay, landing.place, take)
+
+
+def _sums(
+    model: nn.Module,
+    consumer: Consumer,
+    landing: Landing | None,
+    replays: Mapping[int, Replay],
+    wanted: Mapping[int, Tensor],
+    batches: Batches,
+    tower: str,
+) -> tuple[Moments, Moments]:
+    """Moments of the layer's input and of the outputs wanted from it: to fit, and held out."""
+    layer = model.get_submodule(consumer.module)
+    device = device_of(layer)
+    fitted, held_out = (Moments.empty(consumer.width, consumer.out, device) for _ in range(2))
+    for n, replay in replays.items():
+        if n not in wanted:
+            continue
+        x, y, t = _once(replay, layer, landing)
+        weights = batches.weights(tower, n, x)
+        target = flat(wanted[n])
+        if landing is not None:
+            drift = flat(t).double() - target.double()
+            scale = landing.scale.to(drift.device)
+            usable = scale.abs() > 1e-6 * scale.abs().max()
+            drift = torch.where(usable, drift / torch.where(usable, scale, 1.0), 0.0)
+            target = flat(y) - drift.to(y.dtype)
+        (held_out if batches.held_out(n) else fitted).add(flat(x), weights, target)
+    return fitted.summed(), held_out.summed()
+
+
+def _once(
+    replay: Replay, layer: nn.Module, landing: Landing | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's input and output and the value at its landing, in one call of the block."""
+    seen: dict[str, Tensor] = {}
+
+    def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen["x"], seen["y"] = args[0], output
+        if landing is None:
+            raise _Enough
+
+    def land(value: Tensor) -> None:
+        if "y" in seen:
+            seen["t"] = value
+            raise _Enough
+
+    hooks = [(layer.register_forward_hook, after)]
+    hooks += value_at(replay, landing.place, land) if landing is not None else []
+    with hooked(hooks), suppress(_Enough):
+        replay()
+    return seen["x"], seen["y"], seen.get("t", seen["y"])
+
+
+@torch.no_grad()
+def _silence(model: nn.Module, structure: Structure, kept: Sequence[int]) -> None:
+    """Zero the rows of head dimensions that go, so that scores are computed without them."""
+    gone = sorted(set(range(structure.size)) - set(kept))
+    if structure.kind == "ffn" or not gone:
+        return
+    for slot in structure.slots:
+        weight = model.get_parameter(slot.param)
+        weight.index_fill_(slot.axis, positions(slot, structure.size, gone).to(weight.device), 0.0)
+
+
+@torch.no_grad()
+def _write(layer: Any, made: Repair, kept: Tensor) -> None:
+    """Put a repair into the layer; all other columns become 0."""
+    weight = weight_of(layer)
+    weight.zero_()
+    weight[:, kept.to(weight.device)] = made.weight.to(weight.dtype)
+    if made.bias is not None:
+        layer.bias.copy_(made.bias)

@@ -1,0 +1,160 @@
+"""How much a change inside the model changes its outputs, without labels.
+
+A layer's squared error counts by what it does to the outputs: E |J e|^2, where J are the
+derivatives of the outputs by the layer's output. For random r with independent entries of unit variance,
+g = J^T r has E g g^T = J^T J, so one backward pass per batch estimates it for every layer at once.
+This is the Gauss-Newton matrix of "stay as you were", whose gradient is zero at the dense model;
+its diagonal is used. Not from a paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cutting.difference import tensors_of
+from ..cutting.gates import evaluating
+from ..errors import DataError
+from ..structures.structure import Structure
+from .batches import Batches
+from .blocks import callable_projections, hooked
+from .consumers import consumers_of, rows_of
+from .moments import flat, summed
+
+__all__ = ["Influence", "influence_of", "main_outputs"]
+
+EMBEDDINGS = ("image_embeds", "text_embeds", "audio_embeds")
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What errors inside the model add to the relative squared error of its outputs.
+
+    ``outputs`` {consumer module: (out,)}: per unit of mean squared error in each channel of the
+    layer's output, at every token. ``scores`` {structure: (size,)}: when a query-key dimension is
+    left out of the scores, one query at a time.
+    """
+
+    outputs: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+
+
+def main_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors that a model is used for: embeddings if it names any, else logits, else all.
+
+    Among hidden states, the last; a pooled output only where there is nothing else.
+    """
+    if isinstance(output, Mapping):
+        for wanted in (EMBEDDINGS, _logits(output), ("last_hidden_state",)):
+            found = {n: output[n] for n in wanted if isinstance(output.get(n), Tensor)}
+            if found:
+                return found
+    return {f"output {number}": tensor for number, tensor in enumerate(tensors_of(output))}
+
+
+def _logits(output: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in output if str(name).startswith(("logits", "pred_")))
+
+
+def influence_of(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    batches: Batches,
+    outputs: Callable[[Any], Mapping[str, Tensor]] = main_outputs,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Influence:
+    """Estimate the influence of every consumer, and of query-key dimensions, on the outputs.
+
+    Every tensor of ``outputs(model's output)`` counts the same, whatever its size and scale.
+    """
+    consumers = {c.module: c for s in structures for c in consumers_of(model, s)}
+    squares: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    numbers = torch.Generator().manual_seed(0)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(callable_projections(model, structures))
+        stack.enter_context(_frozen(model))
+        stack.enter_context(torch.enable_grad())
+        watched: dict[str, Tensor] = {}
+
+        def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            if path in watched:  # a layer that is called again counts once
+                return None
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            watched[path] = output
+            return output
+
+        queries = {
+            s.name: rows_of(model, s)[0]
+            for s in structures
+            if s.kind in ("attention", "attention_qk") and len(rows_of(model, s)) > 1
+        }
+        paths = {*consumers, *(rows.module for rows in queries.values() if rows.module)}
+        hooks = [(model.get_submodule(p).register_forward_hook, partial(watch, p)) for p in paths]
+        stack.enter_context(hooked(hooks))
+        for number in range(len(batches)):
+            watched.clear()
+            given = outputs(model(**batches.inputs(model, number)))
+            made = [tensor for tensor in given.values() if tensor.requires_grad]
+            if not made:
+                raise DataError(
+                    f"calibration batch {number} reaches no layer that could be pruned: give "
+                    "batches like those that the model is used with"
+                )
+            parts = [_projected(t, numbers, batches, number) for t in made]
+            loss = torch.stack([part.cpu() for part in parts]).sum() / len(parts) ** 0.5
+            names = list(watched)
+            grads = torch.autograd.grad(loss, [watched[n] for n in names], allow_unused=True)
+            for name, grad in zip(names, grads, strict=True):
+                if grad is None:
+                    continue
+                if name in consumers:
+                    found = flat(grad).double().square().sum(0)
+                    squares[name] = squares.get(name, 0) + found
+                for structure, rows in queries.items():
+                    if rows.module == name:
+                        stop = rows.start + rows.heads * rows.size
+                        pairs = (flat(watched[name]) * flat(grad))[:, rows.start : stop].double()
+                        change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
+                        scores[structure] = scores.get(structure, 0) + change
+            advance(1)
+    return Influence(_mean(squares, len(batches)), _mean(scores, len(batches)))
+
+
+def _mean(sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The sums divided by the number of batches; over all processes, where there are several."""
+    everywhere = float(summed(torch.tensor(float(count), dtype=torch.float64)))
+    return {name: summed(sums[name]) / everywhere for name in sorted(sums)}
+
+
+def _projected(output: Tensor, numbers: torch.Generator, batches: Batches, number: int) -> Tensor:
+    """The output times random numbers, in units of its own size; padding counts nothing."""
+    noise = torch.randn(output.shape, generator=numbers).to(output.device, output.dtype)
+    weights = batches.weights("text", number, output) if output.dim() == 3 else None
+    if weights is not None:
+        noise = noise * weights.reshape(*output.shape[:2], 1).to(noise.dtype)
+    size = output.detach().float().square().mean().sqrt().clamp(min=1e-12)
+    return (output * noise).sum() / size / output.numel() ** 0.5
+
+
+class _frozen:
+    """The model's parameters ask for no gradients while the block runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.trained:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_exc: object) -> None:
+        for parameter in self.trained:
+            parameter.requires_grad_(True)

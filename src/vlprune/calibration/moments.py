@@ -1,0 +1,108 @@
+"""Streaming second moments of a layer's input, and of the outputs that are wanted from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import DataError
+
+__all__ = ["Moments", "flat", "summed"]
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens of x (width,) and, where targets are given, of y (out,).
+
+    ``xx`` (width, width), ``yx`` (out, width), ``x``, ``y`` and the scalars ``yy`` (sum of squared
+    lengths of y) and ``weight`` are float64 sums; ``count`` is the number of tokens that counted.
+    Products of a batch are computed in float32 or wider.
+    """
+
+    x: Tensor
+    xx: Tensor
+    y: Tensor
+    yx: Tensor
+    yy: float = 0.0
+    weight: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def empty(cls, width: int, out: int = 0, device: torch.device | str = "cpu") -> Moments:
+        """Sums over no tokens; with ``out`` 0 there are no targets."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(width), zeros(width, width), zeros(out), zeros(out, width))
+
+    def add(self, x: Tensor, weights: Tensor | None = None, y: Tensor | None = None) -> None:
+        """Add tokens: x (tokens, width), weights (tokens,), y (tokens, out).
+
+        Tokens of weight 0 are left out. Raises DataError if a number is not finite.
+        """
+        x = _wide(x)
+        y = None if y is None else _wide(y)
+        if weights is not None:
+            counts = weights > 0
+            x, weights = x[counts], weights[counts].to(x.dtype)
+            y = None if y is None else y[counts]
+        if not x.isfinite().all() or (y is not None and not y.isfinite().all()):
+            raise DataError("an activation is NaN or infinite")
+        weighed = x if weights is None else x * weights[:, None]
+        self.x += weighed.sum(0, dtype=torch.float64)
+        self.xx += weighed.T @ x
+        if y is not None:
+            self.yx += y.T @ weighed
+            y_weighed = y if weights is None else y * weights[:, None]
+            self.y += y_weighed.sum(0, dtype=torch.float64)
+            self.yy += float((y_weighed * y).sum(dtype=torch.float64))
+        self.weight += float(len(x) if weights is None else weights.sum(dtype=torch.float64))
+        self.count += len(x)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.x + other.x,
+            self.xx + other.xx,
+            self.y + other.y,
+            self.yx + other.yx,
+            self.yy + other.yy,
+            self.weight + other.weight,
+            self.count + other.count,
+        )
+
+    def summed(self) -> Moments:
+        """The sums over all processes; these same sums where there is one."""
+        numbers = torch.tensor(
+            [self.yy, self.weight, self.count], dtype=torch.float64, device=self.x.device
+        )
+        for tensor in (self.x, self.xx, self.y, self.yx, numbers):
+            summed(tensor)
+        yy, weight, count = numbers.tolist()
+        self.yy, self.weight, self.count = yy, weight, int(count)
+        return self
+
+    def covariance(self, centred: bool) -> Tensor:
+        """(width, width): of x about its mean if ``centred``, else about 0."""
+        mean = self.x / self.weight
+        second = self.xx / self.weight
+        return second - torch.outer(mean, mean) if centred else second
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The tensor, in place the sum over all processes where there are several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., width) as (tokens, width)."""
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

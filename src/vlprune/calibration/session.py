@@ -1,0 +1,329 @@
+"""One calibration: its batches, and all that is learnt and changed with them, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import discover
+from ..cutting.gates import evaluating, gated
+from ..cutting.settle import settle
+from ..errors import UnsupportedError
+from ..methods import Layer
+from ..status import Progress
+from ..structures.plan import Plan
+from ..structures.structure import Structure
+from .batches import Batches, TokenWeight, batches_of
+from .blocks import blocks_of, callable_projections
+from .consumers import consumers_of
+from .fold import fold_layers
+from .influence import Influence, influence_of, main_outputs
+from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
+from .rotate import rotate_heads
+from .store import Originals, Steps
+
+__all__ = ["Calibration", "OutputError", "Session", "fold", "rotate", "session_of"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration runs on, for ``Compressor(..., calibration=...)``.
+
+    ``batches`` are keyword arguments of one forward pass each: a list, a DataLoader, anything that
+    yields mappings. ``weigh`` gives each token's weight in the statistics, from the name of a tower
+    and a batch, as (items, tokens), or None for equal weights; by default padding counts nothing,
+    and image tokens in a language model together no more than its words. ``outputs`` picks the
+    tensors that must stay near those of the dense model, {name: tensor}, from what the model
+    returns; by default embeddings, else logits, else the last hidden state. With ``work``, a
+    folder, finished steps are kept, and a later run with the same ``key`` goes on from them.
+    """
+
+    batches: Iterable[Mapping[str, Any]]
+    weigh: TokenWeight | None = None
+    outputs: Callable[[Any], Mapping[str, Tensor]] = main_outputs
+    work: Path | None = None
+    key: str = ""
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """The relative error of the model's outputs on held-out batches, {output: error}.
+
+    An error is the root of the summed squared differences over that of the summed squares.
+    ``kept`` is false where the repair was worse than none, and so was taken back.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    kept: bool = True
+
+
+class Session:
+    """A calibration at work on one model. Whatever it changes is undone if it fails."""
+
+    def __init__(
+        self, model: nn.Module, structures: Sequence[Structure], calibration: Calibration
+    ) -> None:
+        if any(p.is_meta for p in model.parameters()):
+            raise UnsupportedError("the model has no weights (meta device): load them first")
+        self.model, self.structures = model, tuple(structures)
+        self.outputs, self.progress = calibration.outputs, calibration.progress
+        self.batches: Batches = batches_of(model, calibration.batches, calibration.weigh)
+        self.steps = Steps(calibration.work, calibration.key)
+        self.refused: dict[str, str] = {}
+        self.rotated = False
+        self._influence: Influence | None = None
+        self.errors: OutputError | None = None
+        self.layers_folded: dict[str, dict[str, float]] = {}
+
+    @property
+    def unreached(self) -> list[str]:
+        """Structures that no calibration batch reaches; they stay dense."""
+        if not hasattr(self, "_unreached"):
+            with evaluating(self.model), callable_projections(self.model, self.structures):
+                reached = {
+                    c.structure
+                    for block in blocks_of(
+                        self.model, self.structures, kinds_of_calls(self.model, self.batches)
+                    )
+                    for c in block.consumers
+                }
+            self._unreached = [
+                s.name
+                for s in self.structures
+                if consumers_of(self.model, s) and s.name not in reached
+            ]
+        return self._unreached
+
+    def rotate(self) -> None:
+        """Turn every head to its free basis; ``refused`` says why some are left alone."""
+        if self.rotated:
+            return
+        done = self.steps.known("rotated")
+        if done is not None:
+            tensors, facts = done
+            _load(self.model, tensors)
+            self.refused, self.rotated = facts["refused"], True
+            return
+        originals = Originals(self.model)
+        try:
+            with self.progress.count("rotating", len(self.batches)) as advance:
+                names, self.refused = rotate_heads(self.model, self.batches, originals, advance)
+        except BaseException:
+            originals.put_back()
+            raise
+        finally:
+            originals.forget()
+        self.rotated = True
+        self.steps.remember(
+            "rotated",
+            {name: self.model.get_parameter(name) for name in names},
+            {"refused": self.refused},
+        )
+
+    @property
+    def influence(self) -> Influence:
+        """What an error anywhere adds to the relative squared error of the outputs."""
+        if self._influence is None:
+            done = self.steps.known("influence")
+            if done is not None:
+                outputs, scores = (
+                    {n[2:]: t for n, t in done[0].items() if n.startswith(mark)}
+                    for mark in ("o/", "s/")
+                )
+                self._influence = Influence(outputs, scores)
+                return self._influence
+            with self.progress.count("derivatives", len(self.batches)) as advance:
+                self._influence = found = influence_of(
+                    self.model, self.structures, self.batches, self.outputs, advance
+                )
+            flat = {f"o/{name}": tensor for name, tensor in found.outputs.items()}
+            flat |= {f"s/{name}": tensor for name, tensor in found.scores.items()}
+            self.steps.remember("influence", flat)
+        return self._influence
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """See :meth:`vlprune.methods.Statistics.scores`."""
+        return self.influence.scores
+
+    def layers(self) -> Iterator[Layer]:
+        """See :meth:`vlprune.methods.Statistics.layers`."""
+        influence = self.influence
+        with evaluating(self.model), callable_projections(self.model, self.structures):
+            kinds = kinds_of_calls(self.model, self.batches)
+            blocks = blocks_of(self.model, self.structures, kinds)
+        with self.progress.count("statistics", len(blocks)) as advance:
+            for block, moments in moments_by_block(
+                self.model, self.structures, self.batches, advance
+            ):
+                for consumer in block.consumers:
+                    layer: Any = self.model.get_submodule(consumer.module)
+                    weight = weight_of(layer)
+                    here = influence.outputs.get(consumer.module)
+                    yield Layer(
+                        consumer.structure,
+                        consumer.columns,
+                        moments.pop(consumer.module).covariance(layer.bias is not None),
+                        weight,
+                        torch.zeros(len(weight)) if here is None else here,
+                    )
+
+    def fold(self, plan: Plan, originals: Originals) -> OutputError:
+        """Fold a plan into the weights; taken back where the outputs would be no nearer to dense.
+
+        Raises UnsupportedError for a plan that shares weights.
+        """
+        if any(plan.shared(s) for s in self.structures):
+            raise UnsupportedError(
+                "a plan that shares weights cannot be folded: the repair would pull shared weights "
+                "apart. Cut it without calibration"
+            )
+        wanted = self._outputs()
+        with gated(self.model, self.structures, plan):
+            before = self._apart(wanted)
+        with self.progress.count("repairing", 0) as advance:
+            repairs = fold_layers(
+                self.model, self.structures, plan, self.batches, originals, self.steps, advance
+            )
+        with gated(self.model, self.structures, plan):
+            after = self._apart(wanted)
+        self.layers_folded = {
+            name: {"before": r.before, "after": r.after, "damping": r.damping}
+            for name, r in repairs.items()
+        }
+        better = sum(v * v for v in after.values()) <= sum(v * v for v in before.values())
+        if not better:
+            originals.put_back()
+        self.errors = OutputError(before, after if better else before, better)
+        return self.errors
+
+    def notes(self) -> list[str]:
+        """Caveats that a reader of the report must know, one sentence each."""
+        notes = []
+        if self.unreached:
+            notes.append(
+                f"no calibration batch reached {len(self.unreached)} of {len(self.structures)} "
+                f"structures: {', '.join(self.unreached)}"
+            )
+        if self.errors is not None and not self.errors.kept:
+            notes.append(
+                "the repaired outputs were no nearer to the dense ones on held-out calibration "
+                "batches, so the repair was taken back: give more batches, like those in use"
+            )
+        return notes
+
+    def facts(self) -> dict[str, Any]:
+        """What the calibration did, for a report."""
+        towers: dict[str, list[dict[str, float]]] = {}
+        for structure in self.structures:
+            for consumer in consumers_of(self.model, structure):
+                if consumer.module in self.layers_folded:
+                    towers.setdefault(structure.tower, []).append(
+                        self.layers_folded[consumer.module]
+                    )
+        return {
+            "batches": len(self.batches),
+            "rotated": self.rotated,
+            "not_rotated": dict(self.refused),
+            "outputs": asdict(self.errors) if self.errors else None,
+            "towers": {
+                tower: {
+                    key: (sum(r[key] for r in rows) / len(rows)) ** 0.5
+                    for key in ("before", "after")
+                }
+                for tower, rows in towers.items()
+            },
+        }
+
+    # -- output errors -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _outputs(self) -> dict[int, dict[str, Tensor]]:
+        """The outputs on the held-out batches, on the CPU."""
+        chosen = [n for n in range(len(self.batches)) if self.batches.held_out(n)] or [0]
+        calls = calls_of(self.model, self.batches)
+        with evaluating(self.model):
+            return {
+                n: {name: t.float().cpu() for name, t in self.outputs(calls[n]()).items()}
+                for n in chosen
+            }
+
+    def _apart(self, wanted: Mapping[int, Mapping[str, Tensor]]) -> dict[str, float]:
+        """The relative error of each output against the wanted ones."""
+        found = self._outputs()
+        apart: dict[str, float] = {}
+        whole: dict[str, float] = {}
+        for number, tensors in wanted.items():
+            for name, tensor in tensors.items():
+                weights = (
+                    self.batches.weights("text", number, tensor) if tensor.dim() == 3 else None
+                )
+                scale = 1.0 if weights is None else weights.reshape(*tensor.shape[:2], 1)
+                wrong = (found[number][name] - tensor) * scale
+                apart[name] = apart.get(name, 0.0) + float(wrong.square().sum())
+                whole[name] = whole.get(name, 0.0) + float((tensor * scale).square().sum())
+        return {name: (apart[name] / (whole[name] or 1.0)) ** 0.5 for name in apart}
+
+
+@torch.no_grad()
+def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def rotate(model: nn.Module, batches: Iterable[Mapping[str, Any]] | Calibration) -> dict[str, str]:
+    """Turn every attention head of ``model`` to its free basis, in place.
+
+    The model computes what it did before (proved block by block, in float64); afterwards the
+    dimensions of each head are in the order of their worth on ``batches``, so that the same
+    dimension of every head, which is one unit, means the same. Call it before any method; weights
+    in half precision are rounded anew. Returns {structure: the reason why it was left alone}, with
+    structures named as in ``vlprune.discover(model, "qk_vo")``. If it fails, the model is put back.
+
+    Raises DataError for batches that cannot be used. Not from the papers (docs/calibration.md).
+    """
+    session = Session(model, (), _calibration(batches))
+    session.rotate()
+    return session.refused
+
+
+def fold(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Mapping[str, Any]] | Calibration,
+) -> OutputError:
+    """Fold any plan into the weights of ``model``, in place; cut it afterwards with the same plan.
+
+    Layer by layer, the units that stay learn to do the work of those that go. Then
+    ``vlprune.rewrite(model, vlprune.discover(model, plan.attention), plan)`` cuts. Returns the
+    error of the outputs on held-out batches, before and after; if it is not smaller afterwards, the
+    fold is taken back. If it fails, the model is put back.
+
+    Raises PlanError for a plan that does not fit, UnsupportedError for one that shares weights,
+    DataError for batches that cannot be used. Sources: docs/calibration.md.
+    """
+    cut = settle(model, discover(model, plan.attention), plan)  # type: ignore[arg-type]
+    session = Session(model, cut.description.structures, _calibration(batches))
+    originals = Originals(model)
+    try:
+        return session.fold(plan, originals)
+    except BaseException:
+        originals.put_back()
+        raise
+    finally:
+        originals.forget()
+
+
+def session_of(model: nn.Module, structures: Sequence[Structure], given: Any) -> Session:
+    """The session of batches, or of a :class:`Calibration`. Raises DataError for no batches."""
+    return Session(model, structures, _calibration(given))
+
+
+def _calibration(given: Any) -> Calibration:
+    return given if isinstance(given, Calibration) else Calibration(given)

@@ -1,0 +1,111 @@
+"""Tensors set aside: finished steps that a later run goes on from, and originals to put back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files import plain, reason
+
+__all__ = ["Originals", "Steps"]
+
+IN_MEMORY = 256 * 2**20
+"""Originals of more bytes than this lie in a temporary file."""
+
+
+class Steps:
+    """Finished steps of one calibration, a file each; without a folder nothing is kept.
+
+    A file counts only for the same ``key``, which names the model, the batches and the options.
+    """
+
+    def __init__(self, folder: Path | None = None, key: str = "") -> None:
+        self.folder, self.key = folder, key
+
+    def known(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and facts of a finished step; None if it has to be done."""
+        if self.folder is None:
+            return None
+        try:
+            with safe_open(self._path(name), "pt") as file:
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                if facts.pop("key", None) != self.key:
+                    return None
+                return {n: file.get_tensor(n) for n in file.keys()}, facts  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):  # not there, or damaged: done again
+            return None
+
+    def remember(
+        self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a finished step, whole or not at all. Raises CheckpointError if that fails."""
+        if self.folder is None:
+            return
+        path = self._path(name)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        text = json.dumps({"key": self.key, **(facts or {})})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            plain_tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+            save_file(plain_tensors, part, metadata={"facts": text})
+            part.replace(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {plain(path)}: {reason(error)}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+
+class Originals:
+    """The parameters of a model as they were, to be put back if anything fails."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._held: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._bytes = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Note these parameters, unless they are noted already."""
+        new = [n for n in dict.fromkeys(names) if n not in self._held and n not in self._files]
+        tensors = {name: self.model.get_parameter(name).detach().cpu().clone() for name in new}
+        self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        if self._bytes <= IN_MEMORY or not tensors:
+            self._held |= tensors
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vlprune-")
+        path = Path(self._folder.name) / f"{len(self._files)}.safetensors"
+        save_file(tensors, path)
+        self._files |= dict.fromkeys(tensors, path)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Restore every noted parameter in place."""
+        for name, tensor in self._held.items():
+            self.model.get_parameter(name).copy_(tensor)
+        for path in set(self._files.values()):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self.model.get_parameter(name).copy_(file.get_tensor(name))
+
+    def forget(self) -> None:
+        """Drop all notes, and the temporary file."""
+        self._held, self._files, self._bytes = {}, {}, 0
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
