@@ -31,7 +31,7 @@ from .consumers import Rows, consumers_of, rows_of
 from .landing import Replay
 from .moments import flat, summed
 from .passes import calls_of, input_hook, ready
-from .store import Originals
+from .store import Originals, Shelf
 from .streams import streams
 
 __all__ = ["Turn", "rotate_heads", "turns_of"]
@@ -173,7 +173,8 @@ def rotate_heads(
         blocks = ready(stack, model, [t.structure for t in turns], batches)
         calls = calls_of(model, batches)
         found = head_moments(model, turns, batches, calls, advance)
-        passes = stack.enter_context(streams(model, [b.path for b in blocks], calls[:1]))
+        shelf = Shelf.beside(model, batches.given[:1])
+        passes = stack.enter_context(streams(model, [b.path for b in blocks], calls[:1], shelf))
         for block in blocks:
             own = {s.name for s in block.structures}
             here = {n: m for n, m in found.items() if turns[n].structure.name in own}
@@ -185,7 +186,8 @@ def rotate_heads(
                 turn = turns[number]
                 changed = _parameters_of(model, turn)
                 originals.keep(changed)
-                why = _proved(model, replay, turn, changed, moments)
+                with passes[0].awake():
+                    why = _proved(model, replay, turn, changed, moments)
                 if why:
                     refused[turn.structure.name] = why
                 else:
