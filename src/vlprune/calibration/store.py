@@ -144,7 +144,7 @@ class Shelf:
     def _may(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
         whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        return whole and storage.data_ptr() not in self.others
+        return whole and storage.resizable() and storage.data_ptr() not in self.others
 
     def place(self) -> Path:
         """The path of a file that does not exist yet."""
