@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,11 +82,11 @@ def fold_layers(
             originals.keep(_changing(model, block, plan))
             done |= _fold_block(model, block, plan, batches, dense, small, (steps, number))
             advance(1)
-    for block in blocks:
-        if block.again:
-            originals.keep(_changing(model, block, plan))
-            done |= _fold_alone(model, block, plan, batches)
-            advance(1)
+        for block in blocks:
+            if block.again:
+                originals.keep(_changing(model, block, plan))
+                done |= _fold_alone(model, block, plan, batches)
+                advance(1)
     return done
 
 
@@ -123,9 +124,7 @@ def _fold_block(
         for n in here:
             dense[n].resume()
         tensors, facts = known
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                model.get_parameter(name).copy_(tensor)
+        _put(model, tensors)
         bare = torch.zeros(0)
         return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
     module = model.get_submodule(block.path)
@@ -174,34 +173,49 @@ def _repaired(
 
 def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) -> dict[str, Repair]:
     """Fold a block that is called again and again: all calls of a layer are pooled."""
-    by_name = {s.name: s for s in block.structures}
     done = {}
     for structure in block.structures:
         own = [c for c in block.consumers if c.structure == structure.name]
         if not own or len(plan.kept(structure)) == structure.size:
             continue
-        dense = {c.module: weight_of(model.get_submodule(c.module)).clone() for c in own}
+        dense = {n: model.get_parameter(n).clone() for n in {s.param for s in structure.slots}}
         _silence(model, structure, plan.kept(structure))
-        for c in own:
-            layer: Any = model.get_submodule(c.module)
-            with torch.no_grad():
-                weight_of(layer).copy_(dense[c.module])
-            fitted, held_out = (Moments.empty(c.width, c.out, device_of(layer)) for _ in range(2))
-            for number, call in enumerate(calls_of(model, batches)):
+        small = {name: model.get_parameter(name).clone() for name in dense}
+        device = device_of(model)
+        sums = {
+            c.module: (Moments.empty(c.width, c.out, device), Moments.empty(c.width, c.out, device))
+            for c in own
+        }
+        for number, call in enumerate(calls_of(model, batches)):
+            wanted: dict[str, list[Tensor]] = {c.module: [] for c in own}
 
-                def take(
-                    _module: nn.Module, args: Any, output: Tensor, number: int = number
-                ) -> None:
-                    weights = batches.weights(by_name[c.structure].tower, number, args[0])  # noqa: B023
-                    into = held_out if batches.held_out(number) else fitted  # noqa: B023
-                    into.add(flat(args[0]), weights, flat(output))
+            def note(path: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+                wanted[path].append(output)  # noqa: B023
 
-                hook = hooked([(layer.register_forward_hook, take)])
-                with evaluating(model), torch.no_grad(), hook:
+            def take(path: str, _module: nn.Module, args: Any, _output: Tensor) -> None:
+                weights = batches.weights(structure.tower, number, args[0])  # noqa: B023
+                into = sums[path][batches.held_out(number)]  # noqa: B023
+                into.add(flat(args[0]), weights, flat(wanted[path].pop(0)))  # noqa: B023
+
+            for values, hook in ((dense, note), (small, take)):
+                _put(model, values)
+                hooks = [
+                    (model.get_submodule(path).register_forward_hook, partial(hook, path))
+                    for path in sums
+                ]
+                with evaluating(model), torch.no_grad(), hooked(hooks):
                     call()
-            sums = fitted.summed(), held_out.summed()
-            done[c.module] = _repaired(model, c, sums, plan.kept(structure))
+        for c in own:
+            fitted, held_out = sums[c.module]
+            both = fitted.summed(), held_out.summed()
+            done[c.module] = _repaired(model, c, both, plan.kept(structure))
     return done
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, tensor in values.items():
+        model.get_parameter(name).copy_(tensor)
 
 
 def _value_hooks(

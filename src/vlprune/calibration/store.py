@@ -172,7 +172,7 @@ class Parked:
             shelf.used += self.size
             return
         self.file = shelf.place()
-        self._bytes().cpu().numpy().tofile(self.file)
+        self._bytes().cpu().clone().numpy().tofile(self.file)  # numpy pins the storage it views
         self._drop()
 
     def take(self) -> None:
