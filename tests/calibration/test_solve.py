@@ -48,7 +48,7 @@ def test_a_repair_is_ridge_regression_on_the_raw_activations(
     # column of ones for the bias, which is not shrunk
     small = x[:, kept].numpy()
     centred = small - small.mean(0) if affine else small
-    ridge = len(x) * (damping * (centred**2).mean(0).mean() + 1e-6 * (small**2).mean(0).mean())
+    ridge = len(x) * (damping * (centred**2).mean(0).mean() + 1e-12 * (small**2).mean(0).mean())
     ones = np.ones((len(x), 1)) if affine else np.zeros((len(x), 0))
     penalty = np.hstack([np.sqrt(ridge) * np.eye(6), np.zeros((6, ones.shape[1]))])
     left = y.numpy() - small @ weight[:, kept].numpy().T
@@ -173,3 +173,9 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
     x[3, 3] = value
     with pytest.raises(DataError, match="NaN or infinite"):
         gathered(x)
+
+
+def test_a_large_mean_takes_no_digits_from_a_small_spread() -> None:
+    x = (features(200) * 1e-2).float() + 1e3
+    found = gathered(x).covariance(True)
+    torch.testing.assert_close(found, torch.cov(x.double().T, correction=0), rtol=1e-4, atol=1e-9)

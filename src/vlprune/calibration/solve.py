@@ -14,9 +14,9 @@ __all__ = ["DAMPING", "Repair", "repair"]
 DAMPING = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Fractions of the mean diagonal of the second moments that a repair may be damped by."""
 
-ROUNDING = 1e-6
-"""What is added to every damping, as a part of the mean square of the input: products of a batch
-are sums in float32, so that an input that hardly varies has a covariance of rounding errors."""
+ROUNDING = 1e-12
+"""What is added to every damping, as a part of the mean square of the input: the covariance of an
+input that does not vary is rounding errors."""
 
 
 @dataclass(frozen=True)
