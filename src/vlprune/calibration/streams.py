@@ -8,6 +8,7 @@ while the caller waits for it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -83,11 +84,11 @@ def streams(
     model: nn.Module,
     blocks: Sequence[str],
     calls: Iterable[Callable[[], Any]],
-    shelf: Shelf,
+    shelf: Shelf | None = None,
 ) -> Iterator[list[Stream]]:
     """One pass per call, none of them started; all are ended when the block ends.
 
-    While a pass waits, its hidden states lie on ``shelf``.
+    While a pass waits, its hidden states lie on ``shelf`` (None: in memory).
     """
     stops = {path: number for number, path in enumerate(blocks)}
 
@@ -106,6 +107,7 @@ def streams(
         for path in blocks
     ]
     made: list[Stream] = []
+    shelf = shelf or Shelf(sys.maxsize)
     try:
         with torch.no_grad():
             made += [Stream(call, stops, shelf) for call in calls]
