@@ -269,7 +269,9 @@ class Recipe(Checked):
             yield ("calibration", "items"), f"{KEY} {text}, as in 256"
         shares = {"cross", "block"} & {*self.method.get("families", JSP_FAMILIES)}
         if name == "jsp" and shares and items:
-            text = "must be 0 for a method that shares weights, since a repair would pull them apart"
+            text = (
+                "must be 0 for a method that shares weights, since a repair would pull them apart"
+            )
             yield ("calibration", "items"), f"{KEY} {text}; or give method.families=[prune]"
 
     def to_yaml(self) -> str:

@@ -20,6 +20,7 @@ from ...tasks import TASKS, Task
 __all__ = [
     "CalibrationBatches",
     "HeldOut",
+    "in_fresh_memory",
     "make_method",
     "make_task",
     "model_from",
@@ -90,7 +91,9 @@ class CalibrationBatches(Sequence[Any]):
         if not 0 <= number < len(self):  # what ends a loop over a sequence
             raise IndexError(number)
         start = number * self.size
-        return self.task.collate([self.task.train[i] for i in self.chosen[start : start + self.size]])
+        return self.task.collate(
+            [self.task.train[i] for i in self.chosen[start : start + self.size]]
+        )
 
 
 def split(task: Task, recipe: Recipe) -> tuple[list[Any], HeldOut]:
