@@ -52,7 +52,10 @@ class Batches:
     def weights(self, tower: str, number: int, activation: Tensor) -> Tensor | None:
         """One weight per token of an activation (..., width), flat; None where all count 1."""
         weights = self.weigh(tower, self.given[number])
-        if weights is None or weights.numel() != activation.shape[:-1].numel():
+        tokens = activation.shape[:-1]
+        if weights is None or weights.numel() != tokens.numel():
+            return None
+        if len(tokens) == weights.dim() and tokens != weights.shape:
             return None
         return weights.to(activation.device, torch.float32).reshape(-1)
 
@@ -79,10 +82,13 @@ def batches_of(
                 f"calibration batch {number} is a {type(batch).__name__}: give mappings of the "
                 "keywords of one forward pass, as a processor returns them"
             )
+        # some models derive what the decoder reads from the labels
+        decoded = "decoder_input_ids" in takes and "decoder_input_ids" not in batch
+        useless = ("return_loss",) if decoded else ("labels", "return_loss")
         kept = {
             name: value
             for name, value in batch.items()
-            if (name in takes or everything) and name not in ("labels", "return_loss")
+            if (name in takes or everything) and name not in useless
         }
         if not any(isinstance(value, Tensor) for value in kept.values()):
             raise DataError(
@@ -126,19 +132,14 @@ def _counts_of(model: nn.Module) -> TokenWeight:
     image = getattr(config, "image_token_index", None) if image is None else image
 
     def weigh(tower: str, batch: Mapping[str, Any]) -> Tensor | None:
-        masks = [
-            name
-            for name, value in batch.items()
-            if name.endswith("attention_mask")
-            and name.startswith("pixel") == (tower == "vision")
-            and isinstance(value, Tensor)
-            and value.dim() == 2
-        ]
-        name = next((n for n in masks if n.startswith(tower)), masks[0] if masks else "")
-        weights = batch[name].float() if name else None
+        usual = "pixel_attention_mask" if tower == "vision" else "attention_mask"
+        mask = next((batch[n] for n in (f"{tower}_attention_mask", usual) if n in batch), None)
+        weights = mask.float() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         ids = batch.get("input_ids")
         if isinstance(image, int) and isinstance(ids, Tensor) and tower != "vision":
             weights = torch.ones(ids.shape) if weights is None else weights
+            if weights.shape != ids.shape:
+                return weights
             pictures = (ids == image).to(weights.device) & (weights > 0)
             words = float(weights[~pictures].sum())
             if pictures.any() and words:

@@ -1,8 +1,8 @@
 """How much a change inside the model changes its outputs, without labels.
 
 A layer's squared error counts by what it does to the outputs: E |J e|^2, where J are the
-derivatives of the outputs by the layer's output. For random r with independent entries of unit variance,
-g = J^T r has E g g^T = J^T J, so one backward pass per batch estimates it for every layer at once.
+derivatives of the outputs by the layer's output. For random r with independent entries of unit
+variance, g = J^T r has E g g^T = J^T J, so one backward pass per batch estimates it for every layer.
 This is the Gauss-Newton matrix of "stay as you were", whose gradient is zero at the dense model;
 its diagonal is used. Not from a paper.
 """
@@ -25,11 +25,12 @@ from ..structures.structure import Structure
 from .batches import Batches
 from .blocks import callable_projections, hooked
 from .consumers import consumers_of, rows_of
-from .moments import flat, summed
+from .moments import check_finite, first_of_all, flat, summed
 
 __all__ = ["Influence", "influence_of", "main_outputs"]
 
 EMBEDDINGS = ("image_embeds", "text_embeds", "audio_embeds")
+LOGITS = ("logits", "pred_")
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ class Influence:
 def main_outputs(output: Any) -> dict[str, Tensor]:
     """The tensors that a model is used for: embeddings if it names any, else logits, else all.
 
-    Among hidden states, the last; a pooled output only where there is nothing else.
+    Embeddings are one vector per item; logits include scores and boxes. Among hidden states, the
+    last counts, together with the loss where labels are given; a pooled output only where there is
+    nothing else.
     """
     if isinstance(output, Mapping):
-        for wanted in (EMBEDDINGS, _logits(output), ("last_hidden_state",)):
-            found = {n: output[n] for n in wanted if isinstance(output.get(n), Tensor)}
+        tensors = {name: t for name, t in output.items() if isinstance(t, Tensor)}
+        vectors = {n: t for n, t in tensors.items() if n in EMBEDDINGS and t.dim() == 2}
+        logits = {n: t for n, t in tensors.items() if n.startswith(LOGITS) or n.endswith("_score")}
+        states = {n: t for n, t in tensors.items() if n in ("last_hidden_state", "loss")}
+        for found in (vectors, logits, states):
             if found:
                 return found
     return {f"output {number}": tensor for number, tensor in enumerate(tensors_of(output))}
-
-
-def _logits(output: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in output if str(name).startswith(("logits", "pred_")))
 
 
 def influence_of(
@@ -76,21 +78,19 @@ def influence_of(
     consumers = {c.module: c for s in structures for c in consumers_of(model, s)}
     squares: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
-    numbers = torch.Generator().manual_seed(0)
+    numbers, first = torch.Generator(), first_of_all(len(batches))
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(callable_projections(model, structures))
         stack.enter_context(_frozen(model))
         stack.enter_context(torch.enable_grad())
-        watched: dict[str, Tensor] = {}
+        watched: list[tuple[str, Tensor]] = []  # a layer that is called again is in it again
 
-        def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-            if path in watched:  # a layer that is called again counts once
-                return None
+        def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            watched[path] = output
-            return output
+            watched.append((path, output))
+            return output.clone()  # what comes next may change its input in place
 
         queries = {
             s.name: rows_of(model, s)[0]
@@ -109,30 +109,44 @@ def influence_of(
                     f"calibration batch {number} reaches no layer that could be pruned: give "
                     "batches like those that the model is used with"
                 )
+            numbers.manual_seed(first + number)
             parts = [_projected(t, numbers, batches, number) for t in made]
             loss = torch.stack([part.cpu() for part in parts]).sum() / len(parts) ** 0.5
-            names = list(watched)
-            grads = torch.autograd.grad(loss, [watched[n] for n in names], allow_unused=True)
-            for name, grad in zip(names, grads, strict=True):
+            grads = torch.autograd.grad(loss, [x for _, x in watched], allow_unused=True)
+            for (name, values), grad in zip(watched, grads, strict=True):
                 if grad is None:
                     continue
+                check_finite(grad)
                 if name in consumers:
                     found = flat(grad).double().square().sum(0)
                     squares[name] = squares.get(name, 0) + found
                 for structure, rows in queries.items():
                     if rows.module == name:
                         stop = rows.start + rows.heads * rows.size
-                        pairs = (flat(watched[name]) * flat(grad))[:, rows.start : stop].double()
+                        pairs = (flat(values) * flat(grad))[:, rows.start : stop].double()
                         change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
                         scores[structure] = scores.get(structure, 0) + change
             advance(1)
-    return Influence(_mean(squares, len(batches)), _mean(scores, len(batches)))
+    return Influence(
+        _mean(squares, {path: c.out for path, c in consumers.items()}, len(batches)),
+        _mean(scores, {name: rows.size for name, rows in queries.items()}, len(batches)),
+    )
 
 
-def _mean(sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The sums divided by the number of batches; over all processes, where there are several."""
+def _mean(sums: Mapping[str, Tensor], shapes: Mapping[str, int], count: int) -> dict[str, Tensor]:
+    """The sums divided by the number of batches; over all processes, where there are several.
+
+    ``shapes`` has the length of every tensor that any process may have summed.
+    """
+    reached = summed(torch.tensor([float(name in sums) for name in shapes], dtype=torch.float64))
     everywhere = float(summed(torch.tensor(float(count), dtype=torch.float64)))
-    return {name: summed(sums[name]) / everywhere for name in sorted(sums)}
+    device = next(iter(sums.values())).device if sums else torch.device("cpu")
+    return {
+        name: summed(sums.get(name, torch.zeros(shapes[name], dtype=torch.float64, device=device)))
+        / everywhere
+        for name, some in zip(shapes, reached.tolist(), strict=True)
+        if some
+    }
 
 
 def _projected(output: Tensor, numbers: torch.Generator, batches: Batches, number: int) -> Tensor:
@@ -141,8 +155,11 @@ def _projected(output: Tensor, numbers: torch.Generator, batches: Batches, numbe
     weights = batches.weights("text", number, output) if output.dim() == 3 else None
     if weights is not None:
         noise = noise * weights.reshape(*output.shape[:2], 1).to(noise.dtype)
-    size = output.detach().float().square().mean().sqrt().clamp(min=1e-12)
-    return (output * noise).sum() / size / output.numel() ** 0.5
+    usable = output.isfinite()  # masked places may be minus infinity
+    output = torch.where(usable, output, 0.0)
+    count = usable.sum().clamp(min=1)
+    size = (output.detach().double().square().sum() / count).sqrt().clamp(min=1e-12)
+    return (output * noise).sum() / size.to(output.dtype) / count.to(output.dtype).sqrt()
 
 
 class _frozen:

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..cutting.first_batch import is_cache
 from .blocks import hooked
 
 __all__ = ["OUTPUT", "Landing", "Replay", "landing_of", "value_at"]
@@ -43,14 +44,19 @@ class Landing:
 
 @dataclass(frozen=True)
 class Replay:
-    """One call of a block with given arguments, which can be made again."""
+    """One call of a block with given arguments, which can be made again.
+
+    Caches of keys and values are left out: the first call would fill them for the second.
+    """
 
     block: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def __call__(self) -> Any:
-        return self.block(*self.args, **self.kwargs)
+        args = [None if is_cache("", value) else value for value in self.args]
+        kwargs = {n: None if is_cache(n, value) else value for n, value in self.kwargs.items()}
+        return self.block(*args, **kwargs)
 
     def in_dtype(self, dtype: torch.dtype) -> Replay:
         """The same call with its floating-point arguments in ``dtype``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["Moments", "flat", "summed"]
+__all__ = ["Moments", "check_finite", "first_of_all", "flat", "summed"]
 
 
 @dataclass
@@ -50,8 +50,7 @@ class Moments:
             counts = weights > 0
             x, weights = x[counts], weights[counts].to(x.dtype)
             y = None if y is None else y[counts]
-        if not x.isfinite().all() or (y is not None and not y.isfinite().all()):
-            raise DataError("an activation is NaN or infinite")
+        check_finite(x, *([] if y is None else [y]))
         weighed = x if weights is None else x * weights[:, None]
         self.x += weighed.sum(0, dtype=torch.float64)
         self.xx += weighed.T @ x
@@ -97,6 +96,24 @@ def summed(tensor: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def check_finite(*activations: Tensor) -> None:
+    """Raise DataError if a number in the activations is not finite."""
+    if not all(bool(tensor.isfinite().all()) for tensor in activations):
+        raise DataError(
+            "with these calibration batches an activation is NaN or infinite: check the batches, "
+            "and for float16 weights use model.float() or bfloat16"
+        )
+
+
+def first_of_all(count: int) -> int:
+    """How many of something the processes before this one have, where this one has ``count``."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    counts[dist.get_rank()] = count
+    return int(summed(counts)[: dist.get_rank()].sum())
 
 
 def flat(tensor: Tensor) -> Tensor:

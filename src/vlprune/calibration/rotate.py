@@ -29,8 +29,8 @@ from .batches import Batches
 from .blocks import hooked
 from .consumers import Rows, consumers_of, rows_of
 from .landing import Replay
-from .moments import flat, summed
-from .passes import calls_of, input_hook, ready
+from .moments import check_finite, flat, summed
+from .passes import calls_of, input_hook, kinds_of_calls, ready
 from .store import Originals
 from .streams import streams
 
@@ -96,10 +96,15 @@ def head_moments(
         x = x.detach()
         weights = batches.weights(tower, number[0], x)
         if centred and x.dim() == 3:
-            w = None if weights is None else weights.reshape(*x.shape[:2], 1).to(x.dtype)
-            mean = x.mean(1, keepdim=True) if w is None else (x * w).sum(1, True) / w.sum(1, True)
+            w = x.new_ones(x.shape[:2]) if weights is None else weights.reshape(x.shape[:2]).to(x)
+            w = w[..., None]
+            mean = torch.where(w > 0, x * w, 0.0).sum(1, True) / w.sum(1, True).clamp(min=1e-12)
             x = x - mean
         x = flat(x).double()
+        if weights is not None:
+            x = x[weights > 0]
+            weights = weights[weights > 0]
+        check_finite(x)
         if weights is not None:
             x = x * weights.to(x.dtype).sqrt()[:, None]
         per_head = x.unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -168,21 +173,25 @@ def rotate_heads(
     """
     turns = turns_of(model)
     names: list[str] = []
-    refused: dict[str, str] = {}
+    fixed = {s.name for s in discover(model, "qk_vo") if s.kind != "ffn"}
+    refused = dict.fromkeys(fixed - {t.structure.name for t in turns}, UNLIKE)
+    reached: set[str] = set()
     with ExitStack() as stack:
         blocks = ready(stack, model, [t.structure for t in turns], batches)
         calls = calls_of(model, batches)
         found = head_moments(model, turns, batches, calls, advance)
-        passes = stack.enter_context(streams(model, [b.path for b in blocks], calls[:1]))
+        kinds = kinds_of_calls(model, batches)
+        passes = stack.enter_context(streams(model, [b.path for b in blocks], kinds))
         for block in blocks:
             own = {s.name for s in block.structures}
             here = {n: m for n, m in found.items() if turns[n].structure.name in own}
-            if not passes[0].advance(block.path):
-                refused |= dict.fromkeys(own, "the first batch does not reach it")
+            here_now = next((one for one in passes if one.advance(block.path)), None)
+            if here_now is None:
                 continue
-            replay = Replay(model.get_submodule(block.path), passes[0].args, passes[0].kwargs)
+            replay = Replay(model.get_submodule(block.path), here_now.args, here_now.kwargs)
             for number, moments in here.items():
                 turn = turns[number]
+                reached.add(turn.structure.name)
                 changed = _parameters_of(model, turn)
                 originals.keep(changed)
                 why = _proved(model, replay, turn, changed, moments)
@@ -190,7 +199,9 @@ def rotate_heads(
                     refused[turn.structure.name] = why
                 else:
                     names += changed
-    return list(dict.fromkeys(names)), refused
+    fixed -= reached | refused.keys()
+    refused |= dict.fromkeys(fixed, "no calibration batch reaches it")
+    return list(dict.fromkeys(names)), dict(sorted(refused.items()))
 
 
 def _parameters_of(model: nn.Module, turn: Turn) -> list[str]:
@@ -205,6 +216,9 @@ BETWEEN = {
     "attention_vo": "its values pass through something on the way to the output projection, such "
     "as a norm",
 }
+
+
+UNLIKE = "it is not one pair of projections, such as queries and keys, with a basis of its own"
 
 
 def _proved(
@@ -282,8 +296,9 @@ def _turn_vo(model: nn.Module, v: Rows, reader: str, of_c: Tensor) -> None:
 def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
     """The square root and its inverse of symmetric matrices, small eigenvalues raised."""
     values, vectors = torch.linalg.eigh(second)
-    largest = values.amax(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    root = values.clamp(min=0).maximum(FLOOR * largest).sqrt()
+    largest = values.amax(-1, keepdim=True)
+    largest = torch.where(largest > torch.finfo(torch.float32).tiny, largest, 1.0)  # always 0
+    root = values.maximum(FLOOR * largest).sqrt()
     return (vectors * root[:, None, :]) @ vectors.mT, (vectors / root[:, None, :]) @ vectors.mT
 
 

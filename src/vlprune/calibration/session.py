@@ -162,11 +162,14 @@ class Session:
                 for consumer in block.consumers:
                     layer: Any = self.model.get_submodule(consumer.module)
                     weight = weight_of(layer)
+                    found = moments.pop(consumer.module)
+                    if not found.weight:  # nothing but padding
+                        continue
                     here = influence.outputs.get(consumer.module)
                     yield Layer(
                         consumer.structure,
                         consumer.columns,
-                        moments.pop(consumer.module).covariance(layer.bias is not None),
+                        found.covariance(layer.bias is not None),
                         weight,
                         torch.zeros(len(weight)) if here is None else here,
                     )
@@ -262,9 +265,11 @@ class Session:
                     self.batches.weights("text", number, tensor) if tensor.dim() == 3 else None
                 )
                 scale = 1.0 if weights is None else weights.reshape(*tensor.shape[:2], 1)
-                wrong = (found[number][name] - tensor) * scale
+                usable = tensor.isfinite()  # masked places may be minus infinity
+                wrong = torch.where(usable, found[number][name] - tensor, 0.0) * scale
+                right = torch.where(usable, tensor, 0.0) * scale
                 apart[name] = apart.get(name, 0.0) + float(wrong.square().sum())
-                whole[name] = whole.get(name, 0.0) + float((tensor * scale).square().sum())
+                whole[name] = whole.get(name, 0.0) + float(right.square().sum())
         return {name: (apart[name] / (whole[name] or 1.0)) ** 0.5 for name in apart}
 
 

@@ -14,6 +14,10 @@ __all__ = ["DAMPING", "Repair", "repair"]
 DAMPING = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Fractions of the mean diagonal of the second moments that a repair may be damped by."""
 
+ROUNDING = 1e-7
+"""What is added to every damping, as a part of the mean square of the input: products of a batch
+are sums in float32, so that an input that hardly varies has a covariance of rounding errors."""
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -42,25 +46,23 @@ def repair(
 
     The least-squares change of the columns that stay, shrunk towards none: damping is the one of
     ``DAMPING`` that does best on ``held_out``, and no repair is made where none of them beats doing
-    nothing there. With the damping chosen, the held-out tokens join the fit. The bias is refitted
-    exactly, where there is one.
+    nothing there. The held-out tokens stay out of the fit, so that errors on them are true
+    (unless there are no others). The bias is refitted exactly, where there is one.
     """
+    if not fitted.weight:
+        fitted, held_out = held_out, fitted
     weight = weight.double()[:, kept]
     shift = None if bias is None else bias.double()
     checked = held_out if held_out.weight else fitted
     base = _error(checked, kept, weight, shift)
-    best, chosen = base, 0.0
+    scale = checked.yy / checked.weight or 1.0
+    best = Repair(weight, shift, base / scale, base / scale, 0.0)
     for damping in DAMPING:
         tried = _solved(fitted, kept, weight, shift, damping)
-        error = _error(checked, kept, *tried)
-        if error < best:
-            best, chosen = error, damping
-    scale = checked.yy / checked.weight or 1.0
-    if not chosen:
-        return Repair(weight, shift, base / scale, base / scale, 0.0)
-    both = fitted + held_out if held_out.weight else fitted
-    new, shift = _solved(both, kept, weight, shift, chosen)
-    return Repair(new, shift, base / scale, best / scale, chosen)
+        error = _error(checked, kept, *tried) / scale
+        if error < best.after:
+            best = Repair(*tried, best.before, error, damping)
+    return best
 
 
 def _solved(
@@ -70,13 +72,14 @@ def _solved(
     total = moments.weight
     second = moments.xx[kept][:, kept] / total
     cross = moments.yx[:, kept] / total
+    rounding = ROUNDING * second.diagonal().mean()
     if bias is not None:
         x, y = moments.x[kept] / total, moments.y / total
         second = second - torch.outer(x, x)
         cross = cross - torch.outer(y, x)
     residual = cross - weight @ second
-    ridge = damping * second.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    second.diagonal().add_(ridge)
+    ridge = damping * second.diagonal().mean().clamp(min=0) + rounding
+    second.diagonal().add_(ridge if ridge > 0 else 1.0)  # an input that is always 0
     new = weight + torch.cholesky_solve(residual.T, torch.linalg.cholesky(second)).T
     return new, None if bias is None else y - new @ x
 
@@ -90,4 +93,4 @@ def _error(moments: Moments, kept: Tensor, weight: Tensor, bias: Tensor | None) 
     if bias is not None:
         x, y = moments.x[kept] / total, moments.y / total
         error = error - 2 * bias @ y + 2 * bias @ (weight @ x) + bias @ bias
-    return float(error)
+    return max(0.0, float(error))  # a difference of large numbers

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-__all__ = ["copied", "run_inputs"]
+__all__ = ["copied", "is_cache", "run_inputs"]
 
 
 def copied(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def copied(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     names = list(inspect.signature(model.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    plain = {name: value for name, value in given.items() if not _is_cache(name, value)}
+    plain = {name: value for name, value in given.items() if not is_cache(name, value)}
     copies: dict[str, Any] = recursively_apply(_copy, plain)
     return copies
 
@@ -41,14 +41,15 @@ def run_inputs(
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    plain = {name: value for name, value in inputs.items() if not _is_cache(name, value)}
+    plain = {name: value for name, value in inputs.items() if not is_cache(name, value)}
     if "use_cache" in inspect.signature(model.forward).parameters:
         plain["use_cache"] = False
     ready: dict[str, Any] = recursively_apply(cast, plain)
     return ready
 
 
-def _is_cache(name: str, value: Any) -> bool:
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an argument of this name holds keys and values, which a pass would add to."""
     by_class = any(cls.__name__ in ("Cache", "EncoderDecoderCache") for cls in type(value).__mro__)
     return by_class or name in (
         "past_key_values",

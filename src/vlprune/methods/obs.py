@@ -47,7 +47,11 @@ class _ObsSearch(Search):
 
     def calibrate(self, statistics: Statistics) -> None:
         influence = self.method.across == "outputs"
+        idle = set()
         for layer in statistics.layers():
+            if influence and not layer.influence.any():  # no chosen output depends on it
+                idle.add(layer.structure)
+                continue
             order, errors = removal(layer.second, _weighed(layer, influence), layer.columns)
             rising = torch.tensor(errors, dtype=torch.float64).cummax(0).values
             found = torch.zeros(len(order), dtype=torch.float64)
@@ -56,6 +60,7 @@ class _ObsSearch(Search):
         for name, scores in statistics.scores().items():
             if influence or name not in self.errors:
                 self.errors[name] = self.errors.get(name, 0) + scores.double().cpu()
+        self.errors = {name: e for name, e in self.errors.items() if name not in idle}
         missing = {s.name for s in self.problem.structures} - self.errors.keys()
         self.leave_whole(frozenset(missing))
 
@@ -113,8 +118,14 @@ def removal(
     """
     hessian = second.double().clone()
     ridge = DAMPING * hessian.diagonal().mean()
-    hessian.diagonal().add_(ridge if ridge > 0 else 1.0)  # an input that is always 0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    ridge = ridge if ridge > 0 else torch.ones_like(ridge)  # an input that is always the same
+    hessian.diagonal().add_(ridge)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    while failed:  # rounding errors, where the mean of the input is large and its spread small
+        hessian.diagonal().add_(ridge)
+        ridge = 2 * ridge
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+    inverse = torch.cholesky_inverse(lower)
     weight, columns = weight.double(), columns.to(weight.device)
     left = list(range(len(columns)))
     order: list[int] = []
