@@ -123,11 +123,14 @@ def check_choice(word: str, known: Sequence[str], says: str) -> None:
         )
 
 
-def is_recipe(source: str) -> bool:
-    """Whether an argument names a recipe rather than a model: a folder, or a name on the hub."""
+def is_recipe(source: str, for_models: Sequence[str] = ()) -> bool:
+    """Whether an argument names a recipe rather than a model: a folder, or a name on the hub.
+
+    Options ``for_models`` decide where neither exists.
+    """
     if source.lower().endswith((".yaml", ".yml")) or Path(source).is_file():
         return True
-    if Path(source).is_dir():
+    if Path(source).is_dir() or for_models:
         return False
     from ..folders.opening import HUB_NAME
 

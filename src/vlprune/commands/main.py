@@ -160,7 +160,15 @@ def compress(
     from ..data.samples import left_out
     from ..recipe.spec import load_recipe
 
-    if not is_recipe(source):
+    for_models = given(
+        budget=budget,
+        calibration=calibration,
+        items=items is not None,
+        method=method,
+        rotate=rotate,
+        attention=attention,
+    )
+    if not is_recipe(source, for_models):
         left: Counter[str] = Counter()
         asked_budget, samples, *_ = each(
             lambda: budget_of(budget),
@@ -193,14 +201,6 @@ def compress(
         report = compress_model(asked, output, Bars())
         _show(report, screens.result(report, output), as_json)
         return
-    for_models = given(
-        budget=budget,
-        calibration=calibration,
-        items=items is not None,
-        method=method,
-        rotate=rotate,
-        attention=attention,
-    )
     chosen, *_ = each(
         lambda: load_recipe(source, overrides or [], toy),
         lambda: check_alone(
