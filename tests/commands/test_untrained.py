@@ -227,8 +227,8 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(
     for victim in sorted(damaged.glob("*.png"))[:2]:
         victim.write_bytes(victim.read_bytes()[:100])
     problems = told(tmp_path / "bare", *ready[:3], damaged, "-o", out)
-    assert [part in line for part, line in zip(
-        ("processor", "2 of 20 pictures cannot be read"), problems, strict=True)] == [True] * 2  # fmt: skip
+    assert "processor" in problems[0]
+    assert problems[1].startswith("2 of 20 pictures cannot be read: ")
     # nothing of the user's is replaced
     assert "would replace it" in told(clip, *ready, "-o", clip)[0]
     mine = copied("mine")

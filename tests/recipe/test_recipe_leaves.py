@@ -26,7 +26,14 @@ from vlprune.methods.upop import IMPORTANCE
 from vlprune.recipe.checks import Checked, Text
 from vlprune.recipe.machine import LOGGERS, need_logger
 from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
-from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training, load_recipe
+from vlprune.recipe.spec import (
+    CalibrationSpec,
+    DataSpec,
+    ModelSpec,
+    Recipe,
+    Training,
+    load_recipe,
+)
 from vlprune.tasks import TASKS
 from vlprune.tasks.grounders import GROUNDERS
 
@@ -38,7 +45,7 @@ STRANGE: list[Any] = [
     {1: 2}, ["a"], {"a": "b"}, {"a": math.nan}, b"\0", {3}, object(),
 ]  # fmt: skip
 SECTIONS = {"model": ModelSpec, "data": DataSpec, "train": Training, "search": Training,
-            "retrain": Training}  # fmt: skip
+            "retrain": Training, "calibration": CalibrationSpec}  # fmt: skip
 
 
 def places() -> Iterator[tuple[str, ...]]:

@@ -86,15 +86,15 @@ def _image(entry: Entry, key: str, folder: Path) -> Path | None:
     return Path(name) if Path(name).is_absolute() else folder / field(entry, key, PATH)
 
 
-def check_pictures(samples: Sequence[Sample], most: int = 5) -> None:
+def check_pictures(samples: Sequence[Sample], most: int = 3) -> None:
     """Raise one DataError for all pictures that cannot be opened, naming the first ``most``."""
     problems = list(_problems(samples))
-    if len(problems) > 1:
-        told = "\n".join(f"  {line}" for line in problems[:most])
-        more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
-        raise DataError(f"{len(problems)} of {len(samples)} pictures cannot be read:\n{told}{more}")
     if problems:
-        raise DataError(problems[0])
+        more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+        raise DataError(
+            f"{len(problems)} of {len(samples)} pictures cannot be read: "
+            f"{'; '.join(problems[:most])}{more}"
+        )
 
 
 def _problems(samples: Sequence[Sample]) -> Iterator[str]:

@@ -128,8 +128,8 @@ def _origin(report: Mapping[str, Any]) -> list[str]:
     untested = "what was pruned may have mattered for inputs that were not tested."
     if report.get("calibration") and not any((report.get("history") or {}).values()):
         limits.append(
-            "Nothing was trained. The units to prune were chosen on unlabelled samples; the biases of "
-            f"the dense model are inherited, and {untested}"
+            "Nothing was trained. The units to prune were chosen on unlabelled samples; the biases "
+            f"of the dense model are inherited, and {untested}"
         )
     else:
         limits.append(
