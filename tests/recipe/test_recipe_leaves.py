@@ -246,7 +246,7 @@ def test_the_tables_agree() -> None:
 def ranges() -> Iterator[str]:
     """The table of docs/recipes.md: what every leaf and option may be."""
     parts: dict[str, Any] = {"": Recipe, "model.": ModelSpec, "data.": DataSpec, "*.": Training}
-    parts |= {"teacher.": TeacherOptions}
+    parts |= {"teacher.": TeacherOptions, "calibration.": CalibrationSpec}
     parts |= {f"{name}: ": cls for name, cls in [*METHOD_OPTIONS.items(), *TASK_OPTIONS.items()]}
     rows: dict[str, list[str]] = {}
     for part, cls in parts.items():
