@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .blocks import Block, Column, Heading, Sentence, Table
-from .words import duration, percent, summary, tower_of, where
+from .words import duration, human, percent, summary, tower_of, where
 
 __all__ = [
     "calibration",
@@ -56,6 +56,8 @@ def details(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading("Where the budget went"), _groups(report)]
     if report.get("calibration"):
         blocks += [Heading("Calibration"), *calibration(report)]
+        if report.get("peak_bytes"):
+            blocks.append(Sentence(f"Memory: {human(report['peak_bytes'])}B at most."))
     if report.get("exports"):
         blocks += [Heading("Exports"), _exports(report["exports"])]
     if isinstance(report.get("bench"), dict):
