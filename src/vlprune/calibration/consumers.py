@@ -64,7 +64,9 @@ def consumers_of(model: nn.Module, structure: Structure) -> tuple[Consumer, ...]
             continue
         shape = module.weight.shape
         out_axis, in_axis = linear_axes(module)
-        columns = torch.stack([positions(slot, structure.size, [u]) for u in range(structure.size)])
+        every = positions(slot, structure.size, range(structure.size))
+        laid_out = every.reshape(slot.repeat, structure.size, slot.inner).transpose(0, 1)
+        columns = laid_out.reshape(structure.size, -1)
         found.append(Consumer(structure.name, path, columns, shape[in_axis], shape[out_axis]))
     return tuple(found)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from .landing import Landing, Replay, landing_of, value_at
 from .moments import Moments, flat
 from .passes import calls_of, ready, weight_of
 from .solve import Repair, repair
-from .store import Originals, Steps
+from .store import Originals, Parked, Shelf, Steps
 from .streams import Stream, streams
 
 __all__ = ["fold_layers"]
@@ -36,6 +38,19 @@ __all__ = ["fold_layers"]
 
 class _Enough(Exception):
     """The rest of a block need not run."""
+
+
+@dataclass
+class _Pair:
+    """One batch at a block: the call of the small model, and what the dense model gave.
+
+    ``wanted`` {consumer: dense value at its landing}, which lies on the shelf meanwhile.
+    """
+
+    replay: Replay
+    small: Stream
+    wanted: dict[str, Tensor] = field(default_factory=dict)
+    parked: dict[str, Parked] = field(default_factory=dict)
 
 
 def fold_layers(
@@ -59,17 +74,19 @@ def fold_layers(
         blocks = ready(stack, model, structures, batches)
         once = [b for b in blocks if not b.again]
         calls = calls_of(model, batches)
-        passes = stack.enter_context(streams(model, [b.path for b in once], [*calls, *calls]))
+        shelf = Shelf.beside(model, batches.given)
+        paths = [b.path for b in once]
+        passes = stack.enter_context(streams(model, paths, [*calls, *calls], shelf))
         dense, small = passes[: len(calls)], passes[len(calls) :]
         for number, block in enumerate(once):
             originals.keep(_changing(model, block, plan))
             done |= _fold_block(model, block, plan, batches, dense, small, (steps, number))
             advance(1)
-    for block in blocks:
-        if block.again:
-            originals.keep(_changing(model, block, plan))
-            done |= _fold_alone(model, block, plan, batches)
-            advance(1)
+        for block in blocks:
+            if block.again:
+                originals.keep(_changing(model, block, plan))
+                done |= _fold_alone(model, block, plan, batches)
+                advance(1)
     return done
 
 
@@ -107,33 +124,29 @@ def _fold_block(
         for n in here:
             dense[n].resume()
         tensors, facts = known
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                model.get_parameter(name).copy_(tensor)
+        _put(model, tensors)
         bare = torch.zeros(0)
         return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
     module = model.get_submodule(block.path)
-    replays = {n: Replay(module, small[n].args, small[n].kwargs) for n in here}
+    pairs = {n: _Pair(Replay(module, small[n].args, small[n].kwargs), small[n]) for n in here}
     landings: dict[str, Landing | None] = {}
-    for c in cut:
-        tried = (landing_of(replays[n], model.get_submodule(c.module)) for n in here[:1])
-        landings[c.module] = next(tried, None)
-    wanted: dict[str, dict[int, Tensor]] = {c.module: {} for c in cut}
+    for n in here[:1]:
+        with small[n].awake():
+            for c in cut:
+                landings[c.module] = landing_of(pairs[n].replay, model.get_submodule(c.module))
     for n in here:  # the dense pass goes on while the block is still dense
-        hooks = [
-            hook
-            for c in cut
-            for hook in _value_hooks(model, replays[n], c, landings[c.module], wanted[c.module], n)
-        ]
+        values: dict[str, Tensor] = {}
+        hooks = [h for c in cut for h in _value_hooks(model, pairs[n].replay, c, landings, values)]
         with hooked(hooks):
             dense[n].resume()
+        pairs[n].wanted.update(values)
+        pairs[n].parked.update({m: dense[n].shelf.park(v) for m, v in values.items()})
     for structure in block.structures:
         _silence(model, structure, plan.kept(structure))
     done = {}
     for c in cut:
         tower = by_name[c.structure].tower
-        sums = _sums(model, c, landings[c.module], replays, wanted[c.module], batches, tower)
-        del wanted[c.module]
+        sums = _sums(model, c, landings.get(c.module), pairs, batches, tower)
         done[c.module] = _repaired(model, c, sums, plan.kept(by_name[c.structure]))
     facts = {name: (r.before, r.after, r.damping) for name, r in done.items()}
     changed = {name: model.get_parameter(name) for name in _changing(model, block, plan)}
@@ -160,49 +173,64 @@ def _repaired(
 
 def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) -> dict[str, Repair]:
     """Fold a block that is called again and again: all calls of a layer are pooled."""
-    by_name = {s.name: s for s in block.structures}
     done = {}
     for structure in block.structures:
         own = [c for c in block.consumers if c.structure == structure.name]
         if not own or len(plan.kept(structure)) == structure.size:
             continue
-        dense = {c.module: weight_of(model.get_submodule(c.module)).clone() for c in own}
+        dense = {n: model.get_parameter(n).clone() for n in {s.param for s in structure.slots}}
         _silence(model, structure, plan.kept(structure))
-        for c in own:
-            layer: Any = model.get_submodule(c.module)
-            with torch.no_grad():
-                weight_of(layer).copy_(dense[c.module])
-            fitted, held_out = (Moments.empty(c.width, c.out, device_of(layer)) for _ in range(2))
-            for number, call in enumerate(calls_of(model, batches)):
+        small = {name: model.get_parameter(name).clone() for name in dense}
+        device = device_of(model)
+        sums = {
+            c.module: (Moments.empty(c.width, c.out, device), Moments.empty(c.width, c.out, device))
+            for c in own
+        }
+        for number, call in enumerate(calls_of(model, batches)):
+            wanted: dict[str, list[Tensor]] = {c.module: [] for c in own}
 
-                def take(
-                    _module: nn.Module, args: Any, output: Tensor, number: int = number
-                ) -> None:
-                    weights = batches.weights(by_name[c.structure].tower, number, args[0])  # noqa: B023
-                    into = held_out if batches.held_out(number) else fitted  # noqa: B023
-                    into.add(flat(args[0]), weights, flat(output))
+            def note(path: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+                wanted[path].append(output)  # noqa: B023
 
-                hook = hooked([(layer.register_forward_hook, take)])
-                with evaluating(model), torch.no_grad(), hook:
+            def take(path: str, _module: nn.Module, args: Any, _output: Tensor) -> None:
+                weights = batches.weights(structure.tower, number, args[0])  # noqa: B023
+                into = sums[path][batches.held_out(number)]  # noqa: B023
+                into.add(flat(args[0]), weights, flat(wanted[path].pop(0)))  # noqa: B023
+
+            for values, hook in ((dense, note), (small, take)):
+                _put(model, values)
+                hooks = [
+                    (model.get_submodule(path).register_forward_hook, partial(hook, path))
+                    for path in sums
+                ]
+                with evaluating(model), torch.no_grad(), hooked(hooks):
                     call()
-            sums = fitted.summed(), held_out.summed()
-            done[c.module] = _repaired(model, c, sums, plan.kept(structure))
+        for c in own:
+            fitted, held_out = sums[c.module]
+            both = fitted.summed(), held_out.summed()
+            done[c.module] = _repaired(model, c, both, plan.kept(structure))
     return done
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, tensor in values.items():
+        model.get_parameter(name).copy_(tensor)
 
 
 def _value_hooks(
     model: nn.Module,
     replay: Replay,
     consumer: Consumer,
-    landing: Landing | None,
-    into: dict[int, Tensor],
-    number: int,
+    landings: Mapping[str, Landing | None],
+    into: dict[str, Tensor],
 ) -> list[Any]:
     """Hooks that note the dense value at the landing; at the layer's output where there is none."""
 
     def take(value: Tensor) -> None:
-        into.setdefault(number, value.detach())
+        into.setdefault(consumer.module, value.clone())  # the block may add to it in place
 
+    landing = landings[consumer.module]
     if landing is None:
         layer = model.get_submodule(consumer.module)
         return [(layer.register_forward_hook, lambda _m, _a, output: take(output))]
@@ -213,29 +241,41 @@ def _sums(
     model: nn.Module,
     consumer: Consumer,
     landing: Landing | None,
-    replays: Mapping[int, Replay],
-    wanted: Mapping[int, Tensor],
+    pairs: Mapping[int, _Pair],
     batches: Batches,
     tower: str,
 ) -> tuple[Moments, Moments]:
-    """Moments of the layer's input and of the outputs wanted from it: to fit, and held out."""
+    """Moments of the layer's input and of the outputs wanted from it: to fit, and held out.
+
+    The dense values are dropped as they are used.
+    """
     layer = model.get_submodule(consumer.module)
     device = device_of(layer)
     fitted, held_out = (Moments.empty(consumer.width, consumer.out, device) for _ in range(2))
-    for n, replay in replays.items():
-        if n not in wanted:
+    for n, pair in pairs.items():
+        if consumer.module not in pair.wanted:
             continue
-        x, y, t = _once(replay, layer, landing)
+        with pair.small.awake():
+            x, y, t = _once(pair.replay, layer, landing)
         weights = batches.weights(tower, n, x)
-        target = flat(wanted[n])
-        if landing is not None:
-            drift = flat(t).double() - target.double()
-            scale = landing.scale.to(drift.device)
-            usable = scale.abs() > 1e-6 * scale.abs().max()
-            drift = torch.where(usable, drift / torch.where(usable, scale, 1.0), 0.0)
-            target = flat(y) - drift.to(y.dtype)
-        (held_out if batches.held_out(n) else fitted).add(flat(x), weights, target)
+        with pair.parked[consumer.module].awake():
+            target = flat(pair.wanted.pop(consumer.module))
+            if landing is not None:
+                target = flat(y) - _drift(flat(t), target, landing.scale)
+            (held_out if batches.held_out(n) else fitted).add(flat(x), weights, target)
+        pair.parked.pop(consumer.module).take()
     return fitted.summed(), held_out.summed()
+
+
+def _drift(small: Tensor, dense: Tensor, scale: Tensor) -> Tensor:
+    """What the layer's output would have to change by, for the small value to be the dense one.
+
+    Channels that the output hardly reaches, by the size of ``scale``, count as right.
+    """
+    scale = scale.to(small.device, torch.promote_types(small.dtype, torch.float32))
+    usable = scale.abs() > 1e-6 * scale.abs().max()
+    apart = (small.to(scale.dtype) - dense.to(scale.dtype)) / torch.where(usable, scale, 1.0)
+    return torch.where(usable, apart, 0.0).to(small.dtype)
 
 
 def _once(

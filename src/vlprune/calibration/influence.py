@@ -2,9 +2,9 @@
 
 A layer's squared error counts by what it does to the outputs: E |J e|^2, where J are the
 derivatives of the outputs by the layer's output. For random r with independent entries of unit
-variance, g = J^T r has E g g^T = J^T J, so one backward pass per batch estimates it for every layer
-at once. This is the Gauss-Newton matrix of "stay as you were", whose gradient is zero at the dense
-model; its diagonal is used. Not from a paper.
+variance, g = J^T r has E g g^T = J^T J, so one backward pass per batch serves every layer.
+This is the Gauss-Newton matrix of "stay as you were", whose gradient is zero at the dense model;
+its diagonal is used. Not from a paper.
 """
 
 from __future__ import annotations

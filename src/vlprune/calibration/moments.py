@@ -19,7 +19,8 @@ class Moments:
 
     ``xx`` (width, width), ``yx`` (out, width), ``x``, ``y`` and the scalars ``yy`` (sum of squared
     lengths of y) and ``weight`` are float64 sums; ``count`` is the number of tokens that counted.
-    Products of a batch are computed in float32 or wider.
+    Products of a batch are computed in float32 or wider, about its mean, so that a large mean takes
+    no digits from a small spread.
     """
 
     x: Tensor
@@ -51,15 +52,33 @@ class Moments:
             x, weights = x[counts], weights[counts].to(x.dtype)
             y = None if y is None else y[counts]
         check_finite(x, *([] if y is None else [y]))
+        if not len(x):
+            return
+        total = float(len(x) if weights is None else weights.sum(dtype=torch.float64))
+        x, around = _centred(x)
         weighed = x if weights is None else x * weights[:, None]
-        self.x += weighed.sum(0, dtype=torch.float64)
+        rest = weighed.sum(0, dtype=torch.float64)
+        self.x += rest + total * around
         self.xx += weighed.T @ x
+        self.xx += (
+            torch.outer(around, rest)
+            + torch.outer(rest, around)
+            + total * torch.outer(around, around)
+        )
         if y is not None:
-            self.yx += y.T @ weighed
+            y, about = _centred(y)
             y_weighed = y if weights is None else y * weights[:, None]
-            self.y += y_weighed.sum(0, dtype=torch.float64)
+            left = y_weighed.sum(0, dtype=torch.float64)
+            self.y += left + total * about
+            self.yx += y.T @ weighed
+            self.yx += (
+                torch.outer(about, rest)
+                + torch.outer(left, around)
+                + total * torch.outer(about, around)
+            )
             self.yy += float((y_weighed * y).sum(dtype=torch.float64))
-        self.weight += float(len(x) if weights is None else weights.sum(dtype=torch.float64))
+            self.yy += float(2 * about @ left + total * about @ about)
+        self.weight += total
         self.count += len(x)
 
     def __add__(self, other: Moments) -> Moments:
@@ -123,3 +142,9 @@ def flat(tensor: Tensor) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x about its mean, rounded to x's dtype, and that mean in float64."""
+    mean = x.mean(0)
+    return x - mean, mean.double()

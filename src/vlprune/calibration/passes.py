@@ -18,6 +18,7 @@ from .batches import Batches
 from .blocks import Block, blocks_of, callable_projections, hooked
 from .consumers import Consumer
 from .moments import Moments, flat
+from .store import Shelf
 from .streams import streams
 
 __all__ = ["calls_of", "input_hook", "kinds_of_calls", "moments_by_block", "ready", "weight_of"]
@@ -82,8 +83,9 @@ def moments_by_block(
         if again:
             yield from _all_at_once(model, again, batches, towers, advance)
         once = [b for b in blocks if not b.again]
+        shelf = Shelf.beside(model, batches.given)
         passes = stack.enter_context(
-            streams(model, [b.path for b in once], calls_of(model, batches))
+            streams(model, [b.path for b in once], calls_of(model, batches), shelf)
         )
         for block in once:
             found = _empty(model, block.consumers)

@@ -31,7 +31,7 @@ from .consumers import Rows, consumers_of, rows_of
 from .landing import Replay
 from .moments import check_finite, flat, summed
 from .passes import calls_of, input_hook, kinds_of_calls, ready
-from .store import Originals
+from .store import Originals, Shelf
 from .streams import streams
 
 __all__ = ["Turn", "rotate_heads", "turns_of"]
@@ -180,8 +180,9 @@ def rotate_heads(
         blocks = ready(stack, model, [t.structure for t in turns], batches)
         calls = calls_of(model, batches)
         found = head_moments(model, turns, batches, calls, advance)
+        shelf = Shelf.beside(model, batches.given)
         kinds = kinds_of_calls(model, batches)
-        passes = stack.enter_context(streams(model, [b.path for b in blocks], kinds))
+        passes = stack.enter_context(streams(model, [b.path for b in blocks], kinds, shelf))
         for block in blocks:
             own = {s.name for s in block.structures}
             here = {n: m for n, m in found.items() if turns[n].structure.name in own}
@@ -194,7 +195,8 @@ def rotate_heads(
                 reached.add(turn.structure.name)
                 changed = _parameters_of(model, turn)
                 originals.keep(changed)
-                why = _proved(model, replay, turn, changed, moments)
+                with here_now.awake():
+                    why = _proved(model, replay, turn, changed, moments)
                 if why:
                     refused[turn.structure.name] = why
                 else:

@@ -100,17 +100,22 @@ class Session:
             kinds = kinds_of_calls(self.model, self.batches)
             return blocks_of(self.model, self.structures, kinds)
 
-    def rotate(self) -> None:
-        """Turn every head to its free basis; ``refused`` says why some are left alone."""
+    def rotate(self, originals: Originals | None = None) -> None:
+        """Turn every head to its free basis; ``refused`` says why some are left alone.
+
+        ``originals`` get the parameters as they were, if the caller may want them back.
+        """
         if self.rotated:
             return
+        given, originals = originals is not None, originals or Originals(self.model)
         done = self.steps.known("rotated")
         if done is not None:
             tensors, facts = done
+            if given:
+                originals.keep(tensors)
             _load(self.model, tensors)
             self.refused, self.rotated = facts["refused"], True
             return
-        originals = Originals(self.model)
         try:
             with self.progress.count("rotating", len(self.batches)) as advance:
                 names, self.refused = rotate_heads(self.model, self.batches, originals, advance)
@@ -118,7 +123,8 @@ class Session:
             originals.put_back()
             raise
         finally:
-            originals.forget()
+            if not given:
+                originals.forget()
         self.rotated = True
         self.steps.remember(
             "rotated",

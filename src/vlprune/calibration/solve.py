@@ -14,9 +14,9 @@ __all__ = ["DAMPING", "Repair", "repair"]
 DAMPING = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Fractions of the mean diagonal of the second moments that a repair may be damped by."""
 
-ROUNDING = 1e-7
-"""What is added to every damping, as a part of the mean square of the input: products of a batch
-are sums in float32, so that an input that hardly varies has a covariance of rounding errors."""
+ROUNDING = 1e-12
+"""What is added to every damping, as a part of the mean square of the input: the covariance of an
+input that does not vary is rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def repair(
     best = Repair(weight, shift, base / scale, base / scale, 0.0)
     for damping in DAMPING:
         tried = _solved(fitted, kept, weight, shift, damping)
+        if tried is None:
+            continue
         error = _error(checked, kept, *tried) / scale
         if error < best.after:
             best = Repair(*tried, best.before, error, damping)
@@ -67,8 +69,8 @@ def repair(
 
 def _solved(
     moments: Moments, kept: Tensor, weight: Tensor, bias: Tensor | None, damping: float
-) -> tuple[Tensor, Tensor | None]:
-    """The damped least-squares solution."""
+) -> tuple[Tensor, Tensor | None] | None:
+    """The damped least-squares solution; None where rounding errors are larger than the damping."""
     total = moments.weight
     second = moments.xx[kept][:, kept] / total
     cross = moments.yx[:, kept] / total
@@ -80,7 +82,10 @@ def _solved(
     residual = cross - weight @ second
     ridge = damping * second.diagonal().mean().clamp(min=0) + rounding
     second.diagonal().add_(ridge if ridge > 0 else 1.0)  # an input that is always 0
-    new = weight + torch.cholesky_solve(residual.T, torch.linalg.cholesky(second)).T
+    lower, failed = torch.linalg.cholesky_ex(second)
+    if failed:
+        return None
+    new = weight + torch.cholesky_solve(residual.T, lower).T
     return new, None if bias is None else y - new @ x
 
 

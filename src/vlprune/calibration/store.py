@@ -1,14 +1,17 @@
-"""Tensors set aside: finished steps that a later run goes on from, and originals to put back."""
+"""Tensors set aside: finished steps, originals to put back, activations that wait their turn."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import plain, reason
 
-__all__ = ["Originals", "Steps"]
+__all__ = ["Originals", "Parked", "Shelf", "Steps"]
 
 IN_MEMORY = 256 * 2**20
 """Originals of more bytes than this lie in a temporary file."""
@@ -109,3 +112,102 @@ class Originals:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+class Shelf:
+    """Room for activations that wait: ``room`` bytes in memory, whatever is more on disk.
+
+    Storage at one of the addresses ``others`` belongs to somebody else, and is never set aside.
+    """
+
+    def __init__(self, room: int, others: Iterable[int] = ()) -> None:
+        self.room, self.others = room, frozenset(others)
+        self.used = 0
+        self._count = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def beside(cls, model: nn.Module, inputs: Iterable[Mapping[str, Any]]) -> Shelf:
+        """A shelf with room for a quarter of the model's bytes, and at least 256 MiB.
+
+        The model's own tensors and those of ``inputs`` are never set aside.
+        """
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        given = (t for batch in inputs for t in batch.values() if isinstance(t, Tensor))
+        owned = chain(model.parameters(), model.buffers(), given)
+        return cls(max(IN_MEMORY, size // 4), (t.untyped_storage().data_ptr() for t in owned))
+
+    def park(self, tensor: Tensor | None) -> Parked:
+        """Set a tensor aside. Nobody may read it, or another view of it, unless it is awake."""
+        return Parked(self, tensor if tensor is not None and self._may(tensor) else None)
+
+    def _may(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        return whole and storage.resizable() and storage.data_ptr() not in self.others
+
+    def place(self) -> Path:
+        """The path of a file that does not exist yet."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vlprune-")
+        self._count += 1
+        return Path(self._folder.name) / str(self._count)
+
+    def close(self) -> None:
+        """Remove what is left on disk."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+class Parked:
+    """One tensor on a shelf: :meth:`take` it back for good, or read it :meth:`awake`."""
+
+    def __init__(self, shelf: Shelf, tensor: Tensor | None) -> None:
+        self.shelf = shelf
+        self.tensor = tensor
+        self.file: Path | None = None
+        self.size = self.tensor.untyped_storage().nbytes() if self.tensor is not None else 0
+        if shelf.used + self.size <= shelf.room or not self.size:
+            shelf.used += self.size
+            return
+        self.file = shelf.place()
+        self._bytes().cpu().clone().numpy().tofile(self.file)  # numpy pins the storage it views
+        self._drop()
+
+    def take(self) -> None:
+        """Put the tensor back into memory, for good."""
+        if self.file is None:
+            self.shelf.used -= self.size
+        elif self.tensor is not None:
+            self._load()
+            self.file.unlink(missing_ok=True)
+        self.tensor, self.file, self.size = None, None, 0
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The tensor in memory while the block runs; changes made to it meanwhile are lost."""
+        if self.file is None:
+            yield
+            return
+        self._load()
+        try:
+            yield
+        finally:
+            self._drop()
+
+    def _bytes(self) -> Tensor:
+        assert self.tensor is not None
+        return torch.empty(0, dtype=torch.uint8, device=self.tensor.device).set_(
+            self.tensor.untyped_storage()
+        )
+
+    def _drop(self) -> None:
+        assert self.tensor is not None
+        self.tensor.untyped_storage().resize_(0)
+
+    def _load(self) -> None:
+        assert self.tensor is not None
+        assert self.file is not None
+        self.tensor.untyped_storage().resize_(self.size)
+        self._bytes().copy_(torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)))

@@ -8,13 +8,16 @@ while the caller waits for it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import greenlet
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .store import Shelf
 
 __all__ = ["Stream", "streams"]
 
@@ -23,11 +26,13 @@ class Stream:
     """One forward pass. ``call`` runs the model; ``stops`` are the blocks to pause at, in order.
 
     ``at`` is the block that the pass has reached and not run yet, None at the start and the end;
-    ``args`` and ``kwargs`` are what the block is about to be called with.
+    ``args`` and ``kwargs`` are what the block is about to be called with. They may be read only
+    inside :meth:`awake`: while a pass waits, its hidden states may lie on disk.
     """
 
-    def __init__(self, call: Callable[[], Any], stops: Mapping[str, int]) -> None:
-        self.stops = stops
+    def __init__(self, call: Callable[[], Any], stops: Mapping[str, int], shelf: Shelf) -> None:
+        self.stops, self.shelf = stops, shelf
+        self._waiting = shelf.park(None)
         self.at: str | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -44,13 +49,19 @@ class Stream:
 
     def resume(self) -> None:
         """Run to the next pause, or to the end."""
+        self._waiting.take()
         self.at, self.args, self.kwargs = None, (), {}
         self._pass.parent = greenlet.getcurrent()
         self._pass.switch()
         self.over = self._pass.dead
 
+    def awake(self) -> AbstractContextManager[None]:
+        """The arguments of the block in memory while a with block runs."""
+        return self._waiting.awake()
+
     def close(self) -> None:
         """End the pass where it is."""
+        self._waiting.take()
         _RUNNING.pop(self._pass, None)
         if self._pass:  # started and not over
             self._pass.throw()
@@ -59,6 +70,9 @@ class Stream:
     def pause(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called from inside the pass, by the block's hook."""
         self.at, self.args, self.kwargs = block, args, kwargs
+        hidden = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        states = next((v for v in hidden if v.is_floating_point()), None)
+        self._waiting = self.shelf.park(states)
         self._pass.parent.switch()
 
 
@@ -67,9 +81,15 @@ _RUNNING: dict[Any, Stream] = {}
 
 @contextmanager
 def streams(
-    model: nn.Module, blocks: Sequence[str], calls: Iterable[Callable[[], Any]]
+    model: nn.Module,
+    blocks: Sequence[str],
+    calls: Iterable[Callable[[], Any]],
+    shelf: Shelf | None = None,
 ) -> Iterator[list[Stream]]:
-    """One pass per call, none of them started; all are ended when the block ends."""
+    """One pass per call, none of them started; all are ended when the block ends.
+
+    While a pass waits, its hidden states lie on ``shelf`` (None: in memory).
+    """
     stops = {path: number for number, path in enumerate(blocks)}
 
     def stop_at(path: str) -> Callable[..., None]:
@@ -87,12 +107,14 @@ def streams(
         for path in blocks
     ]
     made: list[Stream] = []
+    shelf = shelf or Shelf(sys.maxsize)
     try:
         with torch.no_grad():
-            made += [Stream(call, stops) for call in calls]
+            made += [Stream(call, stops, shelf) for call in calls]
             yield made
     finally:
         for stream in made:
             stream.close()
+        shelf.close()
         for one in hooks:
             one.remove()

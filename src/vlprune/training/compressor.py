@@ -331,10 +331,13 @@ class Compressor:
 
     def plan(self) -> Plan:
         """The plan as the search sees it now. Raises VlpruneError if the search knows nothing."""
+        return self._planned()
+
+    def _planned(self, originals: Originals | None = None) -> Plan:
         if self._plan is not None:
             return self._plan
         check_plain(self.model, self.structures)
-        self._calibrate()
+        self._calibrate(originals)
         learnt = self.turns is None or bool(self.search.facts().get("structure_steps"))
         if self.progress > 0 and learnt and self._reach.nothing:
             raise VlpruneError(
@@ -349,12 +352,12 @@ class Compressor:
         )
         return settled(self.model, self.description.structures, plan)
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, originals: Originals | None = None) -> None:
         """Let the search learn from the calibration batches, once."""
         if self.session is None or not self.method.uses_calibration or self._calibrated:
             return
         if getattr(self.method, "rotate", False):
-            self.session.rotate()
+            self.session.rotate(originals)
         self.search.calibrate(self.session)
         self._calibrated = True
 
@@ -373,17 +376,18 @@ class Compressor:
         """
         if self.finished:
             return self.given
-        plan = self.plan()
-        check_same_plan(plan)
         refuse_sharded(self.model)
-        if early := unfinished(self.method, self.search, self.progress):
-            warnings.warn(early, stacklevel=2)
-        after = int(cost.params(self.model, self.description.structures, plan))
         inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
-        self.detach()
         originals = Originals(self.model)
+        rotated = self.session is not None and self.session.rotated
         try:
+            plan = self._planned(originals)
+            check_same_plan(plan)
+            if early := unfinished(self.method, self.search, self.progress):
+                warnings.warn(early, stacklevel=2)
+            after = int(cost.params(self.model, self.description.structures, plan))
+            self.detach()
             cut = settle(self.model, self.description, plan)
             if self.session is not None:
                 inputs = inputs or self.session.batches.given[0]
@@ -392,6 +396,9 @@ class Compressor:
             self.verification = perform(self.model, cut, inputs if verify else None)
         except BaseException:
             originals.put_back()
+            if self.session is not None and self.session.rotated and not rotated:
+                self.session.rotated, self._calibrated = False, False
+                self.search = self._new_search()
             if attached:
                 self.attach()
             raise
