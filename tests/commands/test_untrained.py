@@ -13,7 +13,20 @@ import transformers
 
 import vlprune
 from alike import same_results
-from unlabelled import captioned, captioner, classifier, dual_encoder, pictures
+from unlabelled import (
+    WORDS,
+    assistant,
+    captioned,
+    captioner,
+    classifier,
+    dual_encoder,
+    pictures,
+    reader,
+    sigmoid_encoder,
+)
+from vlprune.commands.pipeline.samples import feed_of
+from vlprune.data.samples import read_samples
+from vlprune.folders.opening import open_model, open_processor
 
 CUT = ("--budget", "params=0.7", "--items", "16")
 
@@ -101,6 +114,44 @@ def test_classifiers_and_captioners(kind: str, run: Any, here: Path, tmp_path: P
     assert report["notes"] == []
     model = vlprune.load(tmp_path)
     assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]
+
+
+def test_texts_as_long_as_the_model_was_trained_with(run: Any, here: Path, tmp_path: Path) -> None:
+    """SigLIP has no mask: it was trained on texts that are padded to their full length."""
+    sigmoid_encoder(tmp_path / "m")
+    model, processor = open_model(str(tmp_path / "m")), open_processor(tmp_path / "m")
+    samples = read_samples(here / "captioned" / "captions.jsonl")[:3]
+    batch = feed_of("m", model, processor, samples, Path("x")).batch(samples)
+    assert batch["input_ids"].shape == (3, 12)
+    assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    code, stdout, stderr = run(
+        "compress", str(tmp_path / "m"), *CUT, "--calibration",
+        str(here / "captioned" / "captions.jsonl"), "-o", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert {layer["tower"] for layer in json.loads(stdout)["layers"]} == {"vision", "text"}
+
+
+def test_texts_alone(run: Any, tmp_path: Path) -> None:
+    reader(tmp_path / "m")
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in 4 * WORDS))
+    code, stdout, stderr = run(
+        "compress", str(tmp_path / "m"), *CUT, "--calibration", str(tmp_path / "texts.txt"),
+        "-o", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    outputs = json.loads(stdout)["calibration"]["outputs"]
+    assert outputs["after"]["logits"] < outputs["before"]["logits"]
+
+
+def test_a_language_model_that_reads_image_tokens(run: Any, here: Path, tmp_path: Path) -> None:
+    assistant(tmp_path / "m")
+    code, stdout, stderr = run(
+        "compress", str(tmp_path / "m"), *CUT, "--calibration",
+        str(here / "captioned" / "captions.jsonl"), "-o", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert {layer["tower"] for layer in json.loads(stdout)["layers"]} == {"vision", "text"}
 
 
 def test_a_simpler_method_is_repaired_too(run: Any, here: Path, tmp_path: Path) -> None:
