@@ -60,13 +60,13 @@ def close(expected: Any, found: Any) -> None:
         assert found == expected
 
 
-TIMES = {"seconds", "latency_seconds"}
+TIMES = {"seconds", "latency_seconds", "peak_bytes"}
 
 
 def same_results(once: Path, again: Path) -> None:
     """Two folders of ``compress`` with the same files, bit by bit.
 
-    Except the logs and the card, and the times in the report; its other numbers agree to six
+    Except the logs and the card, and times and memory in the report; its other numbers agree to six
     digits, because what a model answers may differ in the last bits where its weights were loaded.
     """
 

@@ -57,10 +57,10 @@ def test_the_families_are_counted_alike_everywhere() -> None:
 
 
 def test_every_recipe_key_is_documented() -> None:
-    from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training
+    from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe, Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()
-    for cls in (Recipe, ModelSpec, DataSpec, Training):
+    for cls in (Recipe, ModelSpec, DataSpec, Training, CalibrationSpec):
         for spec in fields(cls):
             assert re.search(rf"\b{spec.name}\b", text), f"{cls.__name__}.{spec.name}"
 

@@ -151,6 +151,31 @@ def _stages(metrics: Any) -> Any:
     return metrics
 
 
+class _Error(_Facts):
+    before: Number
+    after: Number
+
+
+class _Outputs(_Facts):
+    before: dict[str, Number]
+    after: dict[str, Number]
+    kept: bool = True
+
+    def model_post_init(self, _context: Any) -> None:
+        """Every output has an error before and after the repair."""
+        if self.before.keys() != self.after.keys():
+            raise ValueError("before and after name different outputs")
+
+
+class _Calibration(_Facts):
+    batches: Count
+    items: Count | None = None
+    rotated: bool = False
+    not_rotated: dict[str, str] = {}
+    outputs: _Outputs | None = None
+    towers: dict[str, _Error] = {}
+
+
 class _Row(_Facts):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=True)
 
@@ -200,6 +225,8 @@ class Report(_Facts):
     weight_bytes: dict[str, Count] | None = None
     ordinary: str | None = None
     history: dict[str, list[_Step]] = {}
+    calibration: _Calibration | None = None
+    peak_bytes: Count | None = None
     device: str = "cpu"
     threads: Count = 0
 

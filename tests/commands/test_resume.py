@@ -501,7 +501,9 @@ def test_what_decides_is_what_a_model_is_made_from(recipe: Path, tmp_path: Path)
                  "report_to=tensorboard", f"data.folder={moved}"):  # fmt: skip
         assert keys(same) == once, same
     assert keys("search.steps=7")[0] == once[0]
-    for other in ("search.steps=7", "budget.params=0.7", "latency_batch_size=2"):
+    for other in (
+        "search.steps=7", "budget.params=0.7", "latency_batch_size=2", "calibration.items=8",
+    ):  # fmt: skip
         assert keys(other)[1] != once[1], other
     for other in ("train.steps=5", "seed=1", "model.width=64", f"model.path={dense}"):
         assert keys(other)[0] != once[0], other

@@ -58,12 +58,36 @@ def test_the_recipes_we_ship_are_valid(path: str, monkeypatch: pytest.MonkeyPatc
         ("task: [", "not valid YAML"),
         ("just words", "must be a mapping"),
         (GOOD + "model: {width: wide}\n", "model.width must be a whole number"),
+        (GOOD + "calibration: {item: 8}\n", "unknown key 'calibration.item'.*Did you mean 'items'"),
+        (GOOD + "calibration: {items: -1}\n", "calibration.items must be a whole number from 0"),
+        (GOOD + "method: {name: obs}\n", "calibration.items must be at least 1 for the method obs"),
+        (
+            GOOD + "method: {name: obs, rotated: true}\ncalibration: {items: 8}\n",
+            "unknown key 'method.rotated'.*Did you mean 'rotate'",
+        ),
+        (
+            GOOD + "method: {name: jsp}\ncalibration: {items: 8}\n",
+            "calibration.items must be 0 for a method that shares weights.*families",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says) as caught:
         load_recipe(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_calibration_needs_no_method_of_its_own(tmp_path: Path) -> None:
+    for method in ("{name: obs, rotate: true}", "magnitude", "{name: jsp, families: [prune]}"):
+        method = method if method.startswith("{") else f"{{name: {method}}}"
+        text = GOOD + f"method: {method}\ncalibration: {{items: 256}}\n"
+        recipe = load_recipe(write(tmp_path, text))
+        assert (recipe.calibration.items, recipe.calibration.batch_size) == (256, 8)
+        assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+        toy = recipe.toy()
+        assert 0 < toy.calibration.items < 256
+        assert toy.calibration.items > toy.calibration.batch_size  # a batch can be held out
+    assert not load_recipe(write(tmp_path, GOOD)).toy().calibration.items
 
 
 @pytest.mark.parametrize("budget", ["0", "1.5", "half", "true", "-1"])

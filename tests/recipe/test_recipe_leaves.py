@@ -26,7 +26,14 @@ from vlprune.methods.upop import IMPORTANCE
 from vlprune.recipe.checks import Checked, Text
 from vlprune.recipe.machine import LOGGERS, need_logger
 from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
-from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training, load_recipe
+from vlprune.recipe.spec import (
+    CalibrationSpec,
+    DataSpec,
+    ModelSpec,
+    Recipe,
+    Training,
+    load_recipe,
+)
 from vlprune.tasks import TASKS
 from vlprune.tasks.grounders import GROUNDERS
 
@@ -38,7 +45,7 @@ STRANGE: list[Any] = [
     {1: 2}, ["a"], {"a": "b"}, {"a": math.nan}, b"\0", {3}, object(),
 ]  # fmt: skip
 SECTIONS = {"model": ModelSpec, "data": DataSpec, "train": Training, "search": Training,
-            "retrain": Training}  # fmt: skip
+            "retrain": Training, "calibration": CalibrationSpec}  # fmt: skip
 
 
 def places() -> Iterator[tuple[str, ...]]:
@@ -239,7 +246,7 @@ def test_the_tables_agree() -> None:
 def ranges() -> Iterator[str]:
     """The table of docs/recipes.md: what every leaf and option may be."""
     parts: dict[str, Any] = {"": Recipe, "model.": ModelSpec, "data.": DataSpec, "*.": Training}
-    parts |= {"teacher.": TeacherOptions}
+    parts |= {"teacher.": TeacherOptions, "calibration.": CalibrationSpec}
     parts |= {f"{name}: ": cls for name, cls in [*METHOD_OPTIONS.items(), *TASK_OPTIONS.items()]}
     rows: dict[str, list[str]] = {}
     for part, cls in parts.items():

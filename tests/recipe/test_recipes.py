@@ -11,7 +11,9 @@ from vlprune.commands.pipeline import compress
 from vlprune.recipe.spec import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted((FOLDER / "upop").glob("*.yaml")) + sorted((FOLDER / "jsp").glob("*.yaml"))
+RECIPES = [
+    path for name in ("upop", "jsp", "obs") for path in sorted((FOLDER / name).glob("*.yaml"))
+]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -30,12 +32,18 @@ def test_the_recipe_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "REFCOCO",
         "GQA",
         "GLIP",
+        "CLIP_RETRIEVAL",
     ):
         monkeypatch.setenv(name, f"/data/{name}")
     recipe = load_recipe(path)
     assert recipe.method["name"] == path.parent.name
     if recipe.method["name"] == "upop":
         assert recipe.method["cost"] == "paper"
+    if recipe.method["name"] == "obs":
+        assert recipe.calibration.items >= 256
+        assert not any(phase.on for phase in (recipe.train, recipe.search, recipe.retrain))
+        assert 0 < load_recipe(path, toy=True).calibration.items < 64
+        return
     assert recipe.search.epochs >= (5 if path.parent.name == "upop" else 2)
     assert recipe.retrain.epochs >= (5 if path.parent.name == "upop" else 4)
     toy = load_recipe(path, toy=True)
@@ -47,7 +55,8 @@ def test_the_recipe_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_runs_as_a_toy(path: Path, tmp_path: Path) -> None:
     report = compress(load_recipe(path, ["threads=2"], toy=True), tmp_path)
-    assert set(report["metrics"]) == {"dense", "cut", "retrained"}
+    trained = {"retrained"} if load_recipe(path, toy=True).retrain.on else set()
+    assert set(report["metrics"]) == {"dense", "cut", *trained}
     assert report["params"]["after"] < report["params"]["before"]
     model = vlprune.load(tmp_path)
     assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]

@@ -19,7 +19,7 @@ from ..status import Progress
 from ..structures.plan import Plan
 from ..structures.structure import Structure
 from .batches import Batches, TokenWeight, batches_of
-from .blocks import blocks_of, callable_projections
+from .blocks import Block, blocks_of, callable_projections
 from .consumers import consumers_of
 from .fold import fold_layers
 from .influence import Influence, influence_of, main_outputs, small_enough
@@ -86,20 +86,19 @@ class Session:
     def unreached(self) -> list[str]:
         """Structures that no calibration batch reaches; they stay dense."""
         if not hasattr(self, "_unreached"):
-            with evaluating(self.model), callable_projections(self.model, self.structures):
-                reached = {
-                    c.structure
-                    for block in blocks_of(
-                        self.model, self.structures, kinds_of_calls(self.model, self.batches)
-                    )
-                    for c in block.consumers
-                }
+            reached = {c.structure for block in self._blocks() for c in block.consumers}
             self._unreached = [
                 s.name
                 for s in self.structures
                 if consumers_of(self.model, s) and s.name not in reached
             ]
         return self._unreached
+
+    def _blocks(self) -> list[Block]:
+        """The blocks that the batches reach, in the order of a forward pass."""
+        with evaluating(self.model), callable_projections(self.model, self.structures):
+            kinds = kinds_of_calls(self.model, self.batches)
+            return blocks_of(self.model, self.structures, kinds)
 
     def rotate(self, originals: Originals | None = None) -> None:
         """Turn every head to its free basis; ``refused`` says why some are left alone.
@@ -162,9 +161,7 @@ class Session:
     def layers(self) -> Iterator[Layer]:
         """See :meth:`vlprune.methods.Statistics.layers`."""
         influence = self.influence
-        with evaluating(self.model), callable_projections(self.model, self.structures):
-            kinds = kinds_of_calls(self.model, self.batches)
-            blocks = blocks_of(self.model, self.structures, kinds)
+        blocks = self._blocks()
         with self.progress.count("statistics", len(blocks)) as advance:
             for block, moments in moments_by_block(
                 self.model, self.structures, self.batches, advance
@@ -197,7 +194,7 @@ class Session:
         wanted = self._outputs()
         with gated(self.model, self.structures, plan):
             before = self._apart(wanted)
-        with self.progress.count("repairing", 0) as advance:
+        with self.progress.count("repairing", len(self._blocks())) as advance:
             repairs = fold_layers(
                 self.model, self.structures, plan, self.batches, originals, self.steps, advance
             )

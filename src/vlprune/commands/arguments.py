@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from ..errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError, did_you_mean
-from ..files import plain
+from ..errors import (
+    BudgetError,
+    CheckpointError,
+    RecipeError,
+    UnsupportedError,
+    VlpruneError,
+    did_you_mean,
+)
+from ..files import plain, shown
 from ..folders import place
 from ..structures.structure import AttentionUnit
 
 if TYPE_CHECKING:
+    from ..data.samples import Sample
     from ..recipe.spec import Recipe
 
 __all__ = [
+    "budget_of",
+    "check_alone",
     "check_attention",
     "check_choice",
     "check_device",
@@ -24,11 +35,20 @@ __all__ = [
     "check_name",
     "check_output",
     "check_timing",
+    "check_untrained",
+    "check_whole",
     "each",
+    "given",
+    "is_recipe",
     "numbers_of",
     "on",
     "recipe_for",
+    "samples_of",
 ]
+
+
+UNTRAINED = ("obs", "magnitude", "random")
+"""Methods that need neither a training nor labels."""
 
 
 def each(*checks: Callable[[], Any]) -> list[Any]:
@@ -101,6 +121,75 @@ def check_choice(word: str, known: Sequence[str], says: str) -> None:
         raise UnsupportedError(
             says.format(", ".join(known), repr(word)) + did_you_mean(word, known)
         )
+
+
+def is_recipe(source: str, for_models: Sequence[str] = ()) -> bool:
+    """Whether an argument names a recipe rather than a model: a folder, or a name on the hub.
+
+    Options ``for_models`` decide where neither exists.
+    """
+    if source.lower().endswith((".yaml", ".yml")) or Path(source).is_file():
+        return True
+    if Path(source).is_dir() or for_models:
+        return False
+    from ..folders.opening import HUB_NAME
+
+    return not HUB_NAME.fullmatch(source)
+
+
+def budget_of(text: str) -> dict[str, float]:
+    """The budget in text such as ``params=0.5``. Raises BudgetError for any other text."""
+    from ..prices.budget import parse_budget
+
+    if not text:
+        raise BudgetError("a model without a recipe needs --budget, as in --budget params=0.5")
+    what, sign, fraction = text.partition("=")
+    try:
+        budget = {what.strip(): float(fraction)}
+    except ValueError:
+        budget = {}
+    if not sign or not budget:
+        raise BudgetError(
+            f"--budget is what stays of the model, as in params=0.5 or macs=0.5, not {shown(text)}"
+        )
+    parse_budget(budget)
+    return budget
+
+
+def samples_of(place: Path | None, left: Counter[str]) -> list[Sample]:
+    """The samples in ``place``; ``left`` counts rows left out. Raises DataError, RecipeError."""
+    from ..data.samples import read_samples
+
+    if place is None:
+        raise RecipeError(
+            "a model without a recipe needs --calibration: a folder of images like those that it "
+            "is used with, or a .jsonl file of images and texts"
+        )
+    return read_samples(place, left)
+
+
+def check_untrained(method: str, rotate: bool) -> None:
+    """Raise UnsupportedError unless the method needs no training, RecipeError for its options."""
+    check_choice(method, UNTRAINED, "without a recipe the method must be one of {}, not {}.")
+    if rotate and method != "obs":
+        raise RecipeError(f"--rotate is an option of obs, not of {method}: leave it out")
+
+
+def given(**values: Any) -> list[str]:
+    """The options of a command line that have a value, as they are written there."""
+    return [f"--{name.replace('_', '-')}" for name, value in values.items() if value]
+
+
+def check_alone(options: Sequence[str], says: str) -> None:
+    """Raise RecipeError if there are options that do not go with the rest; ``says`` why."""
+    if options:
+        raise RecipeError(f"{' and '.join(options)} {says}")
+
+
+def check_whole(number: int, name: str, most: int) -> None:
+    """Raise RecipeError unless ``number`` is from 1 to ``most``."""
+    if not 1 <= number <= most:
+        raise RecipeError(f"{name} must be a whole number from 1 to {most:,}, not {number}")
 
 
 def numbers_of(text: str) -> tuple[int, ...]:

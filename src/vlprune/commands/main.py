@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,8 @@ from ..reports import screens
 from ..reports.terminal import show
 from ..status import Progress
 from .arguments import (
+    budget_of,
+    check_alone,
     check_attention,
     check_choice,
     check_device,
@@ -28,10 +31,15 @@ from .arguments import (
     check_name,
     check_output,
     check_timing,
+    check_untrained,
+    check_whole,
     each,
+    given,
+    is_recipe,
     numbers_of,
     on,
     recipe_for,
+    samples_of,
 )
 from .bars import Bars
 from .console import err, out, write
@@ -104,24 +112,102 @@ def inspect(
 
 @app.command()
 def compress(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe in YAML; or a model to cut without training: a folder or a hub name."
+        ),
+    ],
     overrides: Overrides = None,
     output: Output = Path("vlprune-output"),
     toy: Annotated[
         bool,
         typer.Option("--toy", help="A small new model and generated data: minutes, no downloads."),
     ] = False,
+    budget: Annotated[
+        str, typer.Option(help="For a model: what stays of it, as in params=0.5 or macs=0.5.")
+    ] = "",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a model: unlabelled samples, a folder of images, a .jsonl or a .txt file."
+        ),
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(help="For a model: how many samples to use; default: 256.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="For a model: obs, magnitude or random; default: obs.")
+    ] = "",
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate/--no-rotate", help="For a model: turn heads to a better basis first."
+        ),
+    ] = False,
+    attention: Annotated[
+        str, typer.Option(help="For a model: head_dim, qk_vo or head; default: head_dim.")
+    ] = "",
     device: Device = "",
     as_json: Json = False,
 ) -> None:
-    """Train or load a model, cut it, retrain it, evaluate it, and save it.
+    """Cut a model: by a recipe that trains and evaluates it, or at once, on unlabelled samples.
 
     Example: vlprune compress recipes/easy-vqa.yaml budget.params=0.3 -o small
+
+    Example: vlprune compress openai/clip-vit-base-patch32 --budget params=0.7 --calibration photos
     """
+    from ..data.samples import left_out
     from ..recipe.spec import load_recipe
 
+    for_models = given(
+        budget=budget,
+        calibration=calibration,
+        items=items is not None,
+        method=method,
+        rotate=rotate,
+        attention=attention,
+    )
+    if not is_recipe(source, for_models):
+        left: Counter[str] = Counter()
+        asked_budget, samples, *_ = each(
+            lambda: budget_of(budget),
+            lambda: samples_of(calibration, left),
+            lambda: check_name(source),
+            lambda: check_whole(256 if items is None else items, "--items", 10**6),
+            lambda: check_untrained(method or "obs", rotate),
+            lambda: check_attention(attention or "head_dim"),
+            lambda: check_alone(
+                [*(overrides or []), *given(toy=toy)],
+                "cannot be given with a model, only with a recipe",
+            ),
+            lambda: check_device(device),
+            lambda: check_output(output),
+        )
+        err.print("loading torch and transformers", style="dim")
+        from .pipeline import Asked, compress_model
+
+        asked = Asked(
+            model=source,
+            budget=asked_budget,
+            samples=samples,
+            source=calibration,
+            items=256 if items is None else items,
+            method={"name": method or "obs", **({"rotate": True} if rotate else {})},
+            attention=attention or "head_dim",
+            device=device or "auto",
+            left_out=left_out(left),
+        )
+        report = compress_model(asked, output, Bars())
+        _show(report, screens.result(report, output), as_json)
+        return
     chosen, *_ = each(
-        lambda: load_recipe(recipe, overrides or [], toy),
+        lambda: load_recipe(source, overrides or [], toy),
+        lambda: check_alone(
+            for_models,
+            "cannot be given with a recipe: write budget.params=0.5, "
+            "calibration.items=256, method.name=obs and so on after it instead",
+        ),
         lambda: check_device(device),
         lambda: check_output(output),
     )

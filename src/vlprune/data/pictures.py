@@ -16,6 +16,7 @@ __all__ = [
     "LabelledImage",
     "MaskedImage",
     "open_mask",
+    "pictures_in",
     "read_ade20k",
     "read_image_folder",
 ]
@@ -60,7 +61,7 @@ def read_image_folder(folder: str | Path, left: Left | None = None) -> list[Labe
         if not place.is_dir():
             left[NO_CLASS] += 1
             continue
-        pictures = [LabelledImage(path, place.name) for path in _pictures(place, left)]
+        pictures = [LabelledImage(path, place.name) for path in pictures_in(place, left)]
         left[EMPTY] += not pictures
         found += pictures
     return some(found, root, "images in subfolders named after their classes", left)
@@ -76,8 +77,10 @@ def read_ade20k(
     from that of its image.
     """
     folder, labels, left = Path(images), Path(masks), Left() if left is None else left
-    known = {path.stem: path for path in _pictures(labels, Left()) if path.suffix.lower() in MASKS}
-    pictures = list(_pictures(folder, left))
+    known = {
+        path.stem: path for path in pictures_in(labels, Left()) if path.suffix.lower() in MASKS
+    }
+    pictures = list(pictures_in(folder, left))
     lacking = [path for path in pictures if path.stem not in known]
     if lacking:
         mask = labels / f"{lacking[0].stem}.png"
@@ -91,14 +94,14 @@ def read_ade20k(
     return some(found, folder, "images", left)
 
 
-def _pictures(folder: Path, left: Left, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+def pictures_in(folder: Path, left: Left, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Every picture below ``folder``, judged by its name, in the order of paths."""
     above = above or (folder.resolve(),)
     for path in _inside(folder):
         if path.is_dir():
             real = path.resolve()
             if real not in above:  # else a link upwards, which would never end
-                yield from _pictures(path, left, (*above, real))
+                yield from pictures_in(path, left, (*above, real))
         elif path.suffix.lower() in SUFFIXES and path.is_file():
             yield path
         else:

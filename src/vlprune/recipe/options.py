@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 from .checks import KEY, SEEDS, Checked, Flag, Number, OneOf, Text, Texts, Whole, checked, refuse
 
 __all__ = [
+    "JSP_FAMILIES",
     "METHOD_OPTIONS",
     "TASK_OPTIONS",
     "JspOptions",
@@ -54,6 +55,8 @@ class RandomOptions(OneShotOptions):
 class ObsOptions(Checked):
     """Of ``obs``."""
 
+    uses_calibration: ClassVar[bool] = True
+
     across: Annotated[str, OneOf("outputs", "layers", "uniform")] = "outputs"
     rotate: Annotated[bool, Flag()] = False
     fold: Annotated[bool, Flag()] = True
@@ -77,14 +80,14 @@ class UPopOptions(Checked):
     )
 
 
-FAMILIES = ("prune", "cross", "block")
+JSP_FAMILIES = ("prune", "cross", "block")
 
 
 @checked
 class JspOptions(Checked):
     """Of ``jsp``."""
 
-    families: Annotated[Sequence[str], Texts(*FAMILIES)] = FAMILIES
+    families: Annotated[Sequence[str], Texts(*JSP_FAMILIES)] = JSP_FAMILIES
     base: Annotated[str, Text(1)] = "text"
     other: Annotated[str, Text(1)] = "vision"
     block: Annotated[int, Whole(1, 10**4)] = 4

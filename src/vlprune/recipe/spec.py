@@ -39,10 +39,17 @@ from .checks import (
     refuse,
 )
 from .machine import THREADS, Device, Logger
-from .options import TASK_OPTIONS, check_method, check_options, check_teacher
+from .options import (
+    JSP_FAMILIES,
+    METHOD_OPTIONS,
+    TASK_OPTIONS,
+    check_method,
+    check_options,
+    check_teacher,
+)
 from .reading import override, read
 
-__all__ = ["DataSpec", "ModelSpec", "Recipe", "Training", "load_recipe"]
+__all__ = ["CalibrationSpec", "DataSpec", "ModelSpec", "Recipe", "Training", "load_recipe"]
 
 MANY = 10**9
 PATCHES = 2**14
@@ -104,6 +111,19 @@ class DataSpec(Checked):
             items = getattr(self, name)
             if self.format == "shapes" and items and not 2 <= items <= SCENES:
                 yield (name,), f"{KEY} must be from 2 to {SCENES:,} generated scenes, not {items:,}"
+
+
+@checked
+class CalibrationSpec(Checked):
+    """How many training items the cut is calibrated on, without their labels; 0: it is not.
+
+    The items are drawn at random by the recipe's seed and go through the model in batches of
+    ``batch_size``; every eighth batch is held out. A method such as ``obs`` learns from them, and
+    the plan of any other method is folded into the weights that stay.
+    """
+
+    items: Annotated[int, Whole(0, 10**6)] = 0
+    batch_size: Annotated[int, Whole(1, 4096)] = 8
 
 
 DECAYS = ("cosine", "constant")
@@ -170,7 +190,8 @@ class Recipe(Checked):
     take it as it is), ``search`` is the training a method with gates watches, ``retrain``
     follows the cut. ``teacher`` weighs what the model must imitate of the dense one in
     ``search`` and ``retrain``, as in ``{"logits": 1, "features": 1, "similarities": 1}``; empty
-    means no teacher. ``options`` are the task's own. ``skip`` are patterns of structures that
+    means no teacher. ``calibration`` compresses without training, or repairs the cut of a trained
+    search. ``options`` are the task's own. ``skip`` are patterns of structures that
     stay dense. ``uniform`` gives all layers of a tower one width and saves an ordinary model where
     its config can say that. ``threads`` 0 leaves the number of CPU threads alone. ``device`` is
     where all of it runs: ``auto`` (a CUDA GPU where there is one, else the CPU), ``cpu``, ``cuda``,
@@ -191,6 +212,7 @@ class Recipe(Checked):
     search: Training = field(default_factory=Training)
     retrain: Training = field(default_factory=Training)
     teacher: Mapping[Annotated[str, Text(1)], Any] = field(default_factory=dict)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     seed: Annotated[int, Whole(0, SEEDS)] = 0
     threads: Annotated[int, Whole(0, THREADS)] = 0
     device: Annotated[str, Device()] = "auto"
@@ -239,6 +261,19 @@ class Recipe(Checked):
                 raise refuse(*wrong)
         return data
 
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """A method may need calibration, and shared weights cannot be repaired by it."""
+        name, items = self.method["name"], self.calibration.items
+        if getattr(METHOD_OPTIONS[name], "uses_calibration", False) and not items:
+            text = f"must be at least 1 for the method {name}, which learns from these items"
+            yield ("calibration", "items"), f"{KEY} {text}, as in 256"
+        shares = {"cross", "block"} & {*self.method.get("families", JSP_FAMILIES)}
+        if name == "jsp" and shares and items:
+            text = (
+                "must be 0 for a method that shares weights, since a repair would pull them apart"
+            )
+            yield ("calibration", "items"), f"{KEY} {text}; or give method.families=[prune]"
+
     def to_yaml(self) -> str:
         """The recipe with every default spelled out, ready to be run again."""
         return yaml.safe_dump(_as_written(dataclasses.asdict(self)), sort_keys=False)
@@ -283,6 +318,9 @@ class Recipe(Checked):
                 test_items=32,
             ),
             train=short(self.train, True),
+            calibration=CalibrationSpec(
+                min(self.calibration.items, TOY_ITEMS), min(self.calibration.batch_size, 4)
+            ),
             search=short(self.search, self.search.on),
             retrain=short(self.retrain, self.retrain.on),
         )
@@ -290,6 +328,7 @@ class Recipe(Checked):
 
 TOY_IGNORES = ("path", "folder", "train", "test")
 TOY_STEPS = 12
+TOY_ITEMS = 32
 TOY_OPTIONS: Mapping[str, Any] = {"queue": 64, "fusion_width": 0, "queries": 16}
 TOY_SIZES: Mapping[str, Any] = {
     "width": 48,

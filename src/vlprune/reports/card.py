@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .markdown import as_text, markdown
-from .story import stages
+from .story import calibration, sizes, stages
 from .words import summary, where
 
 __all__ = ["model_card"]
@@ -65,6 +65,7 @@ def _body(report: Mapping[str, Any], model_class: str) -> str:
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
     method = f"{report['method']} ({options}; attention unit {report['attention']})"
     versions = ", ".join(f"{name} {one}" for name, one in report.get("versions", {}).items())
+    how = _how(report)
     return f"""# A smaller {as_text(model_class)}
 
 Made by vlprune with {as_text(method)}.
@@ -79,9 +80,7 @@ model = {model_class}.from_pretrained("this folder")
 {_sharing(report)}{_figures(report)}
 ## How it was made
 
-    vlprune compress recipe.yaml -o small
-
-with the `recipe.yaml` of this folder; `plan.json` lists the units that stay, `report.json` holds
+{how} `plan.json` lists the units that stay, `report.json` holds
 every number, and `vlprune report` draws it. Versions: {as_text(versions)}.
 
 ## Limits
@@ -90,10 +89,18 @@ every number, and `vlprune report` draws it. Versions: {as_text(versions)}.
 """
 
 
+def _how(report: Mapping[str, Any]) -> str:
+    """The command that made the folder."""
+    if report.get("task") or not report.get("command"):
+        return "    vlprune compress recipe.yaml -o small\n\nwith the `recipe.yaml` of this folder;"
+    return f"    {as_text(report['command'])}\n\nwith unlabelled samples, and without training;"
+
+
 def _figures(report: Mapping[str, Any]) -> str:
-    """The table of the stages, where a task has measured them."""
+    """The table of the stages, where a task has measured them, or of sizes and errors."""
     if not report.get("metrics"):
-        return ""
+        more = calibration(report) if report.get("calibration") else []
+        return f"\n{markdown([sizes(report), *more])}\n"
     return f"""
 {markdown([stages(report)])}
 Latency: median of one forward pass on {as_text(where(report))}.
@@ -111,6 +118,27 @@ into plain dense layers: faster, larger.
 """
 
 
+def _origin(report: Mapping[str, Any]) -> list[str]:
+    """Limits that come from the data it was made with."""
+    limits = []
+    if report.get("task"):
+        limits.append(f"The figures are of one run of the task {report['task']} with one seed.")
+    else:
+        limits.append("What it can do was not measured: evaluate it on data of your own.")
+    untested = "what was pruned may have mattered for inputs that were not tested."
+    if report.get("calibration") and not any((report.get("history") or {}).values()):
+        limits.append(
+            "Nothing was trained. The units to prune were chosen on unlabelled samples; the biases "
+            f"of the dense model are inherited, and {untested}"
+        )
+    else:
+        limits.append(
+            "It was trained on the data of its recipe and inherits the biases of that data and of "
+            f"the dense model; {untested}"
+        )
+    return limits
+
+
 def _limits(report: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures should know."""
     padded = sum(group["padded"] for group in report["groups"])
@@ -118,9 +146,7 @@ def _limits(report: Mapping[str, Any]) -> list[str]:
         "It is an ordinary model: it loads without vlprune."
         if report.get("ordinary") == ""
         else "Loading needs import vlprune in the process; exports of vlprune export do not.",
-        f"The figures are of one run of the task {report.get('task', '')} with one seed.",
-        "It was trained on the data of its recipe and inherits the biases of that data and of the "
-        "dense model; what was pruned may have mattered for inputs that were not tested.",
+        *_origin(report),
     ]
     if padded:
         limits.append(

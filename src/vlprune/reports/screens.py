@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .blocks import Block, Column, Sentence, Table
-from .story import faster, stages
+from .story import calibration, faster, sizes, stages
 from .words import human, percent, summary, where
 
 __all__ = ["description", "exported", "measured", "result", "sensitivity", "timings"]
@@ -218,12 +218,16 @@ def measured(metrics: Mapping[str, float]) -> list[Block]:
 
 def result(report: Mapping[str, Any], folder: object) -> list[Block]:
     """``vlprune compress`` and ``vlprune demo``: what came out, and where it is."""
+    peak = report.get("peak_bytes")
+    memory = f", {human(peak)}B of memory at most" if peak else ""
+    what, dense = (
+        ("plan", "") if not report.get("task") else ("plan, recipe", "; dense/ is the original")
+    )
     return [
-        stages(report),
+        stages(report) if report.get("metrics") else sizes(report),
+        *(calibration(report) if report.get("calibration") else []),
         Sentence(summary(report)),
-        Sentence(f"Took {report['seconds']:.0f} s on {where(report)}."),
-        Sentence(
-            f"Saved in {folder}: the model, its plan, recipe, report and card; dense/ is the "
-            "original."
-        ),
+        *(Sentence(f"Note: {note}.") for note in report.get("notes", ()) if not report.get("task")),
+        Sentence(f"Took {report['seconds']:.0f} s on {where(report)}{memory}."),
+        Sentence(f"Saved in {folder}: the model, its {what}, report and card{dense}."),
     ]

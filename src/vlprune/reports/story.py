@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .blocks import Block, Column, Heading, Sentence, Table
-from .words import duration, percent, summary, tower_of, where
+from .words import duration, human, percent, summary, tower_of, where
 
 __all__ = [
+    "calibration",
     "common_units",
     "comparable",
     "comparison",
@@ -22,6 +23,7 @@ __all__ = [
     "layers_of",
     "opening",
     "overview",
+    "sizes",
     "speed",
     "stages",
     "story",
@@ -45,13 +47,17 @@ def story(reports: Sequence[Mapping[str, Any]]) -> list[Block]:
 def opening(report: Mapping[str, Any]) -> list[Block]:
     """Asked and reached, the notes (an unfinished search, say), and a table of the stages."""
     notes = (Sentence(f"Note: {note}.") for note in report.get("notes", ()))
-    table = [stages(report)] if report.get("metrics") else []
-    return [Sentence(summary(report)), *notes, *table]
+    table = stages(report) if report.get("metrics") else sizes(report)
+    return [Sentence(summary(report)), *notes, table]
 
 
 def details(report: Mapping[str, Any]) -> list[Block]:
     """The other tables of one folder: where the budget went, exports, speed."""
     blocks: list[Block] = [Heading("Where the budget went"), _groups(report)]
+    if report.get("calibration"):
+        blocks += [Heading("Calibration"), *calibration(report)]
+        if report.get("peak_bytes"):
+            blocks.append(Sentence(f"Memory: {human(report['peak_bytes'])}B at most."))
     if report.get("exports"):
         blocks += [Heading("Exports"), _exports(report["exports"])]
     if isinstance(report.get("bench"), dict):
@@ -78,6 +84,53 @@ def stages(report: Mapping[str, Any]) -> Table:
         *(Column(f"metric {name}", name.replace("_", " "), "share") for name in metrics),
     )
     return Table(columns, tuple(rows))
+
+
+def sizes(report: Mapping[str, Any]) -> Table:
+    """The dense and the small model, where no task has measured what they can do."""
+    macs = report.get("macs")
+    rows = [
+        {"model": name, "params": report["params"][when]} | ({"macs": macs[when]} if macs else {})
+        for name, when in (("dense", "before"), ("small", "after"))
+    ]
+    columns = (
+        Column("model", "model"),
+        Column("params", "params", "count"),
+        *([Column("macs", "MACs", "count")] if macs else []),
+    )
+    return Table(columns, tuple(rows))
+
+
+def calibration(report: Mapping[str, Any]) -> list[Block]:
+    """What the cut was calibrated on, and how far outputs and layers are from the dense model's."""
+    facts = report["calibration"]
+    items = f"{facts['items']:,} items in " if facts.get("items") else ""
+    told = f"Calibrated on {items}{facts['batches']:,} batches, without labels."
+    left = facts.get("not_rotated", {})
+    if facts.get("rotated"):
+        told += " Heads were turned to their free basis first"
+        told += f", except in {len(left)} attention blocks." if left else "."
+    blocks: list[Block] = [Sentence(told)]
+    outputs = facts.get("outputs")
+    if not outputs:
+        return [*blocks, Sentence("The weights that stay were not repaired.")]
+    rows = [
+        {"what": f"output {name}", "before": outputs["before"][name], "after": after}
+        for name, after in outputs["after"].items()
+    ]
+    for tower, error in facts.get("towers", {}).items():
+        name = f"layers of {tower_of({'tower': tower})}"
+        rows.append({"what": name, "before": error["before"], "after": error["after"]})
+    columns = (
+        Column("what", "relative error of"),
+        Column("before", "cut", "share"),
+        Column("after", "cut and repaired", "share"),
+    )
+    meaning = (
+        "Errors are against the dense model: of its outputs on held-out batches, and of the layers "
+        "that read what was cut, as the root mean square of a tower's layers."
+    )
+    return [*blocks, Table(columns, tuple(rows)), Sentence(meaning)]
 
 
 def _groups(report: Mapping[str, Any]) -> Table:

@@ -8,9 +8,12 @@ from .describe import describe
 from .evaluate import evaluate_folder, scan_folder
 from .exports import export_folder
 from .make import make_task
+from .untrained import Asked, compress_model
 
 __all__ = [
+    "Asked",
     "compress",
+    "compress_model",
     "describe",
     "evaluate_folder",
     "export_folder",

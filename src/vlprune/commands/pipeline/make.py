@@ -17,7 +17,16 @@ from ...methods import METHODS, Method
 from ...recipe.spec import Recipe
 from ...tasks import TASKS, Task
 
-__all__ = ["HeldOut", "make_method", "make_task", "model_from", "new_model", "split"]
+__all__ = [
+    "CalibrationBatches",
+    "HeldOut",
+    "in_fresh_memory",
+    "make_method",
+    "make_task",
+    "model_from",
+    "new_model",
+    "split",
+]
 
 HELD_OUT = 0.05
 """The fraction of the training items that a search learns from and does not train on."""
@@ -63,6 +72,30 @@ class HeldOut(Sequence[Any]):
         return self.task.collate(batch, random.Random(f"held out/{number}"))
 
 
+class CalibrationBatches(Sequence[Any]):
+    """Training items as the model takes them, drawn by the recipe's seed and collated on access.
+
+    Nothing in a batch is random, so that a run that is resumed sees the same numbers.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe) -> None:
+        self.task, self.size = task, recipe.calibration.batch_size
+        order = list(range(len(task.train)))
+        random.Random(f"{recipe.seed}/calibration").shuffle(order)
+        self.chosen = order[: recipe.calibration.items]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.chosen) / self.size)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):  # what ends a loop over a sequence
+            raise IndexError(number)
+        start = number * self.size
+        return self.task.collate(
+            [self.task.train[i] for i in self.chosen[start : start + self.size]]
+        )
+
+
 def split(task: Task, recipe: Recipe) -> tuple[list[Any], HeldOut]:
     """The training items, split: 95 % to train on, the rest in held-out batches for the search."""
     order = list(range(len(task.train)))
@@ -86,7 +119,7 @@ def new_model(task: Task, device: torch.device) -> Any:
         part = getattr(model.config, name, None)
         if part is not None:
             part.dtype = model.dtype
-    return place(model, device)
+    return place(in_fresh_memory(model), device)
 
 
 def model_from(folder: Path, task: Task, device: torch.device) -> Any:

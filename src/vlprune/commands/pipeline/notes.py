@@ -80,6 +80,7 @@ def search_key(recipe: Recipe, basis: Basis, round_to: Any) -> str:
             recipe.attention,
             list(recipe.skip),
             dict(recipe.teacher),
+            asdict(recipe.calibration),
             recipe.uniform,
             recipe.latency_batch_size,
         ]

@@ -31,11 +31,12 @@ from ...folders.save import (
     save,
 )
 from ...measuring.bench import latencies
+from ...measuring.memory import peak_memory
 from ...reports.card import model_card
 from .problem import Problem
 from .search import Small
 
-__all__ = ["Speed", "full_report", "measure_speed", "save_result"]
+__all__ = ["Speed", "bytes_of", "full_report", "measure_speed", "save_result", "versions"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def measure_speed(problem: Problem, dense: Any, small: Any) -> Speed:
         models["materialised"] = materialize(copy.deepcopy(small))
     sizes = tuple(sorted({1, 16, problem.batch_size}))
     seconds = latencies(models, problem.task.example_inputs, sizes)
-    return Speed(seconds, {name: _bytes(model) for name, model in models.items()})
+    return Speed(seconds, {name: bytes_of(model) for name, model in models.items()})
 
 
 def full_report(
@@ -69,6 +70,8 @@ def full_report(
         report["budget"]["seconds"] |= beside
         for when in ("before", "after"):
             report["macs"][when] //= problem.batch_size
+    if "calibration" in report:
+        report["calibration"]["items"] = min(recipe.calibration.items, len(task.train))
     return report | {
         "weight_bytes": dict(speed.weight_bytes),
         "task": recipe.task,
@@ -77,11 +80,12 @@ def full_report(
         "latency_seconds": speed.seconds,
         "device": device_name(problem.device),
         "threads": torch.get_num_threads(),
+        "peak_bytes": peak_memory(problem.device),
         "history": {"train": trained["history"], **small.history},
         "data": task.facts(),
         "notes": [*report["notes"], *filter(None, [task.left_out])],
         "seconds": round(took, 1),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -115,13 +119,14 @@ def _ordinary(small: Any) -> tuple[str, Any]:
         return str(error), small
 
 
-def _bytes(model: nn.Module) -> int:
+def bytes_of(model: nn.Module) -> int:
     """Bytes of all weights and index buffers, as held in memory and as saved."""
     tensors = model.state_dict().values()
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}.values())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of what computed the result."""
     return {
         "vlprune": __version__,
         "torch": torch.__version__,

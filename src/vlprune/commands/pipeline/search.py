@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
+from ...calibration.session import Calibration
 from ...cutting.gates import evaluating
 from ...errors import RecipeError, UnsupportedError
 from ...files import plain
@@ -22,7 +23,7 @@ from ...structures.plan import Plan
 from ...training.compressor import Compressor
 from ...training.teacher import Taught
 from .evaluate import evaluated
-from .make import model_from
+from .make import CalibrationBatches, model_from
 from .notes import CUT_NOTE, known, remember
 from .phases import retraining, run_phase, searching, trainee_of
 from .problem import Problem
@@ -80,9 +81,22 @@ def plan_search(problem: Problem, model: Any) -> PlannedSearch:
             uniform=recipe.uniform,
             held_out=problem.held_out,
             loss=loss,
+            calibration=_calibration(problem),
         )
     _refuse_early(recipe, compressor, len(problem.items))
     return PlannedSearch(compressor, loss)
+
+
+def _calibration(problem: Problem) -> Calibration | None:
+    """What the cut is calibrated on, if the recipe says so; a run that goes on finds its steps."""
+    if not problem.recipe.calibration.items:
+        return None
+    return Calibration(
+        CalibrationBatches(problem.task, problem.recipe),
+        work=problem.work / f"calibration-{problem.key}",
+        key=problem.key,
+        progress=problem.progress,
+    )
 
 
 def _refuse_early(recipe: Recipe, compressor: Compressor, items: int) -> None:
@@ -101,7 +115,8 @@ def _refuse_early(recipe: Recipe, compressor: Compressor, items: int) -> None:
 def search_and_cut(problem: Problem, search: PlannedSearch, dense: Any) -> Small:
     """Train the Compressor's model while it searches, and cut it; ``dense`` may teach it."""
     phase, compressor = searching(problem), search.compressor
-    problem.progress.phase("searching" if phase.spec.on else "planning")
+    calibrated = "calibrating" if problem.recipe.calibration.items else "planning"
+    problem.progress.phase("searching" if phase.spec.on else calibrated)
     compressor.restart()  # with the trained weights, for methods that look at weights
     model = compressor.given
     search.loss.trainee = trainee = trainee_of(problem, model, dense)
@@ -110,7 +125,8 @@ def search_and_cut(problem: Problem, search: PlannedSearch, dense: Any) -> Small
     plan, report = compressor.plan(), compressor.report()
     metrics = evaluated(problem.task, model, "evaluating cut", problem.progress)
     small = Small(model, plan, report, {"cut": metrics}, {"search": history})
-    if phase.spec.on and problem.recipe.retrain.on:
+    costly = phase.spec.on or problem.recipe.calibration.items
+    if costly and problem.recipe.retrain.on:
         _note_cut(problem, small)
     PartialState().wait_for_everyone()
     return small

@@ -19,7 +19,16 @@ __all__ = ["WORK", "claimed", "cleared"]
 WORK = "vlprune-run"
 """A folder in the output: checkpoints, the cut model, the lock. Nothing in it is the user's."""
 LOCK, OWNER = "lock", "owner"
-OURS = ("train-*", "search-*", "cut-*", "retrain-*", "round-to.json", "damaged-*", ".probe")
+OURS = (
+    "train-*",
+    "search-*",
+    "cut-*",
+    "retrain-*",
+    "calibration-*",
+    "round-to.json",
+    "damaged-*",
+    ".probe",
+)
 
 
 @contextmanager
