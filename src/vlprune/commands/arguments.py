@@ -71,6 +71,8 @@ def each(*checks: Callable[[], Any]) -> list[Any]:
                 line for error in errors for line in getattr(error, "problems", (str(error),))
             )
         )
+        if len(problems) == 1:  # two checks came upon the same mistake
+            raise errors[0]
         title = f"{len(problems)} mistakes:"
         raise RecipeError("\n".join([title, *(f"  {line}" for line in problems)]), problems)
     return results

@@ -195,12 +195,19 @@ def _refuse_others(folder: Path, config: Mapping[str, Any]) -> None:
     _check_files(folder, CheckpointError)
 
 
+CONFIGS = {
+    f"{name}config.json"
+    for name in "|generation_|preprocessor_|processor_|tokenizer_|video_preprocessor_".split("|")
+}
+"""What transformers reads as a mapping; other libraries have files of like names for themselves."""
+
+
 def _check_files(folder: Path, kind: type[VlpruneError]) -> None:
     """Raise ``kind`` for a pipe, an endless file or damaged JSON, which transformers would read."""
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise kind(f"{plain(path)} is not a regular file: remove it")
-        if path.name.endswith("config.json") and not isinstance(read_json(path, kind), dict):
+        if path.name in CONFIGS and not isinstance(read_json(path, kind), dict):
             raise kind(f"{plain(path)} is not a JSON object: copy the file again")
         if path.suffix in (".json", ".txt", ".jinja", ".model") and path.is_file():
             size = path.stat().st_size

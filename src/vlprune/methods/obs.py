@@ -105,7 +105,7 @@ DAMPING = 1e-3
 
 
 def removal(
-    second: Tensor, weight: Tensor, columns: Tensor, share: float = 1 / 32
+    second: Tensor, weight: Tensor, columns: Tensor, share: float = 1 / 16
 ) -> tuple[list[int], list[float]]:
     """The order in which units go, cheapest first, and what each removal adds to the error.
 

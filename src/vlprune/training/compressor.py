@@ -358,7 +358,12 @@ class Compressor:
             return
         if getattr(self.method, "rotate", False):
             self.session.rotate(originals)
-        self.search.calibrate(self.session)
+        known = self.session.steps.known("errors")
+        if known is not None:
+            self.search.restore(known[0])
+        else:
+            self.search.calibrate(self.session)
+            self.session.steps.remember("errors", self.search.state())
         self._calibrated = True
 
     def finish(self, verify: bool = True) -> Any:
