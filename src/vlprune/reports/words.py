@@ -51,7 +51,8 @@ def tower_of(row: Mapping[str, Any]) -> str:
 def where(told: Mapping[str, Any]) -> str:
     """On what something ran: the name of the device, or the number of CPU threads."""
     device: str = told.get("device", "cpu")  # reports of earlier versions name no device
-    return device if device != "cpu" else f"{told['threads']} CPU thread{'s' if told['threads'] != 1 else ''}"
+    threads = told["threads"]
+    return device if device != "cpu" else f"{threads} CPU thread{'s' if threads != 1 else ''}"
 
 
 def summary(report: Mapping[str, Any]) -> str:
