@@ -13,6 +13,7 @@ import transformers
 
 import vlprune
 from alike import same_results
+from small_runs import DEMO, TINY
 from unlabelled import (
     WORDS,
     assistant,
@@ -166,6 +167,19 @@ def test_a_simpler_method_is_repaired_too(run: Any, here: Path, tmp_path: Path) 
     assert report["calibration"]["items"] == 20  # as many as there are
     outputs = report["calibration"]["outputs"]
     assert outputs["after"]["logits"] < outputs["before"]["logits"]
+
+
+def test_a_search_that_closes_its_gates_leaves_nothing_to_repair(run: Any, tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        "compress", DEMO, *TINY, "calibration.items=8", "calibration.batch_size=4",
+        "-o", str(tmp_path), "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["method"] == "UPop"
+    assert set(report["metrics"]) == {"dense", "cut", "retrained"}
+    assert max(report["calibration"]["outputs"]["before"].values()) < 1e-6
+    assert report["notes"] == []
 
 
 STOPPED = """
