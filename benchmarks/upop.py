@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -26,9 +27,10 @@ from typing import Any
 
 import torch
 
+import vlprune
 from vlprune.commands.pipeline import compress, evaluate_folder, make_task
 from vlprune.commands.pipeline.notes import DENSE_NOTE, basis_of, remember
-from vlprune.recipe.spec import DataSpec, ModelSpec, Recipe, Training
+from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe, Training
 from vlprune.status import Progress
 from vlprune.tasks import TASKS
 
@@ -126,7 +128,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "upop-product": {"method": {"name": "upop", "importance": "gradient_x_gate"}, "watch": True},
     "upop-teacher": {"method": {"name": "upop"}, "watch": True, "teacher": True},
     "taylor-teacher": {"method": {"name": "taylor"}, "watch": True, "teacher": True},
+    "random-teacher": {"method": {"name": "random"}, "teacher": True},
+    "obs": {"method": {"name": "obs"}, "items": 256},
+    "obs-rotate": {"method": {"name": "obs", "rotate": True}, "items": 256},
+    "obs-teacher": {"method": {"name": "obs", "rotate": True}, "items": 256, "teacher": True},
+    "upop-rotate": {"method": {"name": "upop"}, "watch": True, "turned": True},
+    "upop-rotate-teacher": {
+        "method": {"name": "upop"},
+        "watch": True,
+        "turned": True,
+        "teacher": True,
+    },
+    "scratch": {"method": {"name": "random", "scope": "uniform"}, "fresh": True},
 }
+"""``items`` calibrate; a model that is ``turned`` has its heads rotated first; a ``fresh`` one is
+of the small size from the start, and trained from scratch for as long as all others together."""
 TEACHER = {
     "retrieval": {"similarities": 1.0, "features": 1.0},
     "vqa": {"logits": 1.0, "features": 1.0},
@@ -142,12 +158,20 @@ def one_run(
 ) -> dict[str, Any]:
     """Compress the dense model, whose figures are ``known``, by the method ``name``."""
     chosen = dict(METHODS[name])
-    watch = chosen.pop("watch", False)
+    watch, fresh = chosen.pop("watch", False), chosen.pop("fresh", False)
     recipe, search, retrain = what.recipe, what.search, what.retrain
     whole = Training(steps=search + retrain, learning_rate=what.rate, save_steps=0)
     start = replace(recipe, model=replace(recipe.model, path=str(dense)), seed=seed)
+    calibration = CalibrationSpec(items=chosen.get("items", 0), batch_size=16)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.monotonic()
+        if chosen.get("turned"):
+            dense = turned(start, Path(scratch) / "turned")
+            start = replace(start, model=replace(recipe.model, path=str(dense)))
+        if fresh:
+            start = replace(start, model=recipe.model)
+            whole = replace(whole, steps=whole.steps + recipe.train.steps)
+            search, retrain = 0, whole.steps
         if name == "dense":
             trained = replace(start, train=whole)
             report = compress(trained, Path(scratch) / "out", Progress())
@@ -164,12 +188,14 @@ def one_run(
             search=replace(whole, steps=search, decay=what.decay) if watch else Training(),
             retrain=replace(whole, steps=retrain if watch else search + retrain),
             teacher=TEACHER[recipe.task] if chosen.get("teacher") else {},
+            calibration=calibration,
         )
-        out = Path(scratch) / "out"  # with the dense model in it, it is not measured again
-        shutil.copytree(dense, out / "dense")
-        basis = basis_of(this, make_task(this, out / "data"))
-        body = {"basis": asdict(basis), "metrics": known, "history": []}
-        remember(out / "dense" / DENSE_NOTE, basis.key, body)
+        out = Path(scratch) / "out"
+        if not fresh:  # with the dense model in it, it is not measured again
+            shutil.copytree(dense, out / "dense")
+            basis = basis_of(this, make_task(this, out / "data"))
+            body = {"basis": asdict(basis), "metrics": known, "history": []}
+            remember(out / "dense" / DENSE_NOTE, basis.key, body)
         report = compress(this, out, Progress())
     metric = report["metric"]
     return {
@@ -181,6 +207,17 @@ def one_run(
         },
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def turned(recipe: Recipe, folder: Path) -> Path:
+    """The dense model of the recipe with its heads in their free basis, saved in ``folder``."""
+    task = make_task(recipe, folder / "data")
+    model = task.load(Path(recipe.model.path))
+    items = random.Random(recipe.seed).sample(list(task.train), min(256, len(task.train)))
+    parts = [items[i : i + 16] for i in range(0, len(items), 16)]
+    vlprune.rotate(model, [task.collate(part, random.Random(0)) for part in parts])
+    vlprune.save(model, folder, processor=task.processor)
+    return folder
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -222,6 +259,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--few", nargs="*", type=float, default=[0.5], metavar="RATIO")
+    parser.add_argument("--steps", type=int, default=0, help="in all; half of them searching")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -230,6 +268,9 @@ def main() -> None:
     for name in options.experiments:
         make, follow = EXPERIMENTS[name]
         what: Experiment = follow(make(options.out))
+        if options.steps:
+            half = options.steps // 2
+            what = replace(what, search=half, retrain=options.steps - half)
         folder = options.out / f"dense-{make.__name__}"
         if not (folder / "report.json").exists():
             compress(what.recipe, folder)
@@ -239,7 +280,8 @@ def main() -> None:
         for ratio in options.ratios:
             for seed in options.seeds:
                 for method in FEW if ratio in options.few else options.methods:
-                    key = {"experiment": name, "method": method, "ratio": ratio, "seed": seed}
+                    told = f"{name}, {options.steps} steps" if options.steps else name
+                    key = {"experiment": told, "method": method, "ratio": ratio, "seed": seed}
                     if method == "dense":
                         key["ratio"] = 1.0
                     done = [json.loads(line) for line in log.open()] if log.exists() else []

@@ -304,6 +304,10 @@ def test_sensitivity_shows_what_each_part_is_worth(run: Any, tmp_path: Path) -> 
         assert all(size < body["params"] for size in sizes)
     smallest = {name: points[-1]["params"] for name, points in parts.items()}
     assert smallest["whole"] == min(smallest.values())
+    curve = body["curve"]
+    assert round(curve[0]["params"], 1) == 0.9
+    assert [p["masked"] for p in curve] == sorted(p["masked"] for p in curve)
+    assert all(point["folded"] <= point["masked"] for point in curve)
     code, stdout, _ = run("sensitivity", f"{out}/dense")
     assert code == 0
     assert max(map(len, stdout.splitlines())) <= 80

@@ -43,6 +43,23 @@ class Batches:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return run_inputs(model, self.given[number], device_of(model), dtype)
 
+    def split(self, most: int) -> Batches:
+        """The same items in batches of at most ``most``.
+
+        Batches whose values are not all tensors with one row per item stay whole.
+        """
+        parts: list[Mapping[str, Any]] = []
+        for batch in self.given:
+            tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+            counts = {t.shape[0] if t.dim() else 0 for t in tensors}
+            if len(counts) != 1 or len(tensors) < len(batch) or max(counts) <= most:
+                parts.append(batch)
+                continue
+            (count,) = counts
+            starts = range(0, count, most)
+            parts += [{n: t[start : start + most] for n, t in batch.items()} for start in starts]
+        return Batches(parts, self.weigh)
+
     def held_out(self, number: int) -> bool:
         """Whether the batch is held out: every eighth, and at least the last of several."""
         if len(self) < HELD_OUT:

@@ -26,8 +26,9 @@ from .batches import Batches
 from .blocks import callable_projections, hooked
 from .consumers import consumers_of, rows_of
 from .moments import check_finite, first_of_all, flat, summed
+from .store import IN_MEMORY
 
-__all__ = ["Influence", "influence_of", "main_outputs"]
+__all__ = ["Influence", "influence_of", "main_outputs", "small_enough"]
 
 EMBEDDINGS = ("image_embeds", "text_embeds", "audio_embeds")
 LOGITS = ("logits", "pred_")
@@ -84,13 +85,24 @@ def influence_of(
         stack.enter_context(callable_projections(model, structures))
         stack.enter_context(_frozen(model))
         stack.enter_context(torch.enable_grad())
-        watched: list[tuple[str, Tensor]] = []  # a layer that is called again is in it again
 
         def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            watched.append((path, output))
+            output.register_hook(partial(note, path, output.detach()))
             return output.clone()  # what comes next may change its input in place
+
+        def note(name: str, values: Tensor, grad: Tensor) -> None:
+            check_finite(grad)
+            if name in consumers:
+                found = flat(grad).double().square().sum(0)
+                squares[name] = squares.get(name, 0) + found
+            for structure, rows in queries.items():
+                if rows.module == name:
+                    stop = rows.start + rows.heads * rows.size
+                    pairs = (flat(values) * flat(grad))[:, rows.start : stop].double()
+                    change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
+                    scores[structure] = scores.get(structure, 0) + change
 
         queries = {
             s.name: rows_of(model, s)[0]
@@ -101,7 +113,6 @@ def influence_of(
         hooks = [(model.get_submodule(p).register_forward_hook, partial(watch, p)) for p in paths]
         stack.enter_context(hooked(hooks))
         for number in range(len(batches)):
-            watched.clear()
             given = outputs(model(**batches.inputs(model, number)))
             made = [tensor for tensor in given.values() if tensor.requires_grad]
             if not made:
@@ -112,25 +123,44 @@ def influence_of(
             numbers.manual_seed(first + number)
             parts = [_projected(t, numbers, batches, number) for t in made]
             loss = torch.stack([part.cpu() for part in parts]).sum() / len(parts) ** 0.5
-            grads = torch.autograd.grad(loss, [x for _, x in watched], allow_unused=True)
-            for (name, values), grad in zip(watched, grads, strict=True):
-                if grad is None:
-                    continue
-                check_finite(grad)
-                if name in consumers:
-                    found = flat(grad).double().square().sum(0)
-                    squares[name] = squares.get(name, 0) + found
-                for structure, rows in queries.items():
-                    if rows.module == name:
-                        stop = rows.start + rows.heads * rows.size
-                        pairs = (flat(values) * flat(grad))[:, rows.start : stop].double()
-                        change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
-                        scores[structure] = scores.get(structure, 0) + change
+            loss.backward()
             advance(1)
     return Influence(
         _mean(squares, {path: c.out for path, c in consumers.items()}, len(batches)),
         _mean(scores, {name: rows.size for name, rows in queries.items()}, len(batches)),
     )
+
+
+def small_enough(
+    model: nn.Module, batches: Batches, outputs: Callable[[Any], Mapping[str, Tensor]]
+) -> Batches:
+    """The batches in parts, so that a backward pass holds no more than half the model's bytes.
+
+    At least one item at a time, and no less than 256 MiB. Batches whose tensors do not all have one
+    row per item stay whole.
+    """
+    one = batches.split(1)
+    if len(one) == len(batches):
+        return batches
+    held = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal held
+        held += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with evaluating(model), _frozen(model), torch.enable_grad():
+        inputs = one.inputs(model, 0)
+        layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+        wake = hooked((layer.register_forward_hook, _requiring_grad) for layer in layers)
+        with wake, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            outputs(model(**inputs))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return batches.split(max(1, max(IN_MEMORY, size // 2) // max(1, held)))
+
+
+def _requiring_grad(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_()
 
 
 def _mean(sums: Mapping[str, Tensor], shapes: Mapping[str, int], count: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from .batches import Batches, TokenWeight, batches_of
 from .blocks import Block, blocks_of, callable_projections
 from .consumers import consumers_of
 from .fold import fold_layers
-from .influence import Influence, influence_of, main_outputs
+from .influence import Influence, influence_of, main_outputs, small_enough
 from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
 from .rotate import rotate_heads
 from .store import Originals, Steps
@@ -148,9 +148,10 @@ class Session:
                 )
                 self._influence = Influence(outputs, scores)
                 return self._influence
-            with self.progress.count("derivatives", len(self.batches)) as advance:
+            batches = small_enough(self.model, self.batches, self.outputs)
+            with self.progress.count("derivatives", len(batches)) as advance:
                 self._influence = found = influence_of(
-                    self.model, self.structures, self.batches, self.outputs, advance
+                    self.model, self.structures, batches, self.outputs, advance
                 )
             flat = {f"o/{name}": tensor for name, tensor in found.outputs.items()}
             flat |= {f"s/{name}": tensor for name, tensor in found.scores.items()}

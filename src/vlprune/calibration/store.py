@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import plain, reason
 
-__all__ = ["Originals", "Parked", "Shelf", "Steps"]
+__all__ = ["IN_MEMORY", "Originals", "Parked", "Shelf", "Steps"]
 
 IN_MEMORY = 256 * 2**20
-"""Originals of more bytes than this lie in a temporary file."""
+"""Bytes that may be held in memory whatever the size of the model; more lies in a file."""
 
 
 class Steps:

@@ -1,26 +1,34 @@
-"""How much each part of a model matters, without training, for ``vlprune sensitivity``."""
+"""How much each part of a model matters, and how far it can be cut, without training."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..architectures import discover
+from ..calibration.session import Calibration, Session
+from ..calibration.store import Originals
 from ..cutting.gates import evaluating, gated, ones
 from ..device import device_of, moved_to, place
-from ..errors import DataError
+from ..errors import BudgetError, DataError
+from ..methods import OBS, Problem
 from ..methods.base import standardised
 from ..prices import cost
-from ..structures.structure import Structure
+from ..structures.plan import Plan
+from ..structures.structure import Structure, unit_of
 from ..tasks import Task
 
-__all__ = ["SHARES", "scan"]
+__all__ = ["BUDGETS", "SHARES", "error_curve", "scan"]
 
 SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
+
+BUDGETS = (0.9, 0.75, 0.6, 0.45)
+"""The fractions of the whole model that :func:`error_curve` tries, if they can be reached."""
 
 
 def scan(
@@ -37,8 +45,9 @@ def scan(
     A part is all attention or all FFN of a tower; ``"whole"`` is everything. Units are ranked by
     |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are masked, and
     the loss is measured on as many test batches. Nothing is trained, so the losses show the damage
-    before any repair. ``advance(1)`` is called after each measurement. Raises DataError if there is
-    no data. Not from the papers.
+    before any repair. ``"curve"`` is that of :func:`error_curve` on the same training batches.
+    ``advance(1)`` is called after each measurement. Raises DataError if there is no data. Not from
+    the papers.
     """
     structures = discover(model, attention).structures  # type: ignore[arg-type]
     prices = cost.param_prices(model, structures)
@@ -70,7 +79,59 @@ def scan(
         "loss": base,
         "test_items": min(len(task.test), batches * batch_size),
         "parts": rows,
+        "curve": error_curve(
+            model, structures, _batches(task, task.train, batches, batch_size), BUDGETS, advance
+        ),
     }
+
+
+def error_curve(
+    model: Any,
+    structures: Sequence[Structure],
+    batches: Sequence[Mapping[str, Any]],
+    budgets: Sequence[float] = BUDGETS,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, float]]:
+    """How far the model's outputs move from their present ones when it is cut without training.
+
+    One row per budget that can be reached: ``params`` that stay of the whole model, and the
+    relative error of the outputs on held-out batches, ``masked`` with the units of OBS merely gone,
+    and ``folded`` after the repair (docs/calibration.md). The model is put back after each budget.
+    """
+    prices = cost.param_prices(model, structures)
+    session = Session(model, structures, Calibration(batches))
+    attention: Any = unit_of(structures) or "head_dim"
+    problem = Problem(tuple(structures), prices, 1.0, squares=dict)
+    search = OBS().start(problem)
+    search.calibrate(session)
+    rows = []
+    for budget in budgets:
+        search.problem = replace(problem, budget=budget)
+        try:
+            plan = Plan(keep=search.keep(), attention=attention)
+        except BudgetError:
+            break
+        originals = Originals(model)
+        try:
+            found = session.fold(plan, originals)
+        finally:
+            originals.put_back()
+            originals.forget()
+        kept = {s.name: len(plan.kept(s)) for s in structures}
+        rows.append(
+            {
+                "params": prices.cost(kept) / prices.total,
+                "masked": _mean_root(found.before),
+                "folded": _mean_root(found.after),
+            }
+        )
+        advance(1)
+    return rows
+
+
+def _mean_root(errors: Mapping[str, float]) -> float:
+    """One figure for several outputs: the root of the mean of their squared errors."""
+    return (sum(e * e for e in errors.values()) / max(1, len(errors))) ** 0.5
 
 
 def _batches(task: Task, items: Sequence[Any], count: int, size: int) -> list[dict[str, Any]]:

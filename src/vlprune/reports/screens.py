@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .blocks import Block, Column, Sentence, Table
@@ -95,6 +95,25 @@ def sensitivity(body: Mapping[str, Any]) -> list[Block]:
             "Units go by |d loss / d gate|. Nothing is trained: retraining repairs a part of the "
             "damage."
         ),
+        *_curve(body["curve"]),
+    ]
+
+
+def _curve(rows: Sequence[Mapping[str, float]]) -> list[Block]:
+    """How far outputs move when the whole model is cut without training, repaired and not."""
+    if not rows:
+        return []
+    columns = (
+        Column("params", "params", "share"),
+        Column("masked", "units gone", "share"),
+        Column("folded", "repaired", "share"),
+    )
+    return [
+        Sentence(
+            "The whole model cut by OBS: how far its outputs move from the present ones, relative "
+            "to their size:"
+        ),
+        Table(columns, tuple(rows)),
     ]
 
 

@@ -21,7 +21,7 @@ from ...folders.place import check_file
 from ...folders.weights import (
     check_weights,
 )
-from ...measuring.sensitivity import SHARES, scan
+from ...measuring.sensitivity import BUDGETS, SHARES, scan
 from ...recipe.spec import Recipe
 from ...status import Progress
 from ...tasks import Task
@@ -93,6 +93,6 @@ def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) 
     progress = progress or Progress()
     task, model = open_folder(folder, recipe)
     towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
-    counted = progress.count("measuring", (len(towers) + 1) * len(SHARES))
+    counted = progress.count("measuring", (len(towers) + 1) * len(SHARES) + len(BUDGETS))
     with guarded(folder, "measure the sensitivity of", UnsupportedError), counted as advance:
         return scan(task, model, recipe.attention, advance=advance)
