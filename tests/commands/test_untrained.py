@@ -13,6 +13,7 @@ import transformers
 
 import vlprune
 from alike import same_results
+from small_runs import DEMO, TINY
 from unlabelled import (
     WORDS,
     assistant,
@@ -168,31 +169,57 @@ def test_a_simpler_method_is_repaired_too(run: Any, here: Path, tmp_path: Path) 
     assert outputs["after"]["logits"] < outputs["before"]["logits"]
 
 
+def test_a_search_that_closes_its_gates_leaves_nothing_to_repair(run: Any, tmp_path: Path) -> None:
+    code, stdout, stderr = run(
+        "compress", DEMO, *TINY, "calibration.items=8", "calibration.batch_size=4",
+        "-o", str(tmp_path), "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["method"] == "UPop"
+    assert set(report["metrics"]) == {"dense", "cut", "retrained"}
+    assert max(report["calibration"]["outputs"]["before"].values()) < 1e-6
+    assert report["notes"] == []
+
+
 STOPPED = """
-import os, sys
+import os, torch
 from vlprune.calibration.store import Steps
-real, seen = Steps.remember, []
+remembered, linear = Steps.remember, torch.nn.Linear.forward
+calls = []
 
 def remember(self, name, *rest):
-    real(self, name, *rest)
-    seen.append(name)
+    remembered(self, name, *rest)
     if name == STEP:
-        os.kill(os.getpid(), SIGNAL)
+        calls.append(0)
+        if not LATER:
+            os.kill(os.getpid(), SIGNAL)
 
-Steps.remember = remember
+def forward(self, x):
+    if calls:  # the step is done: stop in the middle of a later pass
+        calls.append(1)
+        if len(calls) == LATER:
+            os.kill(os.getpid(), SIGNAL)
+    return linear(self, x)
+
+Steps.remember, torch.nn.Linear.forward = remember, forward
 from vlprune.commands.main import main
 main()
 """
 
 
 @pytest.mark.parametrize(
-    ("step", "asked"),
-    [("rotated", signal.SIGKILL), ("influence", signal.SIGINT), ("folded-1", signal.SIGINT)],
+    ("step", "later", "asked"),
+    [
+        ("rotated", 0, signal.SIGKILL),
+        ("influence", 10, signal.SIGINT),
+        ("folded-0", 20, signal.SIGINT),
+    ],
 )
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(
-    step: str, asked: signal.Signals, run: Any, here: Path, tmp_path: Path, python: Any
+    step: str, later: int, asked: signal.Signals, run: Any, here: Path, tmp_path: Path, python: Any
 ) -> None:
-    """Killed, or by Ctrl-C, after a step; what is known by then is not computed again."""
+    """Killed after a step, or by Ctrl-C in the pass after it; what is known is not done again."""
     command = (
         "compress", str(here / "clip"), *CUT, "--rotate", "--attention", "qk_vo",
         "--calibration", str(here / "captioned" / "captions.jsonl"),
@@ -201,7 +228,8 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(
     whole = here / "whole"
     if not whole.exists():
         assert run(*command, "-o", str(whole))[0] == 0
-    done = python.run(f"STEP, SIGNAL = {step!r}, {int(asked)}\n{STOPPED}", *command, "-o", out)
+    code = f"STEP, LATER, SIGNAL = {step!r}, {later}, {int(asked)}\n{STOPPED}"
+    done = python.run(code, *command, "-o", out)
     assert done.returncode == (-asked if asked == signal.SIGKILL else 128 + asked), done.stderr
     if asked == signal.SIGINT:
         assert "Traceback" not in done.stderr
@@ -209,8 +237,8 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(
     assert not (out / "config.json").exists()
     (kept,) = (out / "vlprune-run").glob("calibration-*")
     assert (kept / f"{step}.safetensors").exists()
-    code, _, stderr = run(*command, "-o", str(out))
-    assert code == 0, stderr
+    number, _, stderr = run(*command, "-o", str(out))
+    assert number == 0, stderr
     assert "rotating" not in stderr
     assert ("derivatives" in stderr) == (step == "rotated")
     assert not (out / "vlprune-run").exists()
@@ -325,7 +353,7 @@ threads: 1
     )
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run("compress", str(recipe), "-o", str(whole))[0] == 0
-    code = f"STEP, SIGNAL = 'folded-1', {int(signal.SIGINT)}\n{STOPPED}"
+    code = f"STEP, LATER, SIGNAL = 'folded-1', 0, {int(signal.SIGINT)}\n{STOPPED}"
     done = python.run(code, "compress", recipe, "-o", out)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "the same command goes on" in done.stderr.splitlines()[-1]

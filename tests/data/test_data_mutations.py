@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vlprune.data import captions, files, kinds, pairs, questions, regions
+from vlprune.data import captions, files, kinds, pairs, questions, regions, samples
 from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import DataError
 
@@ -51,11 +51,14 @@ def others(root: Path) -> None:
         for n in (1, 2)
     ]
     (root / "vg.json").write_text(json.dumps(body))
+    lines = [{"image": f"{n}.png", "text": f"{n} boxes", "caption": None} for n in range(4)]
+    (root / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 Read = Callable[[Path], list[Any]]
 NOTES = "annotations"
 READERS: dict[str, tuple[str, Read]] = {
+    "samples": ("samples.jsonl", lambda r: inside(r, samples.read_samples(r / "samples.jsonl"))),
     "coco captions": (
         f"{NOTES}/captions_val2014.json",
         lambda r: captions.read_coco_captions(r / NOTES / "captions_val2014.json", r / "images"),
@@ -97,6 +100,11 @@ READERS: dict[str, tuple[str, Read]] = {
     "visual genome": ("vg.json", lambda r: visual_genome(r)),
     "visual genome images": ("vg_images.json", lambda r: visual_genome(r)),
 }
+
+
+def inside(root: Path, found: list[samples.Sample]) -> list[samples.Sample]:
+    """Without samples that name their image by an absolute path, which is allowed here."""
+    return [one for one in found if one.image is None or one.image.is_relative_to(root)]
 
 
 def vqa(root: Path) -> list[Any]:
@@ -178,7 +186,7 @@ def test_a_mutated_file_gives_sound_data_or_one_message(name: str, root: Path) -
     place, read = READERS[name]
     path = root / place
     whole = path.read_text()
-    lines = name.startswith("nlvr")
+    lines = name.startswith(("nlvr", "samples"))
     body = [json.loads(line) for line in whole.split("\n") if line] if lines else json.loads(whole)
     rng, refused = random.Random(name), 0
     before = read(root)

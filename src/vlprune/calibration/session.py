@@ -30,6 +30,10 @@ from .store import Originals, Steps
 __all__ = ["Calibration", "OutputError", "Session", "fold", "rotate", "session_of"]
 
 
+NOTHING = 1e-6
+"""A relative error that needs no repair: a search that closes its gates leaves none to repair."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a calibration runs on, for ``Compressor(..., calibration=...)``.
@@ -218,7 +222,8 @@ class Session:
                 f"no calibration batch reached {len(self.unreached)} of {len(self.structures)} "
                 f"structures: {', '.join(self.unreached)}"
             )
-        if self.errors is not None and not self.errors.kept:
+        wrong = max(self.errors.before.values(), default=0.0) if self.errors is not None else 0.0
+        if self.errors is not None and not self.errors.kept and wrong > NOTHING:
             notes.append(
                 "the repaired outputs were no nearer to the dense ones on held-out calibration "
                 "batches, so the repair was taken back: give more batches, like those in use"

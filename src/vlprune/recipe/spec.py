@@ -190,8 +190,8 @@ class Recipe(Checked):
     take it as it is), ``search`` is the training a method with gates watches, ``retrain``
     follows the cut. ``teacher`` weighs what the model must imitate of the dense one in
     ``search`` and ``retrain``, as in ``{"logits": 1, "features": 1, "similarities": 1}``; empty
-    means no teacher. ``calibration`` compresses without training, or repairs the cut of a trained
-    search. ``options`` are the task's own. ``skip`` are patterns of structures that
+    means no teacher. ``calibration`` compresses without training, or repairs the cut of another
+    method. ``options`` are the task's own. ``skip`` are patterns of structures that
     stay dense. ``uniform`` gives all layers of a tower one width and saves an ordinary model where
     its config can say that. ``threads`` 0 leaves the number of CPU threads alone. ``device`` is
     where all of it runs: ``auto`` (a CUDA GPU where there is one, else the CPU), ``cpu``, ``cuda``,
