@@ -21,7 +21,7 @@ from vlprune.calibration.session import Calibration
 from vlprune.calibration.streams import streams
 from vlprune.cutting.difference import difference, tensors_of
 from vlprune.cutting.gates import gated
-from vlprune.errors import DataError, UnsupportedError
+from vlprune.errors import DataError, UnsupportedError, VlpruneError
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
 
@@ -145,7 +145,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-class Stop(Exception):
+class Stop(VlpruneError):
     """Raised in the middle of things."""
 
 

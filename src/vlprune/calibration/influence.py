@@ -102,7 +102,7 @@ def influence_of(
         stack.enter_context(hooked(hooks))
         for number in range(len(batches)):
             watched.clear()
-            given = outputs(model(**batches.inputs(model, number)))
+            given = outputs(batches.run(model, number))
             made = [tensor for tensor in given.values() if tensor.requires_grad]
             if not made:
                 raise DataError(

@@ -23,6 +23,7 @@ from .blocks import blocks_of, callable_projections
 from .consumers import consumers_of
 from .fold import fold_layers
 from .influence import Influence, influence_of, main_outputs
+from .moments import of_all_processes
 from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
 from .rotate import rotate_heads
 from .store import Originals, Steps
@@ -275,11 +276,16 @@ class Session:
                 )
                 scale = 1.0 if weights is None else weights.reshape(*tensor.shape[:2], 1)
                 usable = tensor.isfinite()  # masked places may be minus infinity
-                wrong = torch.where(usable, found[number][name] - tensor, 0.0) * scale
-                right = torch.where(usable, tensor, 0.0) * scale
-                apart[name] = apart.get(name, 0.0) + float(wrong.square().sum())
-                whole[name] = whole.get(name, 0.0) + float(right.square().sum())
-        return {name: (apart[name] / (whole[name] or 1.0)) ** 0.5 for name in apart}
+                moved = torch.where(usable, found[number][name] - tensor, 0.0) * scale
+                own = torch.where(usable, tensor, 0.0) * scale
+                apart[name] = apart.get(name, 0.0) + float(moved.square().sum())
+                whole[name] = whole.get(name, 0.0) + float(own.square().sum())
+        sums: dict[str, list[float]] = {}
+        for theirs in of_all_processes([(name, apart[name], whole[name]) for name in apart]):
+            for name, wrong_here, right_here in theirs:
+                pair = sums.setdefault(name, [0.0, 0.0])
+                pair[0], pair[1] = pair[0] + wrong_here, pair[1] + right_here
+        return {name: (wrong / (right or 1.0)) ** 0.5 for name, (wrong, right) in sums.items()}
 
 
 @torch.no_grad()

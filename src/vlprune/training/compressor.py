@@ -118,7 +118,9 @@ class Compressor:
                 f"{type(method).__name__} learns from calibration batches: give "
                 "Compressor(..., calibration=[batch, ...]) some"
             )
-        self.session = session_of(model, self.structures, calibration) if calibration else None
+        self.session = (
+            session_of(model, self.structures, calibration) if calibration is not None else None
+        )
         self.turns = turns_of(method, self.search, model, self.structures, held_out, loss)
         self.progress, self.finished, self._calibrated = 0.0, False, False
         self.verification: Verification | None = None
