@@ -88,7 +88,7 @@ def test_a_batch_without_what_the_forward_needs(way: Callable[[Any, Any], Any]) 
     """Pictures alone for a whole CLIP: the message names the batch and the reason."""
     model: Any = build("clip").model
     before = state(model)
-    with pytest.raises(DataError, match="CLIPModel does not run on calibration batch [01] "):
+    with pytest.raises(DataError, match=r"CLIPModel does not run on calibration batch [01] "):
         way(model, [pixels(2, 3, 16, 16)] * 2)
     assert all(torch.equal(before[n], t) for n, t in state(model).items())
     with pytest.raises(DataError, match="calibration batch 1 "):  # text without pictures
