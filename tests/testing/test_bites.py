@@ -151,9 +151,14 @@ def test_a_turn_that_forgets_the_bias_of_the_keys(monkeypatch: pytest.MonkeyPatc
 def test_a_repair_that_leaves_columns_of_units_that_go(monkeypatch: pytest.MonkeyPatch) -> None:
     from vlprune.calibration import fold
 
+    write = fold._write
+
     def careless(layer: Any, made: Any, kept: torch.Tensor) -> None:
+        before = fold.weight_of(layer).clone()
+        write(layer, made, kept)
+        gone = [column for column in range(before.shape[1]) if column not in kept.tolist()]
         with torch.no_grad():
-            fold.weight_of(layer)[:, kept] = made.weight
+            fold.weight_of(layer)[:, gone] = before[:, gone]
 
     monkeypatch.setattr(fold, "_write", careless)
     with pytest.raises(AssertionError, match="folded away still move"):
