@@ -21,7 +21,7 @@ from vlprune.calibration.session import Calibration
 from vlprune.calibration.streams import streams
 from vlprune.cutting.difference import difference, tensors_of
 from vlprune.cutting.gates import gated
-from vlprune.errors import DataError, UnsupportedError
+from vlprune.errors import DataError, UnsupportedError, VlpruneError
 from vlprune.testing import build
 from vlprune.testing.conformance import make_plan
 
@@ -145,7 +145,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-class Stop(Exception):
+class Stop(VlpruneError):
     """Raised in the middle of things."""
 
 
@@ -260,3 +260,25 @@ def test_a_model_without_weights_is_refused() -> None:
         vlprune.rotate(model, batches(1))
     with pytest.raises(DataError, match="no calibration batches"):
         vlprune.rotate(build("vit").model, [])
+
+
+def test_a_repair_that_does_not_help_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: nn.Module = build("vit").model.double()
+    before = state(model)
+    plan = make_plan(discover(model, "head_dim"), lambda size: size // 2)
+    answers = iter([{"logits": 0.1}, {"logits": 0.2}])
+    monkeypatch.setattr("vlprune.calibration.session.Session._apart", lambda *_: next(answers))
+    error = vlprune.fold(model, plan, batches(2, 4))
+    assert not error.kept
+    assert error.after == error.before == {"logits": 0.1}
+    assert same(before, state(model))
+
+
+def test_looped_attention_is_repaired_towards_the_outputs_of_the_dense_model() -> None:
+    model = looped()
+    plan = vlprune.Plan(
+        {s.name: (0, 1) for s in discover(model, "head") if "only" in s.name and s.kind != "ffn"},
+        attention="head",
+    )
+    error = vlprune.fold(model, plan, batches())
+    assert error.after["logits"] < 0.8 * error.before["logits"]

@@ -102,3 +102,13 @@ def test_every_layer_that_matters_has_an_influence(family: str) -> None:
     for s in structures:
         if family != "blip" and s.tower != "fusion":
             assert {c.module for c in consumers_of(sample.model, s)} <= reached, s.name
+
+
+def test_minus_infinity_in_masked_logits_does_not_hide_the_others() -> None:
+    sample = build("grounding_dino")
+    with torch.no_grad():
+        assert sample.model(**sample.inputs).logits.isinf().any()
+    structures = discover(sample.model, "head_dim").structures
+    given = batches_of(sample.model, [sample.inputs] * 2)
+    found = influence_of(sample.model, structures, given, lambda o: {"logits": o.logits})
+    assert sum(bool(t.any()) for t in found.outputs.values()) > 0.9 * len(found.outputs)

@@ -17,6 +17,7 @@ from vlprune.calibration.blocks import blocks_of
 from vlprune.calibration.passes import calls_of, ready
 from vlprune.calibration.streams import streams
 from vlprune.cutting.difference import tensors_of
+from vlprune.errors import UnsupportedError
 from vlprune.testing import build
 
 
@@ -65,7 +66,7 @@ def test_a_pass_that_pauses_gives_the_same_outputs(family: str) -> None:
     assert hooks(model) == own
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [UnsupportedError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["inside a pass", "between passes", "at the end of another"])
 def test_nothing_stays_behind_after_an_error(error: type[BaseException], where: str) -> None:
     sample = build("clip")
@@ -124,3 +125,15 @@ def test_a_block_that_a_pass_does_not_reach_is_passed_over() -> None:
     for path, found in reached.items():
         assert found == [True, "language" in path]
     assert not model.training
+
+
+@pytest.mark.parametrize("texts_first", [True, False])
+def test_blocks_are_in_execution_order_whichever_batch_comes_first(texts_first: bool) -> None:
+    sample = build("llava")
+    text = {"input_ids": sample.inputs["input_ids"] % 50 + 6}
+    given = [text, sample.inputs] if texts_first else [sample.inputs, text]
+    batches = batches_of(sample.model, given)
+    with ExitStack() as stack:
+        structures = discover(sample.model, "head_dim").structures
+        blocks = [b.path for b in ready(stack, sample.model, structures, batches)]
+    assert ["vision" in path for path in blocks] == [True, True, False, False]

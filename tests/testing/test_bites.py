@@ -133,3 +133,33 @@ def test_a_price_that_forgets_the_columns(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cost, "param_prices", forgetful)
     with pytest.raises(AssertionError):
         CHECKS["costs_agree"](partial(build, "vit"), "head_dim")
+
+
+def test_a_turn_that_forgets_the_bias_of_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the proof that every turn has is there to catch it."""
+    from vlprune.calibration import rotate
+
+    times = rotate._rows_times
+    monkeypatch.setattr(
+        rotate, "_rows_times", lambda model, rows, by: times(model, replace(rows, bias=""), by)
+    )
+    monkeypatch.setitem(rotate.ROUNDING, torch.float64, float("inf"))
+    with pytest.raises(AssertionError, match="turning heads moved"):
+        CHECKS["calibration_is_exact"](partial(build, "bert"), "qk_vo")
+
+
+def test_a_repair_that_leaves_columns_of_units_that_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlprune.calibration import fold
+
+    write = fold._write
+
+    def careless(layer: Any, made: Any, kept: torch.Tensor) -> None:
+        before = fold.weight_of(layer).clone()
+        write(layer, made, kept)
+        gone = [column for column in range(before.shape[1]) if column not in kept.tolist()]
+        with torch.no_grad():
+            fold.weight_of(layer)[:, gone] = before[:, gone]
+
+    monkeypatch.setattr(fold, "_write", careless)
+    with pytest.raises(AssertionError, match="folded away still move"):
+        CHECKS["calibration_is_exact"](partial(build, "clip"), "head")

@@ -30,7 +30,12 @@ QUICK = {
 """One family per way in which a block is described and cut; all the others are variations."""
 
 
-LONG = ("sharing_is_exact", "folders_round_trip", "a_second_cut_composes")
+LONG = (
+    "sharing_is_exact",
+    "folders_round_trip",
+    "a_second_cut_composes",
+    "calibration_is_exact",
+)
 """Two thirds of these wait for `make slow`: each family beyond QUICK runs them under one unit, and
 each unit meets them in a third of the families. Every other check runs under every unit."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..cutting.first_batch import run_inputs
 from ..device import device_of
-from ..errors import DataError
+from ..errors import DataError, VlpruneError
 
 __all__ = ["HELD_OUT", "Batches", "batches_of"]
 
@@ -59,6 +59,19 @@ class Batches:
             starts = range(0, count, most)
             parts += [{n: t[start : start + most] for n, t in batch.items()} for start in starts]
         return Batches(parts, self.weigh)
+
+    def run(self, model: nn.Module, number: int) -> Any:
+        """What the model returns for batch ``number``. Raises DataError if it cannot run on it."""
+        try:
+            return model(**self.inputs(model, number))
+        except VlpruneError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{type(model).__name__} does not run on calibration batch {number} (it has "
+                f"{', '.join(self.given[number])}): {type(error).__name__}: {reason}"
+            ) from error
 
     def held_out(self, number: int) -> bool:
         """Whether the batch is held out: every eighth, and at least the last of several."""
@@ -107,7 +120,8 @@ def batches_of(
             for name, value in batch.items()
             if (name in takes or everything) and name not in useless
         }
-        if not any(isinstance(value, Tensor) for value in kept.values()):
+        meant = kept.keys() & takes.keys() or (() if len(takes) > 1 else kept)
+        if not any(isinstance(kept[name], Tensor) for name in meant):
             raise DataError(
                 f"calibration batch {number} has nothing that {type(model).__name__} takes: it has "
                 f"{', '.join(map(str, batch)) or 'no keys'}"

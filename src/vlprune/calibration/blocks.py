@@ -20,6 +20,7 @@ from ..cutting.padded import stock_name
 from ..structures.structure import Structure
 from ..structures.units import owner_of
 from .consumers import Consumer, consumers_of
+from .moments import of_all_processes
 
 __all__ = ["Block", "blocks_of", "callable_projections", "hooked"]
 
@@ -43,7 +44,7 @@ def blocks_of(
     """The blocks that hold the structures, in the order in which forward passes reach them.
 
     ``calls`` are forward passes, which together reach whatever the batches reach. Blocks that none
-    of them reaches are left out.
+    of them reaches, in any process, are left out.
     """
     members: dict[str, list[Structure]] = defaultdict(list)
     for structure in structures:
@@ -53,13 +54,12 @@ def blocks_of(
         if outer is not None:
             members[outer] += members.pop(path)
     consumers = {s.name: consumers_of(model, s) for s in structures}
-    called: Counter[str] = Counter()
+    called: Counter[str] = Counter()  # keeps the order of first calls
     again: set[str] = set()
-    order: dict[str, int] = {}
+    orders: list[list[str]] = []
 
     def note(path: str, *_: Any) -> None:
         called[path] += 1
-        order.setdefault(path, len(order))
 
     watched = {*members, *(c.module for own in consumers.values() for c in own)}
     hooks = ((model.get_submodule(p).register_forward_pre_hook, partial(note, p)) for p in watched)
@@ -68,12 +68,31 @@ def blocks_of(
             called.clear()
             call()
             again |= {path for path, count in called.items() if count > 1}
+            orders.append(list(called))
+    everywhere = of_all_processes((orders, again))
+    again = set().union(*(theirs for _, theirs in everywhere))
+    merged = _merged([order for theirs, _ in everywhere for order in theirs])
+    order = {path: number for number, path in enumerate(merged)}
     blocks = []
     for path in sorted(order.keys() & members.keys(), key=order.__getitem__):
         own = [c for s in members[path] for c in consumers[s.name] if c.module in order]
         own.sort(key=lambda c: order[c.module])
         blocks.append(Block(path, tuple(members[path]), tuple(own), path in again))
     return blocks
+
+
+def _merged(orders: Sequence[Sequence[str]]) -> list[str]:
+    """One order that agrees with all of them, if they agree with each other."""
+    merged: list[str] = []
+    for order in orders:
+        place = 0
+        for path in order:
+            if path in merged:
+                place = merged.index(path)
+            else:
+                merged.insert(place, path)
+            place += 1
+    return merged
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def influence_of(
         hooks = [(model.get_submodule(p).register_forward_hook, partial(watch, p)) for p in paths]
         stack.enter_context(hooked(hooks))
         for number in range(len(batches)):
-            given = outputs(model(**batches.inputs(model, number)))
+            given = outputs(batches.run(model, number))
             made = [tensor for tensor in given.values() if tensor.requires_grad]
             if not made:
                 raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["Moments", "check_finite", "first_of_all", "flat", "summed"]
+__all__ = ["Moments", "check_finite", "first_of_all", "flat", "of_all_processes", "summed"]
 
 
 @dataclass
@@ -126,13 +127,22 @@ def check_finite(*activations: Tensor) -> None:
         )
 
 
+Value = TypeVar("Value")
+
+
+def of_all_processes(value: Value) -> list[Value]:
+    """The values that the processes call this with, in the order of their ranks."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def first_of_all(count: int) -> int:
     """How many of something the processes before this one have, where this one has ``count``."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    counts[dist.get_rank()] = count
-    return int(summed(counts)[: dist.get_rank()].sum())
+    counts = of_all_processes(count)
+    return sum(counts[: dist.get_rank()]) if len(counts) > 1 else 0
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ Advance = Callable[[int], None]
 
 def calls_of(model: nn.Module, batches: Batches) -> list[Callable[[], Any]]:
     """One forward pass per batch, inputs moved to the model's device when it starts."""
-    return [lambda n=n: model(**batches.inputs(model, n)) for n in range(len(batches))]  # type: ignore[misc]
+    return [partial(batches.run, model, number) for number in range(len(batches))]
 
 
 def ready(

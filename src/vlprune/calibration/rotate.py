@@ -10,7 +10,7 @@ value decomposition of the scores and of the head's output; not taken from a pap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from ..architectures import discover
 from ..cutting.difference import difference, tensors_of
 from ..cutting.padded import linear_axes
 from ..cutting.proof import in_dtype
+from ..device import device_of
 from ..errors import VerificationError
 from ..structures.structure import Structure
 from ..structures.units import owner_of
@@ -29,7 +30,7 @@ from .batches import Batches
 from .blocks import hooked
 from .consumers import Rows, consumers_of, rows_of
 from .landing import Replay
-from .moments import check_finite, flat, summed
+from .moments import check_finite, flat, of_all_processes, summed
 from .passes import calls_of, input_hook, kinds_of_calls, ready
 from .store import Originals, Shelf
 from .streams import streams
@@ -129,7 +130,9 @@ def head_moments(
             number[0] = index
             call()
             advance(1)
-    totals = {key: summed(found[key]) for key in sorted(found)}
+    keys = sorted(set().union(*of_all_processes([(k, tuple(v.shape)) for k, v in found.items()])))
+    zeros = partial(torch.zeros, dtype=torch.float64, device=device_of(model))
+    totals = {key: summed(found.get(key, zeros(shape))) for key, shape in keys}
     reached = [n for n in range(len(turns)) if (n, False) in totals]
     return {n: (totals[n, False], totals.get((n, True))) for n in reached}
 
@@ -164,16 +167,21 @@ def rotate_heads(
     batches: Batches,
     originals: Originals,
     advance: Callable[..., None] = lambda done: None,
+    structures: Sequence[Structure] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Turn every head that has a free basis, in place, each proved on the spot.
+
+    With ``structures``, only heads of attention blocks that are among them are turned.
 
     Returns the parameters that changed, and {structure: the reason why it was left alone}.
     ``originals`` gets every parameter before it changes. Each turn is proved on one batch: the
     block around it must answer as before, in float64.
     """
-    turns = turns_of(model)
+    wanted = {_block_name(s) for s in structures}
+    turns = [t for t in turns_of(model) if not wanted or _block_name(t.structure) in wanted]
     names: list[str] = []
     fixed = {s.name for s in discover(model, "qk_vo") if s.kind != "ffn"}
+    fixed = {name for name in fixed if not wanted or _without_part(name) in wanted}
     refused = dict.fromkeys(fixed - {t.structure.name for t in turns}, UNLIKE)
     reached: set[str] = set()
     with ExitStack() as stack:
@@ -181,29 +189,41 @@ def rotate_heads(
         calls = calls_of(model, batches)
         found = head_moments(model, turns, batches, calls, advance)
         shelf = Shelf.beside(model, batches.given)
-        kinds = kinds_of_calls(model, batches)
+        kinds = kinds_of_calls(model, batches.split(1))  # one item proves as much as many
         passes = stack.enter_context(streams(model, [b.path for b in blocks], kinds, shelf))
         for block in blocks:
             own = {s.name for s in block.structures}
             here = {n: m for n, m in found.items() if turns[n].structure.name in own}
-            here_now = next((one for one in passes if one.advance(block.path)), None)
-            if here_now is None:
-                continue
-            replay = Replay(model.get_submodule(block.path), here_now.args, here_now.kwargs)
+            at = next((one for one in passes if one.advance(block.path)), None)
+            module = model.get_submodule(block.path)
+            replay = Replay(module, at.args, at.kwargs) if at is not None else None
             for number, moments in here.items():
                 turn = turns[number]
                 reached.add(turn.structure.name)
                 changed = _parameters_of(model, turn)
                 originals.keep(changed)
-                with here_now.awake():
-                    why = _proved(model, replay, turn, changed, moments)
-                if why:
-                    refused[turn.structure.name] = why
+                before = {n: model.get_parameter(n).detach().clone() for n in changed}
+                with at.awake() if at is not None else nullcontext():
+                    why = _turned(model, module, replay, turn, moments)
+                refusals = [reason for reason in of_all_processes(why) if reason]
+                if refusals:
+                    refused[turn.structure.name] = refusals[0]
+                    with torch.no_grad():
+                        for name, tensor in before.items():
+                            model.get_parameter(name).copy_(tensor)
                 else:
                     names += changed
     fixed -= reached | refused.keys()
     refused |= dict.fromkeys(fixed, "no calibration batch reaches it")
     return list(dict.fromkeys(names)), dict(sorted(refused.items()))
+
+
+def _block_name(structure: Structure) -> str:
+    return _without_part(structure.name)
+
+
+def _without_part(name: str) -> str:
+    return name.removesuffix(".qk").removesuffix(".vo")
 
 
 def _parameters_of(model: nn.Module, turn: Turn) -> list[str]:
@@ -223,18 +243,23 @@ BETWEEN = {
 UNLIKE = "it is not one pair of projections, such as queries and keys, with a basis of its own"
 
 
-def _proved(
+def _turned(
     model: nn.Module,
-    replay: Replay,
+    block: nn.Module,
+    replay: Replay | None,
     turn: Turn,
-    changed: Sequence[str],
     moments: tuple[Tensor, Tensor | None],
 ) -> str:
-    """Turn, and prove it; if the block answers otherwise, put it back and return the reason."""
-    own = {name: model.get_parameter(name).detach().clone() for name in changed}
+    """Turn, and return the reason why it must be put back: "" if the block answers as before.
+
+    Without a replay, in a process whose batches do not reach the block, the others decide.
+    """
     for dtype in (torch.float64, torch.float32):
-        cast = replay.in_dtype(dtype)
-        with in_dtype(replay.block, dtype):
+        with in_dtype(block, dtype):
+            if replay is None:
+                _turn(model, turn, *moments)
+                return ""
+            cast = replay.in_dtype(dtype)
             try:
                 before = tensors_of(cast())
             except Exception:  # a forward that is written for one dtype
@@ -244,12 +269,7 @@ def _proved(
                 apart = difference(before, tensors_of(cast())).relative
             except VerificationError:
                 apart = float("inf")
-        if apart <= ROUNDING[dtype]:
-            return ""
-        with torch.no_grad():
-            for name, tensor in own.items():
-                model.get_parameter(name).copy_(tensor)
-        return BETWEEN[turn.kind]
+        return "" if apart <= ROUNDING[dtype] else BETWEEN[turn.kind]
     return "its block runs neither in float64 nor in float32 alone"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from .blocks import Block, blocks_of, callable_projections
 from .consumers import consumers_of
 from .fold import fold_layers
 from .influence import Influence, influence_of, main_outputs, small_enough
+from .moments import of_all_processes
 from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
 from .rotate import rotate_heads
 from .store import Originals, Steps
@@ -122,7 +124,9 @@ class Session:
             return
         try:
             with self.progress.count("rotating", len(self.batches)) as advance:
-                names, self.refused = rotate_heads(self.model, self.batches, originals, advance)
+                names, self.refused = rotate_heads(
+                    self.model, self.batches, originals, advance, self.structures
+                )
         except BaseException:
             originals.put_back()
             raise
@@ -140,7 +144,8 @@ class Session:
     def influence(self) -> Influence:
         """What an error anywhere adds to the relative squared error of the outputs."""
         if self._influence is None:
-            done = self.steps.known("influence")
+            step = "influence-rotated" if self.rotated else "influence"
+            done = self.steps.known(step)
             if done is not None:
                 outputs, scores = (
                     {n[2:]: t for n, t in done[0].items() if n.startswith(mark)}
@@ -155,7 +160,7 @@ class Session:
                 )
             flat = {f"o/{name}": tensor for name, tensor in found.outputs.items()}
             flat |= {f"s/{name}": tensor for name, tensor in found.scores.items()}
-            self.steps.remember("influence", flat)
+            self.steps.remember(step, flat)
         return self._influence
 
     def scores(self) -> Mapping[str, Tensor]:
@@ -188,7 +193,7 @@ class Session:
     def fold(self, plan: Plan, originals: Originals) -> OutputError:
         """Fold a plan into the weights; taken back where the outputs would be no nearer to dense.
 
-        Raises UnsupportedError for a plan that shares weights.
+        ``originals`` get the parameters as they were, and hold no others. Raises UnsupportedError for a plan that shares weights.
         """
         if any(plan.shared(s) for s in self.structures):
             raise UnsupportedError(
@@ -198,9 +203,10 @@ class Session:
         wanted = self._outputs()
         with gated(self.model, self.structures, plan):
             before = self._apart(wanted)
+        steps = self.steps.below(hashlib.sha256(plan.to_json().encode()).hexdigest())
         with self.progress.count("repairing", len(self._blocks())) as advance:
             repairs = fold_layers(
-                self.model, self.structures, plan, self.batches, originals, self.steps, advance
+                self.model, self.structures, plan, self.batches, originals, steps, advance
             )
         with gated(self.model, self.structures, plan):
             after = self._apart(wanted)
@@ -278,11 +284,16 @@ class Session:
                 )
                 scale = 1.0 if weights is None else weights.reshape(*tensor.shape[:2], 1)
                 usable = tensor.isfinite()  # masked places may be minus infinity
-                wrong = torch.where(usable, found[number][name] - tensor, 0.0) * scale
-                right = torch.where(usable, tensor, 0.0) * scale
-                apart[name] = apart.get(name, 0.0) + float(wrong.square().sum())
-                whole[name] = whole.get(name, 0.0) + float(right.square().sum())
-        return {name: (apart[name] / (whole[name] or 1.0)) ** 0.5 for name in apart}
+                moved = torch.where(usable, found[number][name] - tensor, 0.0) * scale
+                own = torch.where(usable, tensor, 0.0) * scale
+                apart[name] = apart.get(name, 0.0) + float(moved.square().sum())
+                whole[name] = whole.get(name, 0.0) + float(own.square().sum())
+        sums: dict[str, list[float]] = {}
+        for theirs in of_all_processes([(name, apart[name], whole[name]) for name in apart]):
+            for name, wrong_here, right_here in theirs:
+                pair = sums.setdefault(name, [0.0, 0.0])
+                pair[0], pair[1] = pair[0] + wrong_here, pair[1] + right_here
+        return {name: (wrong / (right or 1.0)) ** 0.5 for name, (wrong, right) in sums.items()}
 
 
 @torch.no_grad()

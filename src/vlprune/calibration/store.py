@@ -35,6 +35,10 @@ class Steps:
     def __init__(self, folder: Path | None = None, key: str = "") -> None:
         self.folder, self.key = folder, key
 
+    def below(self, key: str) -> Steps:
+        """The steps in the same folder that count for this key only, too."""
+        return Steps(self.folder, f"{self.key}/{key}")
+
     def known(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and facts of a finished step; None if it has to be done."""
         if self.folder is None:

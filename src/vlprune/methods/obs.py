@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import VlpruneError
+from ..errors import BudgetError, VlpruneError
 from ..prices.select import select
 from ..recipe.options import ObsOptions
 from .base import Layer, Method, Problem, Search, Statistics
@@ -78,9 +78,18 @@ class _ObsSearch(Search):
             )
         problem = self.open
         scores = {s.name: self._scores(s.name) for s in problem.structures}
-        return select(
-            scores, problem.prices, problem.budget, self.method.round_to, groups=problem.groups
-        )
+        try:
+            return select(
+                scores, problem.prices, problem.budget, self.method.round_to, groups=problem.groups
+            )
+        except BudgetError as error:
+            if not self.whole:
+                raise
+            raise BudgetError(
+                f"{error}. {len(self.whole)} structures stay whole, because no calibration batch "
+                "reaches them or the chosen outputs have no gradient there: "
+                f"{', '.join(sorted(self.whole))}"
+            ) from None
 
     def _scores(self, name: str) -> list[float]:
         errors = self.errors[name]

@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..architectures import discover
+from ..calibration.session import fold, rotate
 from ..cutting.difference import difference, tensors_of
 from ..cutting.gates import gated, has_gates, ones, plan_gates
 from ..cutting.rewrite import rewrite
@@ -508,6 +509,32 @@ def gradients_reach_every_gate(make: Make, attention: AttentionUnit) -> None:
         assert gate.grad is not None, f"no gradient reached {name}"
         assert gate.grad.isfinite().all(), f"the gradient of {name} is not finite"
         assert gate.grad.abs().max() > 0, f"the gradient of {name} is zero"
+
+
+@_check
+def calibration_is_exact(make: Make, attention: AttentionUnit) -> None:
+    """In float64: turned heads change nothing; a folded model is the cut one, nearer to dense."""
+    sample = _double(make())
+    model = sample.model
+    dense = _forward(model, sample.inputs)
+    other = {n: -v if v.is_floating_point() else v for n, v in sample.inputs.items()}
+    batches = [sample.inputs, other]
+    if attention == "qk_vo":  # the same under every attention unit: once is enough
+        rotate(model, batches)
+        apart = _apart(dense, _forward(model, sample.inputs))
+        assert apart <= TOLERANCE, f"turning heads moved the outputs by {apart:.1e}"
+    description = discover(model, attention)
+    plan = make_plan(description, _half)
+    errors = fold(model, plan, batches)
+    assert sum(errors.after.values()) <= sum(errors.before.values()), "the repair made it worse"
+    folded = _forward(model, sample.inputs)
+    with gated(model, description.structures, plan):
+        masked = _forward(model, sample.inputs)
+    if errors.kept:
+        apart = _apart(folded, masked)
+        assert apart <= TOLERANCE, f"units that are folded away still move it by {apart:.1e}"
+    apart = _apart(masked, _forward(rewrite(model, description, plan), sample.inputs))
+    assert apart <= TOLERANCE, f"{apart:.1e} apart"
 
 
 @_check

@@ -22,6 +22,7 @@ from ..cutting.sharing.ties import is_shared
 from ..cutting.wrappers import unwrapped
 from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
+from ..folders.notes import hashed
 from ..methods import Method, Search
 from ..prices import cost
 from ..prices.budget import parse_budget
@@ -118,7 +119,9 @@ class Compressor:
                 f"{type(method).__name__} learns from calibration batches: give "
                 "Compressor(..., calibration=[batch, ...]) some"
             )
-        self.session = session_of(model, self.structures, calibration) if calibration else None
+        self.session = (
+            session_of(model, self.structures, calibration) if calibration is not None else None
+        )
         self.turns = turns_of(method, self.search, model, self.structures, held_out, loss)
         self.progress, self.finished, self._calibrated = 0.0, False, False
         self.verification: Verification | None = None
@@ -358,12 +361,13 @@ class Compressor:
             return
         if getattr(self.method, "rotate", False):
             self.session.rotate(originals)
-        known = self.session.steps.known("errors")
+        steps, step = self.session.steps, f"errors-{hashed(repr(self.method))}"
+        known = steps.known(step)
         if known is not None:
             self.search.restore(known[0])
         else:
             self.search.calibrate(self.session)
-            self.session.steps.remember("errors", self.search.state())
+            steps.remember(step, self.search.state())
         self._calibrated = True
 
     def finish(self, verify: bool = True) -> Any:
@@ -384,10 +388,10 @@ class Compressor:
         refuse_sharded(self.model)
         inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
-        originals = Originals(self.model)
+        before_rotation, before_fold = Originals(self.model), Originals(self.model)
         rotated = self.session is not None and self.session.rotated
         try:
-            plan = self._planned(originals)
+            plan = self._planned(before_rotation)
             check_same_plan(plan)
             if early := unfinished(self.method, self.search, self.progress):
                 warnings.warn(early, stacklevel=2)
@@ -397,10 +401,11 @@ class Compressor:
             if self.session is not None:
                 inputs = inputs or self.session.batches.given[0]
                 if getattr(self.method, "fold", True):
-                    self.session.fold(plan, originals)
+                    self.session.fold(plan, before_fold)
             self.verification = perform(self.model, cut, inputs if verify else None)
         except BaseException:
-            originals.put_back()
+            before_fold.put_back()
+            before_rotation.put_back()
             if self.session is not None and self.session.rotated and not rotated:
                 self.session.rotated, self._calibrated = False, False
                 self.search = self._new_search()
@@ -408,7 +413,8 @@ class Compressor:
                 self.attach()
             raise
         finally:
-            originals.forget()
+            before_fold.forget()
+            before_rotation.forget()
         if self._optimizer is not None:
             exchange(self._optimizer, replaced(before, self.model))
         self._plan, self.finished, self.params_after = plan, True, after
