@@ -193,7 +193,8 @@ class Session:
     def fold(self, plan: Plan, originals: Originals) -> OutputError:
         """Fold a plan into the weights; taken back where the outputs would be no nearer to dense.
 
-        ``originals`` get the parameters as they were, and hold no others. Raises UnsupportedError for a plan that shares weights.
+        ``originals`` get the parameters as they were, and hold no others. Raises UnsupportedError
+        for a plan that shares weights.
         """
         if any(plan.shared(s) for s in self.structures):
             raise UnsupportedError(
