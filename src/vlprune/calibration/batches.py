@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..cutting.first_batch import run_inputs
 from ..device import device_of
 from ..errors import DataError, VlpruneError
 
-__all__ = ["HELD_OUT", "Batches", "batches_of"]
+__all__ = ["HELD_OUT", "Batches", "batches_of", "processed"]
 
 HELD_OUT = 8
 """Every eighth batch is held out: damping is chosen, and every repair is checked, on these."""
@@ -132,6 +133,42 @@ def batches_of(
     if len(found) == 1:
         found = _halves(found[0])
     return Batches(found, weigh or _counts_of(model))
+
+
+def processed(
+    rows: Iterable[Mapping[str, Any]],
+    processor: Callable[..., Mapping[str, Any]],
+    items: int,
+    batch_size: int,
+    columns: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """Batches of the first ``items`` rows, as a processor, tokenizer or image processor makes them.
+
+    ``columns`` says which column goes to which keyword of the processor. Raises DataError if there
+    are no rows or a row lacks a column.
+    """
+    chosen = list(islice(rows, items))
+    if not chosen:
+        raise DataError("there are no rows to calibrate on: give at least one")
+    for number, row in enumerate(chosen):
+        missing = [column for column in columns.values() if column not in row]
+        if missing:
+            raise DataError(
+                f"row {number} has no column {missing[0]!r}, only {', '.join(map(str, row))}: say "
+                "which columns to read, as in columns={'images': 'picture'}"
+            )
+    padding = {"padding": True} if "text" in columns else {}
+    parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    return [
+        dict(
+            processor(
+                **{keyword: [row[column] for row in part] for keyword, column in columns.items()},
+                **padding,
+                return_tensors="pt",
+            )
+        )
+        for part in parts
+    ]
 
 
 def _each(given: Any) -> Iterable[Any]:

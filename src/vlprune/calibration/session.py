@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..methods import Layer
 from ..status import Progress
 from ..structures.plan import Plan
 from ..structures.structure import Structure
-from .batches import Batches, TokenWeight, batches_of
+from .batches import Batches, TokenWeight, batches_of, processed
 from .blocks import Block, blocks_of, callable_projections
 from .consumers import consumers_of
 from .fold import fold_layers
@@ -55,6 +56,26 @@ class Calibration:
     work: Path | None = None
     key: str = ""
     progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def of(
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        processor: Callable[..., Mapping[str, Any]],
+        columns: Mapping[str, str] = MappingProxyType({"images": "image"}),
+        *,
+        items: int = 256,
+        batch_size: int = 8,
+        **more: Any,
+    ) -> Calibration:
+        """A calibration on the rows of a Hugging Face dataset, or of any other iterable of rows.
+
+        The first ``items`` rows are read. ``columns`` says which column goes to which keyword of
+        the processor (or tokenizer, or image processor), as in ``{"images": "image", "text":
+        "caption"}``. ``more`` are further fields of this class. Raises DataError if there are no
+        rows, or a row lacks a column.
+        """
+        return cls(processed(rows, processor, items, batch_size, columns), **more)
 
 
 @dataclass(frozen=True)
