@@ -315,27 +315,27 @@ def rows_for(subject: str, full: bool) -> list[dict[str, Any]]:
         for share in (0.75, 0.5, 0.25)
         for method in TABLE
     ]
-    if full:
-        extra = [m for m in METHODS if m not in TABLE]
-        rows += [{**rows[0], "method": method, "share": 0.5} for method in extra]
-        rows += [{**row, "unit": "head_dim"} for row in rows[-2:]]
-        sizes = (32, 64, 128, 256, 512) if subject == "minilm" else (16, 32, 64)
-        rows += [
-            {"method": "obs+fold+rotate", "share": 0.5, "samples": samples, "seed": seed}
-            for samples in sizes
-            for seed in (0, 1, 2)
-        ]
     if full and subject == "minilm":
         rows += [
-            {**rows[0], "method": method, "share": share, "steps": steps}
-            for share in (0.5, 0.25)
+            {**rows[0], "method": method, "share": 0.5, "steps": steps}
             for method in ("magnitude", "taylor", "obs+fold+rotate")
             for steps in (100, 500)
         ]
         rows += [
-            {**rows[0], "method": "obs+fold+rotate", "share": s, "unit": unit}
-            for s in (0.5, 0.25)
+            {**rows[0], "method": "obs+fold+rotate", "share": 0.5, "unit": unit}
             for unit in ("head_dim", "head")
+        ]
+    if full:
+        extra = [m for m in METHODS if m not in TABLE]
+        rows += [{**rows[0], "method": method, "share": 0.5} for method in extra]
+        rows += [
+            {**rows[0], "method": method, "share": 0.5, "unit": "head_dim"}
+            for method in ("magnitude", "magnitude+rotate", "taylor", "taylor+rotate")
+        ]
+        rows += [
+            {"method": "obs+fold+rotate", "share": 0.5, "samples": samples, "seed": seed}
+            for seed in (0, 1, 2)
+            for samples in ((32, 128, 256, 512) if subject == "minilm" else (16, 32, 64))
         ]
     return [{"seed": 0, "steps": 0, "unit": "qk_vo", "subject": subject, **row} for row in rows]
 

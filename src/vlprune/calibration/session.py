@@ -107,6 +107,7 @@ class Session:
         self.rotated = False
         self._influence: Influence | None = None
         self.errors: OutputError | None = None
+        self.remark = ""
         self.layers_folded: dict[str, dict[str, float]] = {}
 
     @property
@@ -225,6 +226,9 @@ class Session:
         wanted = self._outputs()
         with gated(self.model, self.structures, plan):
             before = self._apart(wanted)
+        if max(before.values(), default=0.0) <= NOTHING:  # a search has closed its gates already
+            self.errors = OutputError(before, before)
+            return self.errors
         steps = self.steps.below(hashlib.sha256(plan.to_json().encode()).hexdigest())
         with self.progress.count("repairing", len(self._blocks())) as advance:
             repairs = fold_layers(
@@ -244,7 +248,7 @@ class Session:
 
     def notes(self) -> list[str]:
         """Caveats that a reader of the report must know, one sentence each."""
-        notes = []
+        notes = [self.remark] if self.remark else []
         if self.unreached:
             notes.append(
                 f"no calibration batch reached {len(self.unreached)} of {len(self.structures)} "

@@ -388,7 +388,7 @@ class Compressor:
         refuse_sharded(self.model)
         inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
-        before_rotation, before_fold = Originals(self.model), Originals(self.model)
+        before_rotation, before_gates, before_fold = (Originals(self.model) for _ in range(3))
         rotated = self.session is not None and self.session.rotated
         try:
             plan = self._planned(before_rotation)
@@ -400,11 +400,15 @@ class Compressor:
             cut = settle(self.model, self.description, plan)
             if self.session is not None:
                 inputs = inputs or self.session.batches.given[0]
-                if getattr(self.method, "fold", True):
+                if plan.share:
+                    self.session.remark = "the plan shares weights, so it was not repaired"
+                elif getattr(self.method, "fold", True):
+                    self._gating.write_into_weights(before_gates)  # as it was trained
                     self.session.fold(plan, before_fold)
             self.verification = perform(self.model, cut, inputs if verify else None)
         except BaseException:
             before_fold.put_back()
+            before_gates.put_back()
             before_rotation.put_back()
             if self.session is not None and self.session.rotated and not rotated:
                 self.session.rotated, self._calibrated = False, False
@@ -414,6 +418,7 @@ class Compressor:
             raise
         finally:
             before_fold.forget()
+            before_gates.forget()
             before_rotation.forget()
         if self._optimizer is not None:
             exchange(self._optimizer, replaced(before, self.model))

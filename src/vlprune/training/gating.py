@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.store import Originals
 from ..cutting.first_batch import copied
 from ..cutting.gates import gated
 from ..device import device_of
 from ..errors import UnsupportedError
-from ..structures.structure import Structure
-from ..structures.units import positions
+from ..structures.structure import Gate, Structure
+from ..structures.units import positions, spread
 from .saved_names import in_own_names
 
 __all__ = ["Gating"]
@@ -112,20 +113,35 @@ class Gating:
         for structure in self.structures:
             gone = (self.gates[structure.name].detach() == 0).nonzero()[:, 0].cpu()
             for gate in structure.gates if len(gone) else ():
-                module = self.model.get_submodule(gate.module)
-                names = {
-                    "output": ("weight", "bias"),
-                    "input": ("weight",),
-                    "weight": gate.params,
-                }[gate.at]
                 at = positions(gate, structure.size, gone)
-                for name in names:
-                    weight = module._parameters.get(name)
-                    if weight is None or hasattr(weight, "to_local"):
-                        continue
-                    transposed = weight.dim() == 2 and type(module).__name__ == "Conv1D"
-                    axis = int((gate.at == "input") != transposed) if weight.dim() > 1 else 0
+                for _name, weight, axis in self._gated_weights(gate):
                     weight.index_fill_(axis, at.to(weight.device), 0)
+
+    @torch.no_grad()
+    def write_into_weights(self, originals: Originals) -> None:
+        """Multiply the weights by the gates, so that the model computes without them as with them.
+
+        ``originals`` get the weights as they were. Nothing changes where all gates are open.
+        """
+        for structure in self.structures:
+            values = self.gates[structure.name].detach()
+            for gate in structure.gates if bool((values != 1).any()) else ():
+                for name, weight, axis in self._gated_weights(gate):
+                    originals.keep([f"{gate.module}.{name}"])
+                    scale = spread(values, gate, weight.shape[axis]).to(weight)
+                    weight.mul_(scale.unsqueeze(1) if axis == 0 and weight.dim() > 1 else scale)
+
+    def _gated_weights(self, gate: Gate) -> Iterator[tuple[str, Tensor, int]]:
+        """The parameters that a gate acts on: name in its module, tensor, axis."""
+        module = self.model.get_submodule(gate.module)
+        leaves = {"output": ("weight", "bias"), "input": ("weight",), "weight": gate.params}
+        for name in leaves[gate.at]:
+            weight = module._parameters.get(name)
+            if weight is None or hasattr(weight, "to_local"):
+                continue
+            transposed = weight.dim() == 2 and type(module).__name__ == "Conv1D"
+            axis = int((gate.at == "input") != transposed) if weight.dim() > 1 else 0
+            yield name, weight, axis
 
 
 class _Hook:
