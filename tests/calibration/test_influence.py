@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -112,3 +113,15 @@ def test_minus_infinity_in_masked_logits_does_not_hide_the_others() -> None:
     given = batches_of(sample.model, [sample.inputs] * 2)
     found = influence_of(sample.model, structures, given, lambda o: {"logits": o.logits})
     assert sum(bool(t.any()) for t in found.outputs.values()) > 0.9 * len(found.outputs)
+
+
+@pytest.mark.parametrize("family", ["siglip", "blip", "vit"])
+def test_every_query_is_watched_wherever_it_is_computed(family: str) -> None:
+    """In modules of their own, in one fused projection, and inside an nn.MultiheadAttention."""
+    sample = build(family)
+    structures = discover(sample.model, "qk_vo").structures
+    given = batches_of(sample.model, [sample.inputs])
+    scores = influence_of(sample.model, structures, given).scores
+    for structure in structures:
+        if structure.kind == "attention_qk" and not re.search(sample.idle or "$^", structure.name):
+            assert (scores[structure.name] > 0).all(), structure.name

@@ -256,13 +256,9 @@ class CutMultiheadAttention(nn.MultiheadAttention):
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        heads, narrow = self.num_heads, self.num_heads * self.head_dim
-        sizes = [narrow, narrow, heads * self.value_dim]
-        weights = self.in_proj_weight.split(sizes)
-        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
         q, k, v = (
-            nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x in self.project(query, key, value)
         )
         mask = _merge_masks(attn_mask, key_padding_mask, q, k)
         out, attention = _attend(self, q, k, v, mask, self.scale, self.dropout, need_weights)
@@ -275,6 +271,17 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         if attention is None or not need_weights:
             return out, None
         return out, attention.mean(-3) if average_attn_weights else attention
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v of all heads: (batch, tokens, width) -> (batch, tokens, heads * size) each."""
+        narrow = self.num_heads * self.head_dim
+        sizes = [narrow, narrow, self.num_heads * self.value_dim]
+        weights = self.in_proj_weight.split(sizes)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+        return [
+            nn.functional.linear(x, w, b)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        ]
 
 
 def _merge_masks(

@@ -9,8 +9,8 @@ its diagonal is used. Not from a paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +22,10 @@ from ..cutting.difference import tensors_of
 from ..cutting.gates import evaluating
 from ..errors import DataError
 from ..structures.structure import Structure
+from ..structures.units import owner_of
 from .batches import Batches
 from .blocks import callable_projections, hooked
-from .consumers import consumers_of, rows_of
+from .consumers import Rows, consumers_of, rows_of
 from .moments import check_finite, first_of_all, flat, summed
 from .store import IN_MEMORY
 
@@ -98,9 +99,8 @@ def influence_of(
                 found = flat(grad).double().square().sum(0)
                 squares[name] = squares.get(name, 0) + found
             for structure, rows in queries.items():
-                if rows.module == name:
-                    stop = rows.start + rows.heads * rows.size
-                    pairs = (flat(values) * flat(grad))[:, rows.start : stop].double()
+                if rows.weight == name:
+                    pairs = (flat(values) * flat(grad)).double()
                     change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
                     scores[structure] = scores.get(structure, 0) + change
 
@@ -109,8 +109,17 @@ def influence_of(
             for s in structures
             if s.kind in ("attention", "attention_qk") and len(rows_of(model, s)) > 1
         }
-        paths = {*consumers, *(rows.module for rows in queries.values() if rows.module)}
-        hooks = [(model.get_submodule(p).register_forward_hook, partial(watch, p)) for p in paths]
+        hooks = [
+            (model.get_submodule(path).register_forward_hook, partial(watch, path))
+            for path in consumers
+        ]
+        for rows in queries.values():
+            if rows.module:
+                module = model.get_submodule(rows.module)
+                hooks.append((module.register_forward_hook, partial(_watch_rows, watch, rows)))
+            else:
+                owner = model.get_submodule(owner_of(rows.weight)[0])
+                stack.enter_context(_watched_projection(owner, partial(watch, rows.weight)))
         stack.enter_context(hooked(hooks))
         for number in range(len(batches)):
             given = outputs(batches.run(model, number))
@@ -129,6 +138,33 @@ def influence_of(
         _mean(squares, {path: c.out for path, c in consumers.items()}, len(batches)),
         _mean(scores, {name: rows.size for name, rows in queries.items()}, len(batches)),
     )
+
+
+Watch = Callable[[str, nn.Module, Any, Tensor], Tensor]
+
+
+def _watch_rows(watch: Watch, rows: Rows, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Watch the rows of a projection that are queries; of a fused one, they are a part."""
+    stop = rows.start + rows.heads * rows.size
+    queries = watch(rows.weight, module, args, output[..., rows.start : stop])
+    if queries.shape == output.shape:
+        return queries
+    return torch.cat([output[..., : rows.start], queries, output[..., stop:]], -1)
+
+
+@contextmanager
+def _watched_projection(owner: Any, watch: Callable[..., Tensor]) -> Iterator[None]:
+    """Watch the queries of an nn.MultiheadAttention, which no module of its own computes."""
+
+    def project(*given: Tensor) -> list[Tensor]:
+        queries, *others = type(owner).project(owner, *given)
+        return [watch(owner, given, queries), *others]
+
+    owner.__dict__["project"] = project
+    try:
+        yield
+    finally:
+        owner.__dict__.pop("project", None)
 
 
 def small_enough(
