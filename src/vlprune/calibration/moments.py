@@ -108,7 +108,7 @@ class Moments:
         """(width, width): of x about its mean if ``centred``, else about 0."""
         mean = self.x / self.weight
         second = self.xx / self.weight
-        return second - torch.outer(mean, mean) if centred else second
+        return second.addr_(mean, mean, alpha=-1) if centred else second
 
 
 def summed(tensor: Tensor) -> Tensor:

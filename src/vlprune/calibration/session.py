@@ -204,10 +204,12 @@ class Session:
                     if not found.weight:  # nothing but padding
                         continue
                     here = influence.outputs.get(consumer.module)
+                    second = found.covariance(layer.bias is not None)
+                    del found  # as large as what is made of it
                     yield Layer(
                         consumer.structure,
                         consumer.columns,
-                        found.covariance(layer.bias is not None),
+                        second,
                         weight,
                         torch.zeros(len(weight)) if here is None else here,
                     )

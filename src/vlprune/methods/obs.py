@@ -113,6 +113,10 @@ DAMPING = 1e-3
 """What the diagonal of the second moments is raised by, as a part of its mean."""
 
 
+PACKED = 0.75
+"""The part of the columns that may be left before the matrices shrink to them."""
+
+
 def removal(
     second: Tensor, weight: Tensor, columns: Tensor, share: float = 1 / 16
 ) -> tuple[list[int], list[float]]:
@@ -134,8 +138,11 @@ def removal(
         hessian.diagonal().add_(ridge)
         ridge = 2 * ridge
         lower, failed = torch.linalg.cholesky_ex(hessian)
+    del hessian  # a layer of 4,096 units has matrices of 134 MB: as few as can be at once
     inverse = torch.cholesky_inverse(lower)
-    weight, columns = weight.double(), columns.to(weight.device)
+    del lower
+    weight, columns = weight.double().clone(), columns.to(weight.device)
+    alive = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     left = list(range(len(columns)))
     order: list[int] = []
     errors: list[float] = []
@@ -154,11 +161,13 @@ def removal(
         parts = parts / whole if whole > 0 else torch.full_like(parts, 1 / count)
         order += [left[place] for place in worst]
         errors += (joint * parts).tolist()
-        rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        rest[gone] = False
-        weight = (weight - weight[:, gone] @ spread)[:, rest]
-        inverse = (inverse - inverse[:, gone] @ spread)[rest][:, rest]
-        columns = (torch.cumsum(rest, 0) - 1)[columns]  # rows of units that are gone go unread
+        weight.addmm_(weight[:, gone], spread, alpha=-1)
+        inverse.addmm_(inverse[:, gone], spread, alpha=-1)
+        alive[gone] = False
+        if alive.sum() <= PACKED * len(alive):
+            weight, inverse = weight[:, alive], inverse[alive][:, alive]
+            columns = (torch.cumsum(alive, 0) - 1)[columns]  # units that are gone go unread
+            alive = alive[alive]
         chosen = set(worst)
         left = [unit for place, unit in enumerate(left) if place not in chosen]
     return order, errors
