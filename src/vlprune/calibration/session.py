@@ -135,7 +135,8 @@ class Session:
         """
         if self.rotated:
             return
-        given, originals = originals is not None, originals or Originals(self.model)
+        given = originals is not None
+        originals = originals if originals is not None else Originals(self.model)
         done = self.steps.known("rotated")
         if done is not None:
             tensors, facts = done

@@ -100,6 +100,9 @@ class Originals:
         save_file(tensors, path)
         self._files |= dict.fromkeys(tensors, path)
 
+    def __bool__(self) -> bool:
+        return bool(self._held or self._files)
+
     @torch.no_grad()
     def put_back(self) -> None:
         """Restore every noted parameter in place."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..calibration.session import Calibration, session_of
-from ..calibration.store import Originals
+from ..calibration.session import Calibration, Session
 from ..cutting.proof import Verification
 from ..cutting.rewrite import perform
 from ..cutting.settle import check_plain, settle
@@ -22,13 +21,13 @@ from ..cutting.sharing.ties import is_shared
 from ..cutting.wrappers import unwrapped
 from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
-from ..folders.notes import hashed
 from ..methods import Method, Search
 from ..prices import cost
 from ..prices.budget import parse_budget
 from ..prices.prices import Prices
 from ..structures.plan import Plan
 from ..structures.structure import AttentionUnit
+from .calibrated import calibrated_by
 from .callback import CompressorCallback, callback_for
 from .ending import measured_seconds, refuse_sharded, unfinished
 from .gating import Gating
@@ -114,16 +113,9 @@ class Compressor:
         self.search = self._new_search()
         refuse_unreachable(method, self.structures, self.prices, self.budget.fraction, self._groups)
         self._shared = is_shared(model)
-        if method.uses_calibration and calibration is None:
-            raise VlpruneError(
-                f"{type(method).__name__} learns from calibration batches: give "
-                "Compressor(..., calibration=[batch, ...]) some"
-            )
-        self.session = (
-            session_of(model, self.structures, calibration) if calibration is not None else None
-        )
+        self.calibrated = calibrated_by(calibration, method, model, self.structures)
         self.turns = turns_of(method, self.search, model, self.structures, held_out, loss)
-        self.progress, self.finished, self._calibrated = 0.0, False, False
+        self.progress, self.finished = 0.0, False
         self.verification: Verification | None = None
         self.seconds: float | None = None
         self.params_after = 0
@@ -139,6 +131,11 @@ class Compressor:
     def prices(self) -> Prices:
         """The costs of units, in the currency of the budget."""
         return self.costs.prices
+
+    @property
+    def session(self) -> Session | None:
+        """The calibration at work, if there is one."""
+        return self.calibrated.session if self.calibrated is not None else None
 
     @property
     def gates(self) -> Mapping[str, Tensor]:
@@ -196,7 +193,9 @@ class Compressor:
 
     def restart(self) -> None:
         """Start the search anew, and open all gates."""
-        self.search, self._calibrated = self._new_search(), False
+        self.search = self._new_search()
+        if self.calibrated is not None:
+            self.calibrated.learnt = False
         if self.turns is not None:
             self.turns.restart(self.search)
         self.progress, self._reach = (
@@ -333,14 +332,22 @@ class Compressor:
     # -- the end -------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """The plan as the search sees it now. Raises VlpruneError if the search knows nothing."""
-        return self._planned()
+        """The plan as the search sees it now. Raises VlpruneError if the search knows nothing.
 
-    def _planned(self, originals: Originals | None = None) -> Plan:
+        A method that learns from calibration batches does so now, and may rotate heads; the model
+        goes on computing what it did.
+        """
+        plan = self._planned()
+        if self.calibrated is not None:
+            self.calibrated.keep()
+        return plan
+
+    def _planned(self) -> Plan:
         if self._plan is not None:
             return self._plan
         check_plain(self.model, self.structures)
-        self._calibrate(originals)
+        if self.calibrated is not None:
+            self.calibrated.learn(self.search)
         learnt = self.turns is None or bool(self.search.facts().get("structure_steps"))
         if self.progress > 0 and learnt and self._reach.nothing:
             raise VlpruneError(
@@ -354,21 +361,6 @@ class Compressor:
             fingerprint=self.description.fingerprint,
         )
         return settled(self.model, self.description.structures, plan)
-
-    def _calibrate(self, originals: Originals | None = None) -> None:
-        """Let the search learn from the calibration batches, once."""
-        if self.session is None or not self.method.uses_calibration or self._calibrated:
-            return
-        if getattr(self.method, "rotate", False):
-            self.session.rotate(originals)
-        steps, step = self.session.steps, f"errors-{hashed(repr(self.method))}"
-        known = steps.known(step)
-        if known is not None:
-            self.search.restore(known[0])
-        else:
-            self.search.calibrate(self.session)
-            steps.remember(step, self.search.state())
-        self._calibrated = True
 
     def finish(self, verify: bool = True) -> Any:
         """Cut the given model in place, and return the same object.
@@ -388,38 +380,26 @@ class Compressor:
         refuse_sharded(self.model)
         inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
-        before_rotation, before_gates, before_fold = (Originals(self.model) for _ in range(3))
-        rotated = self.session is not None and self.session.rotated
         try:
-            plan = self._planned(before_rotation)
+            plan = self._planned()
             check_same_plan(plan)
             if early := unfinished(self.method, self.search, self.progress):
                 warnings.warn(early, stacklevel=2)
             after = int(cost.params(self.model, self.description.structures, plan))
             self.detach()
             cut = settle(self.model, self.description, plan)
-            if self.session is not None:
-                inputs = inputs or self.session.batches.given[0]
-                if plan.share:
-                    self.session.remark = "the plan shares weights, so it was not repaired"
-                elif getattr(self.method, "fold", True):
-                    self._gating.write_into_weights(before_gates)  # as it was trained
-                    self.session.fold(plan, before_fold)
+            if self.calibrated is not None:
+                self.calibrated.repair(plan, self._gating)
+                inputs = inputs or self.calibrated.session.batches.given[0]
             self.verification = perform(self.model, cut, inputs if verify else None)
         except BaseException:
-            before_fold.put_back()
-            before_gates.put_back()
-            before_rotation.put_back()
-            if self.session is not None and self.session.rotated and not rotated:
-                self.session.rotated, self._calibrated = False, False
+            if self.calibrated is not None and self.calibrated.put_back():
                 self.search = self._new_search()
             if attached:
                 self.attach()
             raise
-        finally:
-            before_fold.forget()
-            before_gates.forget()
-            before_rotation.forget()
+        if self.calibrated is not None:
+            self.calibrated.keep()
         if self._optimizer is not None:
             exchange(self._optimizer, replaced(before, self.model))
         self._plan, self.finished, self.params_after = plan, True, after
@@ -432,7 +412,7 @@ class Compressor:
         """Caveats that a reader of the report must know, one sentence each."""
         early = unfinished(self.method, self.search, self.progress) if self.finished else ""
         reached = self._reach.missing if self.progress > 0 else ""
-        calibrated = self.session.notes() if self.session is not None else []
+        calibrated = self.calibrated.session.notes() if self.calibrated is not None else []
         return [note for note in (early, reached, *calibrated) if note]
 
     def report(self) -> dict[str, Any]:
