@@ -229,7 +229,8 @@ class Session:
         wanted = self._outputs()
         with gated(self.model, self.structures, plan):
             before = self._apart(wanted)
-        if max(before.values(), default=0.0) <= NOTHING:  # a search has closed its gates already
+        finite = all(t.isfinite().any() for outputs in wanted.values() for t in outputs.values())
+        if finite and max(before.values(), default=0.0) <= NOTHING:  # a search has closed its gates already
             self.errors = OutputError(before, before)
             return self.errors
         steps = self.steps.below(hashlib.sha256(plan.to_json().encode()).hexdigest())
