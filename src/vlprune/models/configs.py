@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -58,6 +58,14 @@ class MdetrConfig(_PrefixedType, DetrConfig):
     (DeiT or ViT, for ViTMDETR). ``text_positions`` is the number of positions over which a query
     has probabilities; the last one means "no object". ``answer_heads`` maps each answer head of
     question answering to its number of classes.
+
+    Three settings are those of the authors' checkpoints at ``"first"``, ``("obj", "attr", "rel",
+    "global", "cat")`` and ``"published"`` (see :mod:`vlprune.models.mdetr_weights`).
+    ``answer_layer`` is the decoder layer that the answer heads read, the first or the last.
+    ``answer_types`` names the classes of the head ``answer_type`` in order; None stands for obj,
+    rel, attr, cat, global. ``positive_map`` says what a matched query is taught: the
+    ``"uniform"`` distribution over its phrase's tokens, as the paper has it, or ``"published"``, a
+    one at each token, since the authors' code stores the distribution as booleans.
     """
 
     model_type = "vlprune_mdetr"
@@ -74,6 +82,9 @@ class MdetrConfig(_PrefixedType, DetrConfig):
     alignment_temperature: float = 0.07
     answer_heads: dict[str, int] | None = None
     auxiliary_loss: bool = True
+    answer_layer: Literal["first", "last"] = "last"
+    answer_types: list[str] | tuple[str, ...] | None = None
+    positive_map: Literal["uniform", "published"] = "uniform"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.answer_heads = self.answer_heads or {}

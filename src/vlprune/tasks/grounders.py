@@ -105,7 +105,8 @@ class MdetrGrounder(Grounder):
         return outputs.logits.float().softmax(-1), outputs.pred_boxes.float()
 
     def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
-        return probabilities @ (tokens > 0).to(probabilities)
+        """The probability of the likeliest of the phrase's tokens, as the authors evaluate."""
+        return (probabilities * (tokens > 0)).amax(-1)
 
 
 class GroundingDinoGrounder(Grounder):

@@ -1,0 +1,102 @@
+"""What the authors' code computes where it differs from the papers, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprune import save
+from vlprune.errors import CheckpointError
+from vlprune.models import MdetrForGrounding
+from vlprune.models.mdetr_weights import convert_mdetr, published_settings
+from vlprune.tasks.gqa import ANSWER_TYPES, FORMER_TYPES, GqaTask
+from vlprune.tasks.grounders import GROUNDERS
+from vlprune.testing import build
+
+# -- MDETR -------------------------------------------------------------------------------
+
+
+def test_answers_are_read_from_the_layer_that_the_config_names() -> None:
+    model: Any = build("mdetr").model
+    inputs = build("mdetr").inputs
+    layers: list[torch.Tensor] = []
+    hook = model.decoder.register_forward_hook(lambda _m, _i, out: layers.append(out))
+    said = {}
+    for which in ("first", "last"):
+        model.config.answer_layer = which
+        said[which] = model(**inputs).answers
+    hook.remove()
+    queries = model.config.num_queries
+    for number, name in enumerate(("answer_obj", "answer_type")):  # sorted by name
+        head = model.answer_heads[name]
+        for which, layer in (("first", layers[0][0]), ("last", layers[0][-1])):
+            expected = head(layer[:, queries + number])
+            torch.testing.assert_close(said[which][name], expected)
+    assert not torch.allclose(said["first"]["answer_type"], said["last"]["answer_type"])
+
+
+def test_a_published_gqa_checkpoint_says_its_settings() -> None:
+    sizes = {"type": 5, "obj": 3, "rel": 1594, "attr": 403, "cat": 678, "global": 111}
+    state = {f"answer_{name}_head.weight": torch.zeros(n, 2) for name, n in sizes.items()}
+    assert published_settings({"class_embed.weight": torch.zeros(2, 2), **state}) == {
+        "answer_heads": {f"answer_{name}": n for name, n in sizes.items()},
+        "answer_layer": "first",
+        "answer_types": ["obj", "attr", "rel", "global", "cat"],
+    }
+    assert published_settings({"class_embed.weight": torch.zeros(2, 2)}) == {}
+    # the rows of the six queries: type, obj, rel, attr, cat, global there, sorted by name here
+    queries = torch.arange(6.0)[:, None]
+    found = convert_mdetr({"qa_embed.weight": queries})["answer_queries.weight"]
+    assert found[:, 0].tolist() == [3, 4, 5, 1, 2, 0]  # attr, cat, global, obj, rel, type
+
+
+def test_a_checkpoint_with_a_cls_token_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="also reads a CLS token"):
+        convert_mdetr({"transformer.CLS.weight": torch.zeros(1, 16)})
+
+
+def test_older_folders_keep_their_layer_and_their_order_of_types(tmp_path: Path) -> None:
+    save(build("mdetr").model, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("answer_layer", "answer_types", "positive_map"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    model: Any = MdetrForGrounding.from_pretrained(tmp_path)
+    assert (model.config.answer_layer, model.config.positive_map) == ("last", "uniform")
+    task = object.__new__(GqaTask)
+    assert task.kinds == ANSWER_TYPES
+    task.objective(model)
+    assert task.kinds == FORMER_TYPES == ("obj", "rel", "attr", "cat", "global")
+
+
+def test_published_positive_maps_are_rows_of_ones() -> None:
+    """A phrase of two tokens: the mean of the two terms by the paper, their sum by the code."""
+    sample = build("mdetr")
+    model: Any = sample.model.eval()
+    row = torch.zeros(1, model.config.text_positions)
+    row[0, 1:3] = 0.5
+    labels = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]), "tokens": row}] * 2
+    model.config.eos_coefficient = 0.0  # queries without a box say nothing
+    model.config.num_queries = 1
+    model.query_embed.weight = torch.nn.Parameter(model.query_embed.weight[:1])
+    losses = {}
+    for name in ("uniform", "published"):
+        model.config.positive_map = name
+        losses[name] = model(**sample.inputs, labels=labels).losses
+    said = -model(**sample.inputs).logits.log_softmax(-1)[:, 0, 1:3]
+    weight = model.config.class_cost
+    assert float(losses["published"]["tokens"]) == pytest.approx(float(weight * said.sum()) / 2)
+    assert float(losses["uniform"]["tokens"]) == pytest.approx(float(weight * said.sum()) / 4)
+    for name in ("l1", "giou", "alignment"):
+        assert float(losses["uniform"][name]) == pytest.approx(float(losses["published"][name]))
+
+
+def test_mdetrs_phrase_is_as_likely_as_its_likeliest_token() -> None:
+    probabilities = torch.tensor([[0.3, 0.3, 0.4], [0.5, 0.0, 0.5]])
+    phrase = torch.tensor([0.5, 0.5, 0.0])
+    assert GROUNDERS["mdetr"].score(probabilities, phrase).tolist() == pytest.approx([0.3, 0.5])
