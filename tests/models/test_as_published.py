@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from vlprune import save
 from vlprune.errors import CheckpointError
-from vlprune.models import MdetrForGrounding
+from vlprune.folders.opening import open_config
+from vlprune.models import MdetrForGrounding, SegmenterConfig
 from vlprune.models.mdetr_weights import convert_mdetr, published_settings
 from vlprune.tasks.gqa import ANSWER_TYPES, FORMER_TYPES, GqaTask
 from vlprune.tasks.grounders import GROUNDERS
@@ -100,3 +102,66 @@ def test_mdetrs_phrase_is_as_likely_as_its_likeliest_token() -> None:
     probabilities = torch.tensor([[0.3, 0.3, 0.4], [0.5, 0.0, 0.5]])
     phrase = torch.tensor([0.5, 0.5, 0.0])
     assert GROUNDERS["mdetr"].score(probabilities, phrase).tolist() == pytest.approx([0.3, 0.5])
+
+
+# -- Segmenter ---------------------------------------------------------------------------
+
+
+def test_segmenters_positions_are_resized_bilinearly() -> None:
+    """From 2 x 2 to 4 x 4: pixel centres of the new grid lie at -.25, .25, .75, 1.25 of the old."""
+    model: Any = build("segmenter").model
+    embeddings = model.vit.embeddings
+    side = round(embeddings.patch_embeddings.num_patches**0.5)
+    patch = int(model.config.patch_size)
+    old = torch.arange(float(side))[:, None].expand(side, side)  # the number of the row
+    with torch.no_grad():
+        embeddings.position_embeddings[0, 1:] = old.reshape(-1, 1)
+        wide = embeddings.interpolate_pos_encoding(None, 2 * side * patch, side * patch)
+        same = embeddings.interpolate_pos_encoding(None, side * patch, side * patch)
+    assert same is embeddings.position_embeddings
+    assert torch.equal(wide[:, 0], same[:, 0])
+    centres = [min(max((row + 0.5) / 2 - 0.5, 0), side - 1) for row in range(2 * side)]
+    rows = wide[0, 1:, 0].unflatten(0, (2 * side, side))
+    for column in range(side):
+        assert rows[:, column].tolist() == pytest.approx(centres)
+    embeddings.resizing = "bicubic"
+    cubic = embeddings.interpolate_pos_encoding(None, 2 * side * patch, side * patch)
+    stock = super(type(embeddings), embeddings).interpolate_pos_encoding(
+        torch.zeros(1, 1 + 2 * side * side, 32), 2 * side * patch, side * patch
+    )
+    torch.testing.assert_close(cubic, stock)
+
+
+def test_segmenter_pads_what_patches_do_not_fill() -> None:
+    model: Any = build("segmenter").model.eval()
+    patch = int(model.config.patch_size)
+    height, width = 2 * patch - 1, 3 * patch - 3
+    picture = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    filled = torch.zeros(1, 3, 2 * patch, 3 * patch)
+    filled[:, :, :height, :width] = picture
+    labels = torch.arange(height * width).reshape(1, height, width) % 5
+    with torch.no_grad():
+        found = model(picture, labels=labels)
+        logits = model(filled).logits
+    assert found.logits.shape[2:] == (2, 3)
+    torch.testing.assert_close(found.logits, logits)
+    full = torch.nn.functional.interpolate(logits, (2 * patch, 3 * patch), mode="bilinear")
+    cut = full[:, :, :height, :width]
+    torch.testing.assert_close(model.enlarge(logits, height, width), cut)
+    assert float(found.loss) == pytest.approx(float(torch.nn.functional.cross_entropy(cut, labels)))
+
+
+def test_new_segmenters_are_the_authors_and_older_folders_what_they_were(tmp_path: Path) -> None:
+    config = SegmenterConfig()
+    assert (config.layer_norm_eps, config.position_resizing) == (1e-5, "bilinear")
+    model: Any = build("segmenter").model
+    assert {n.eps for n in model.modules() if isinstance(n, torch.nn.LayerNorm)} == {1e-5}
+    save(model, tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert (saved["layer_norm_eps"], saved["position_resizing"]) == (1e-5, "bilinear")
+    former = {k: v for k, v in saved.items() if k != "position_resizing"}
+    path.write_text(json.dumps({**former, "layer_norm_eps": 1e-12}))  # as written before
+    for read in (SegmenterConfig.from_pretrained, AutoConfig.from_pretrained, open_config):
+        old: Any = read(tmp_path)
+        assert (old.layer_norm_eps, old.position_resizing) == (1e-12, "bicubic")

@@ -43,12 +43,25 @@ class BlipNlvrConfig(_PrefixedType, BlipConfig):
 
 
 class SegmenterConfig(_PrefixedType, ViTConfig):
-    """A ViTConfig with the number of layers of the mask transformer."""
+    """A ViTConfig with the number of layers of the mask transformer.
+
+    ``layer_norm_eps`` and ``position_resizing``, the interpolation that fits position embeddings to
+    pictures of another size, are those of the authors' code by default. A saved config without
+    ``position_resizing`` is older than these defaults and is read with bicubic.
+    """
 
     model_type = "vlprune_segmenter"
 
+    layer_norm_eps: float = 1e-5
+    position_resizing: Literal["bilinear", "bicubic"] = "bilinear"
     decoder_layers: int = 2
     semantic_loss_ignore_index: int = 255
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, with what was computed before the settings that are missing."""
+        former = {"position_resizing": "bicubic", "layer_norm_eps": 1e-12}
+        return super().from_dict({**former, **config_dict}, **kwargs)
 
 
 class MdetrConfig(_PrefixedType, DetrConfig):
