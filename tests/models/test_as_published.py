@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BlipConfig, BlipTextConfig
 
 from vlprune import save
 from vlprune.errors import CheckpointError
 from vlprune.folders.opening import open_config
-from vlprune.models import MdetrForGrounding, SegmenterConfig
+from vlprune.models import BlipNlvrConfig, MdetrForGrounding, SegmenterConfig
 from vlprune.models.mdetr_weights import convert_mdetr, published_settings
 from vlprune.tasks.gqa import ANSWER_TYPES, FORMER_TYPES, GqaTask
 from vlprune.tasks.grounders import GROUNDERS
@@ -165,3 +165,26 @@ def test_new_segmenters_are_the_authors_and_older_folders_what_they_were(tmp_pat
     for read in (SegmenterConfig.from_pretrained, AutoConfig.from_pretrained, open_config):
         old: Any = read(tmp_path)
         assert (old.layer_norm_eps, old.position_resizing) == (1e-12, "bicubic")
+
+
+# -- BLIP for NLVR2 ----------------------------------------------------------------------
+
+
+def test_blip_for_nlvr2_has_the_authors_heads_and_eps(tmp_path: Path) -> None:
+    config = BlipNlvrConfig()
+    assert (config.text_config.num_attention_heads, config.vision_config.layer_norm_eps) == (
+        12,
+        1e-6,
+    )
+    narrow = BlipNlvrConfig(text_config={"hidden_size": 64}, vision_config={"layer_norm_eps": 1e-5})
+    assert narrow.text_config.num_attention_heads == BlipTextConfig().num_attention_heads == 8
+    assert narrow.vision_config.layer_norm_eps == 1e-5
+    # what transformers' BLIP has, and what folders were saved with before: both are written out
+    former = BlipNlvrConfig(**BlipConfig().to_dict())
+    former.save_pretrained(tmp_path)
+    for found in (former, BlipNlvrConfig.from_pretrained(tmp_path), open_config(tmp_path)):
+        assert found.text_config.num_attention_heads == 8
+        assert found.vision_config.layer_norm_eps == 1e-5
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["text_config"]["num_attention_heads"] == 8
+    assert saved["vision_config"]["layer_norm_eps"] == 1e-5

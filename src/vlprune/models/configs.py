@@ -35,11 +35,26 @@ class _PrefixedType:
 
 
 class BlipNlvrConfig(_PrefixedType, BlipConfig):
-    """A BlipConfig with the text layer from which on the cross-attentions are merged linearly."""
+    """A BlipConfig with the text layer from which on the cross-attentions are merged linearly.
+
+    Where the parts do not say otherwise, the model is the authors': 12 text heads at the published
+    width of 768, and vision layer norms with an eps of 1e-6 (transformers' BLIP has 8 and 1e-5).
+    """
 
     model_type = "vlprune_blip_nlvr"
 
+    text_config: Any = None
+    vision_config: Any = None
     merge_from_layer: int = 6
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            text = self.text_config or {}
+            heads = {"num_attention_heads": 12} if text.get("hidden_size", 768) == 768 else {}
+            self.text_config = {**heads, **text}
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = {"layer_norm_eps": 1e-6, **(self.vision_config or {})}
+        super().__post_init__(**kwargs)
 
 
 class SegmenterConfig(_PrefixedType, ViTConfig):
