@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from vlprune import save
 from vlprune.errors import CheckpointError
 from vlprune.folders.opening import open_config
 from vlprune.models import BlipNlvrConfig, MdetrForGrounding, SegmenterConfig
+from vlprune.models.atss import anchors, assign_places, centerness
+from vlprune.models.dynamic_head import DynamicBlock
+from vlprune.models.glip import GlipOutput, _spans
 from vlprune.models.mdetr_weights import convert_mdetr, published_settings
+from vlprune.models.set_loss import paired_giou
 from vlprune.tasks.gqa import ANSWER_TYPES, FORMER_TYPES, GqaTask
 from vlprune.tasks.grounders import GROUNDERS
 from vlprune.testing import build
@@ -188,3 +193,98 @@ def test_blip_for_nlvr2_has_the_authors_heads_and_eps(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["text_config"]["num_attention_heads"] == 8
     assert saved["vision_config"]["layer_norm_eps"] == 1e-5
+
+
+# -- GLIP --------------------------------------------------------------------------------
+
+
+def test_glips_phrase_is_scored_under_one_root() -> None:
+    """Probabilities .2 and .6, centerness .5: sqrt(.4 x .5), not the mean of sqrt(.1), sqrt(.3)."""
+    said = GlipOutput(
+        logits=torch.tensor([[[0.2, 0.6, 0.9]]]).logit(),
+        pred_boxes=torch.zeros(1, 1, 4),
+        centerness=torch.zeros(1, 1),
+    )
+    fit, _ = GROUNDERS["glip"].read(said)
+    phrase = torch.tensor([0.5, 0.5, 0.0])
+    assert GROUNDERS["glip"].score(fit[0], phrase).tolist() == pytest.approx([0.2**0.5])
+
+
+def slow_inclusive(anchor: list[float], box: list[float]) -> tuple[float, float, float]:
+    """IoU, the distance to the nearest edge and centerness of corners that name whole pixels."""
+    a, b = ([*x[:2], x[2] - 1, x[3] - 1] for x in (anchor, box))
+
+    def area(r: list[float]) -> float:
+        return max(0.0, r[2] - r[0] + 1) * max(0.0, r[3] - r[1] + 1)
+
+    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
+    x, y = (a[0] + a[2]) / 2, (a[1] + a[3]) / 2
+    left, top, right, bottom = x - b[0], y - b[1], b[2] - x, b[3] - y
+    share = min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom)
+    iou = both / (area(a) + area(b) - both)
+    return iou, min(left, top, right, bottom), max(0.0, share) ** 0.5
+
+
+def test_inclusive_corners_move_the_edges_by_half_a_pixel() -> None:
+    # a centre .3 inside the box: a candidate for the paper, outside for the code
+    (near,) = anchors([(1, 1)], [8], 1)  # around (4, 4)
+    box = torch.tensor([[3.7, 0.0, 11.7, 8.0]])
+    level = torch.cat([near, near + 100, near + 200])
+    assert assign_places([level], box).tolist() == [0, -1, -1]
+    assert assign_places([level], box, inclusive=True).tolist() == [-1, -1, -1]
+    # the square (0, 0, 10, 10) around (4, 4): distances 3.5 and 5.5
+    square = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    assert centerness(near, square, inclusive=True).tolist() == pytest.approx([3.5 / 5.5])
+    g = torch.Generator().manual_seed(0)
+    (grid,) = anchors([(6, 6)], [8], 2)
+    for _ in range(20):
+        low = torch.rand(1, 2, generator=g) * 20
+        box = torch.cat([low, low + 4 + 20 * torch.rand(1, 2, generator=g)], dim=1)
+        facts = [slow_inclusive(one, box[0].tolist()) for one in grid.tolist()]
+        ious = torch.tensor([iou for iou, _, _ in facts])
+        bar = float(ious.mean() + ious.std())
+        wanted = [0 if iou >= bar and edge > 0.01 else -1 for iou, edge, _ in facts]
+        assert assign_places([grid], box, len(grid), inclusive=True).tolist() == wanted
+        inside = [i for i, (_, edge, _) in enumerate(facts) if edge > 0]
+        found = centerness(grid[inside], box.expand(len(inside), 4), inclusive=True)
+        assert found.tolist() == pytest.approx([facts[i][2] for i in inside], abs=1e-5)
+
+
+def test_inclusive_boxes_are_a_pixel_smaller_in_giou() -> None:
+    """(0, 0, 5, 5) in (0, 0, 10, 10) is 4 x 4 in 9 x 9 pixels."""
+    pixels = torch.tensor([[0.0, 0.0, 5.0, 5.0], [0.0, 0.0, 10.0, 10.0], [3.0, 3.0, 3.5, 9.0]])
+    side = torch.tensor([20.0, 40.0])
+    boxes = _spans(pixels / side.repeat(2), 1 / side)
+    assert float(paired_giou(boxes[:1], boxes[1:2])) == pytest.approx(16 / 81)
+    assert boxes[2, 2:].tolist() == pytest.approx([0, 5 / 40])  # half a pixel becomes nothing
+    sample = build("glip")
+    model: Any = sample.model
+    tokens = torch.zeros(1, 6)
+    tokens[0, 1] = 1
+    labels = [{"boxes": torch.tensor([[0.5, 0.4, 0.4, 0.5]]), "tokens": tokens}] * 2
+    losses = {}
+    for model.config.corners in ("continuous", "inclusive"):
+        losses[model.config.corners] = model(**sample.inputs, labels=labels).losses
+    for name in ("giou", "centerness"):
+        first, second = (float(loss[name]) for loss in losses.values())
+        assert first != second
+
+
+def test_published_offsets_are_read_as_they_lie_in_memory() -> None:
+    """Entry (channel, y, x) of 2 x 3 places is number (channel 2 + y) 3 + x of the 4 x 6 places."""
+    told = torch.arange(2.0 * 18 * 4 * 6).reshape(2, 18, 4, 6)
+    block = DynamicBlock(16, published=True)
+    found = block._moved(torch.cat([told, told[:, :9]], dim=1)[:, :18], torch.Size((2, 3)))
+    assert found.shape == (2, 18, 2, 3)
+    for batch, channel, y, x in itertools.product(range(2), range(18), range(2), range(3)):
+        flat = (channel * 2 + y) * 3 + x
+        expected = told[batch, flat // 24, flat // 6 % 4, flat % 6]
+        assert float(found[batch, channel, y, x]) == float(expected)
+    levels = [torch.randn(1, 16, 4, 6), torch.randn(1, 16, 2, 3)]
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = DynamicBlock(16)
+    ours.load_state_dict(block.state_dict())
+    (fine, coarse), (other, same) = block(levels), ours(levels)
+    torch.testing.assert_close(coarse, same)  # the coarsest level reads none above it
+    assert not torch.allclose(fine, other)

@@ -124,6 +124,12 @@ class GlipConfig(_PrefixedType, PreTrainedConfig):
 
     ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text. An anchor
     is ``anchor_scale`` strides wide, and ``atss_candidates`` anchors per level compete for a box.
+
+    Two settings compute what the authors' code computes. With ``corners="inclusive"`` the right and
+    lower edge of a box in training are its last pixels, as there, so that a box is one pixel
+    smaller when places are assigned, in centerness and in GIoU. With ``offsets="published"`` the
+    offsets with which a level reads the next coarser one are not resized but read as they lie in
+    memory, as the authors' operator does; their weights were trained so.
     """
 
     model_type = "vlprune_glip"
@@ -148,6 +154,8 @@ class GlipConfig(_PrefixedType, PreTrainedConfig):
     strides: tuple[int, ...] | list[int] = (8, 16, 32, 64, 128)
     anchor_scale: float | int = 8
     atss_candidates: int = 9
+    corners: Literal["continuous", "inclusive"] = "continuous"
+    offsets: Literal["resized", "published"] = "resized"
     initializer_range: float = 0.02
 
 
