@@ -41,13 +41,16 @@ def anchors(sizes: Sequence[tuple[int, int]], strides: Sequence[int], scale: flo
     return found
 
 
-def assign_places(levels: Sequence[Tensor], boxes: Tensor, closest: int = 9) -> Tensor:
+def assign_places(
+    levels: Sequence[Tensor], boxes: Tensor, closest: int = 9, inclusive: bool = False
+) -> Tensor:
     """The index of the box that each anchor of all levels is trained on, or -1: (anchors,).
 
     ``levels`` are the anchors of each level, (places, 4). Of each level, the ``closest`` anchors to
     a box's centre are its candidates. A candidate is assigned the box if their IoU is at least
     the mean plus the standard deviation over all candidates, and if its centre lies in the box. An
-    anchor that qualifies for several boxes takes the box with the highest IoU.
+    anchor that qualifies for several boxes takes the box with the highest IoU. ``inclusive``: the
+    centre must lie half a pixel further inside, see :func:`centerness`.
     """
     every = torch.cat([*levels])
     owner = torch.full((len(every),), -1)
@@ -66,7 +69,8 @@ def assign_places(levels: Sequence[Tensor], boxes: Tensor, closest: int = 9) -> 
     overlaps = overlap.gather(0, candidates)
     bar = overlaps.mean(0) + overlaps.std(0)
     at = middle[candidates]  # (candidates, boxes, 2)
-    inside = torch.minimum(at - boxes[:, :2], boxes[:, 2:] - at).amin(-1) > 0.01
+    edge = torch.minimum(at - boxes[:, :2], boxes[:, 2:] - at).amin(-1)
+    inside = edge > (0.51 if inclusive else 0.01)
     answers = (overlaps >= bar) & inside
     best = torch.full((len(every), len(boxes)), -1.0)
     places, which = answers.nonzero(as_tuple=True)
@@ -92,9 +96,16 @@ def decode(anchor: Tensor, code: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def centerness(anchor: Tensor, boxes: Tensor) -> Tensor:
-    """How central each anchor's centre is in its box, 1 in the middle, 0 at the edge: (n,)."""
+def centerness(anchor: Tensor, boxes: Tensor, inclusive: bool = False) -> Tensor:
+    """How central each anchor's centre is in its box, 1 in the middle, 0 at the edge: (n,).
+
+    With ``inclusive``, pixels are points and a box ends at its last pixel: a box from 0 to 10 goes
+    from pixel 0 to pixel 9, and the centre 4 of an anchor is the point 3.5. So all distances from
+    the edges are half a pixel less.
+    """
     near, far = _centres(anchor) - boxes[:, :2], boxes[:, 2:] - _centres(anchor)
+    if inclusive:
+        near, far = near - 0.5, far - 0.5
     low, high = torch.minimum(near, far), torch.maximum(near, far)
     return (low / high.clamp(min=1e-6)).clamp(min=0).prod(1).sqrt()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -35,20 +35,48 @@ class _PrefixedType:
 
 
 class BlipNlvrConfig(_PrefixedType, BlipConfig):
-    """A BlipConfig with the text layer from which on the cross-attentions are merged linearly."""
+    """A BlipConfig with the text layer from which on the cross-attentions are merged linearly.
+
+    Where the parts do not say otherwise, the model is the authors': 12 text heads at the published
+    width of 768, and vision layer norms with an eps of 1e-6 (transformers' BLIP has 8 and 1e-5).
+    """
 
     model_type = "vlprune_blip_nlvr"
 
+    text_config: Any = None
+    vision_config: Any = None
     merge_from_layer: int = 6
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            text = self.text_config or {}
+            heads = {"num_attention_heads": 12} if text.get("hidden_size", 768) == 768 else {}
+            self.text_config = {**heads, **text}
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = {"layer_norm_eps": 1e-6, **(self.vision_config or {})}
+        super().__post_init__(**kwargs)
 
 
 class SegmenterConfig(_PrefixedType, ViTConfig):
-    """A ViTConfig with the number of layers of the mask transformer."""
+    """A ViTConfig with the number of layers of the mask transformer.
+
+    ``layer_norm_eps`` and ``position_resizing``, the interpolation that fits position embeddings to
+    pictures of another size, are those of the authors' code by default. A saved config without
+    ``position_resizing`` is older than these defaults and is read with bicubic.
+    """
 
     model_type = "vlprune_segmenter"
 
+    layer_norm_eps: float = 1e-5
+    position_resizing: Literal["bilinear", "bicubic"] = "bilinear"
     decoder_layers: int = 2
     semantic_loss_ignore_index: int = 255
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, with what was computed before the settings that are missing."""
+        former = {"position_resizing": "bicubic", "layer_norm_eps": 1e-12}
+        return super().from_dict({**former, **config_dict}, **kwargs)
 
 
 class MdetrConfig(_PrefixedType, DetrConfig):
@@ -58,6 +86,14 @@ class MdetrConfig(_PrefixedType, DetrConfig):
     (DeiT or ViT, for ViTMDETR). ``text_positions`` is the number of positions over which a query
     has probabilities; the last one means "no object". ``answer_heads`` maps each answer head of
     question answering to its number of classes.
+
+    Three settings are those of the authors' checkpoints at ``"first"``, ``("obj", "attr", "rel",
+    "global", "cat")`` and ``"published"`` (see :mod:`vlprune.models.mdetr_weights`).
+    ``answer_layer`` is the decoder layer that the answer heads read, the first or the last.
+    ``answer_types`` names the classes of the head ``answer_type`` in order; None stands for obj,
+    rel, attr, cat, global. ``positive_map`` says what a matched query is taught: the
+    ``"uniform"`` distribution over its phrase's tokens, as the paper has it, or ``"published"``, a
+    one at each token, since the authors' code stores the distribution as booleans.
     """
 
     model_type = "vlprune_mdetr"
@@ -74,6 +110,9 @@ class MdetrConfig(_PrefixedType, DetrConfig):
     alignment_temperature: float = 0.07
     answer_heads: dict[str, int] | None = None
     auxiliary_loss: bool = True
+    answer_layer: Literal["first", "last"] = "last"
+    answer_types: list[str] | tuple[str, ...] | None = None
+    positive_map: Literal["uniform", "published"] = "uniform"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.answer_heads = self.answer_heads or {}
@@ -85,6 +124,12 @@ class GlipConfig(_PrefixedType, PreTrainedConfig):
 
     ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text. An anchor
     is ``anchor_scale`` strides wide, and ``atss_candidates`` anchors per level compete for a box.
+
+    Two settings compute what the authors' code computes. With ``corners="inclusive"`` the right and
+    lower edge of a box in training are its last pixels, as there, so that a box is one pixel
+    smaller when places are assigned, in centerness and in GIoU. With ``offsets="published"`` the
+    offsets with which a level reads the next coarser one are not resized but read as they lie in
+    memory, as the authors' operator does; their weights were trained so.
     """
 
     model_type = "vlprune_glip"
@@ -109,6 +154,8 @@ class GlipConfig(_PrefixedType, PreTrainedConfig):
     strides: tuple[int, ...] | list[int] = (8, 16, 32, 64, 128)
     anchor_scale: float | int = 8
     atss_candidates: int = 9
+    corners: Literal["continuous", "inclusive"] = "continuous"
+    offsets: Literal["resized", "published"] = "resized"
     initializer_range: float = 0.02
 
 

@@ -108,12 +108,14 @@ class DynamicBlock(nn.Module):
     """One block of the dynamic head over a pyramid, with attention over levels, places, channels.
 
     Each level reads itself, the next finer level (stride 2) and the next coarser level, all with
-    offsets computed from itself. For the coarser level these offsets are resized to its size; the
-    authors' operator reads them there as they lie in memory, which cannot be intended.
+    offsets computed from itself. For the coarser level these offsets are resized to its size. With
+    ``published`` they are read as they lie in memory, as the authors' operator does, which cannot
+    be intended.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, published: bool = False) -> None:
         super().__init__()
+        self.published = published
         self.coarser, self.same = DeformableNorm(width, 1), DeformableNorm(width, 1)
         self.finer = DeformableNorm(width, 2)
         self.offset = nn.Conv2d(width, 27, 3, padding=1)
@@ -132,8 +134,8 @@ class DynamicBlock(nn.Module):
             if number > 0:
                 seen.append(self.finer(levels[number - 1], offsets, mask))
             if number + 1 < len(levels):
-                above, size = levels[number + 1], levels[number + 1].shape[-2:]
-                moved = [F.interpolate(x, size, mode="bilinear") for x in (offsets, mask)]
+                above = levels[number + 1]
+                moved = [self._moved(x, above.shape[-2:]) for x in (offsets, mask)]
                 up = self.coarser(above, *moved)
                 seen.append(F.interpolate(up, own.shape[-2:], mode="bilinear", align_corners=True))
             together = torch.stack(seen)  # (levels read, batch, channels, height, width)
@@ -142,3 +144,10 @@ class DynamicBlock(nn.Module):
             )
             result.append(self.relu((together * F.hardsigmoid(weights)).mean(0)))
         return result
+
+    def _moved(self, told: Tensor, size: torch.Size) -> Tensor:
+        """Offsets or masks of a level for places of the next coarser one, of ``size``."""
+        if not self.published:
+            return F.interpolate(told, size, mode="bilinear")
+        count = told.shape[1] * size.numel()  # the first numbers of each picture
+        return told.flatten(1)[:, :count].unflatten(1, (told.shape[1], *size))

@@ -80,7 +80,7 @@ class GlipLayer(nn.Module):
         super().__init__()
         self.fusion = GlipFusionLayer(config)
         self.text_layer = BertLayer(config.text_config)
-        self.dynamic = DynamicBlock(config.d_model)
+        self.dynamic = DynamicBlock(config.d_model, config.offsets == "published")
 
     def forward(
         self, levels: list[Tensor], words: Tensor, absent: Tensor, mask: Any
@@ -253,10 +253,11 @@ class GlipForGrounding(PreTrainedModel):
     ) -> dict[str, Tensor]:
         """Alignment by focal loss; GIoU of boxes and cross-entropy of centerness at ATSS places."""
         goal = torch.zeros_like(logits, dtype=torch.float32)
+        inclusive = self.config.corners == "inclusive"
         image, place, wanted = [], [], []
         for number, target in enumerate(labels):
             pixels = center_to_corners_format(target["boxes"].float()) * side[number].float()
-            owner = assign_places(grid, pixels.cpu(), self.config.atss_candidates)
+            owner = assign_places(grid, pixels.cpu(), self.config.atss_candidates, inclusive)
             at = (owner >= 0).nonzero()[:, 0]
             which = owner[at].to(logits.device)
             at = at.to(logits.device)
@@ -266,19 +267,27 @@ class GlipForGrounding(PreTrainedModel):
             place.append(at)
             wanted.append(pixels[which])
         rows, columns, right = torch.cat(image), torch.cat(place), torch.cat(wanted)
-        central = centerness(every[columns].float(), right)
+        central = centerness(every[columns].float(), right, inclusive)
         count, weight = _mean(float(len(rows)), logits), _mean(float(central.sum()), logits)
         shown = there[:, None].expand_as(logits)
         fits = focal_loss(logits[shown].float(), goal[shown]).sum() / count
-        found = boxes[rows, columns].float()
-        low, high = found.chunk(2, dim=-1)
-        said = torch.cat([(low + high) / 2, high - low], dim=-1)
-        low, high = (right / side[rows, 0].float()).chunk(2, dim=-1)
-        true = torch.cat([(low + high) / 2, high - low], dim=-1)
+        pixels_of = side[rows, 0].float()
+        found = [boxes[rows, columns].float(), right / pixels_of]
+        said, true = (_spans(box, float(inclusive) / pixels_of[:, 2:]) for box in found)
         giou = ((1 - paired_giou(said, true)) * central).sum() / weight
         logit = middle[rows, columns].float()
         about = F.binary_cross_entropy_with_logits(logit, central, reduction="sum") / count
         return {"alignment": fits, "giou": 2 * giou, "centerness": about}
+
+
+def _spans(boxes: Tensor, less: Tensor) -> Tensor:
+    """Corners (n, 4) as centres and sizes (n, 4), where right and lower edges lie ``less`` inside.
+
+    No box becomes smaller than nothing.
+    """
+    low, high = boxes.chunk(2, dim=-1)
+    high = torch.maximum(low, high - less)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def _mean(value: float, like: Tensor) -> float:

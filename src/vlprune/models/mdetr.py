@@ -217,8 +217,9 @@ class MdetrForGrounding(DetrPreTrainedModel):
         layers = self.decoder(wanted, memory, mask, places)
         states, boxed = layers[-1], self.config.num_queries
         text = F.normalize(self.align_text(memory[:, image.shape[1] :]), dim=-1)
+        asked = layers[0 if self.config.answer_layer == "first" else -1]
         said = {
-            name: self.answer_heads[name](states[:, boxed + i])
+            name: self.answer_heads[name](asked[:, boxed + i])
             for i, name in enumerate(self.answer_names)
         }
         final = self._read(states[:, :boxed], text)
@@ -264,6 +265,8 @@ class MdetrForGrounding(DetrPreTrainedModel):
         if PartialState._shared_state:
             count = reduce(count, "mean")
         boxes = max(1.0, float(count))
+        if config.positive_map == "published":
+            labels = [{**t, "tokens": (t["tokens"] > 0).float()} for t in labels]
         losses = set_losses(final, labels, weights, boxes)
         for number, said in enumerate(earlier):
             more = set_losses(said, labels, weights, boxes)

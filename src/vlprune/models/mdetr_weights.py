@@ -4,7 +4,7 @@ The published files are pickles. Read them with ``torch.load(path, weights_only=
 builds tensors and runs no code, and pass their ``"model"`` or ``"model_ema"`` entry on::
 
     state = torch.load("pretrained_resnet101_checkpoint.pth", weights_only=True)["model"]
-    model = MdetrForGrounding(config)
+    model = MdetrForGrounding(MdetrConfig(**sizes, **published_settings(state)))
     model.load_state_dict(convert_mdetr(state))
 """
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError
 
-__all__ = ["convert_mdetr"]
+__all__ = ["convert_mdetr", "published_settings"]
 
 _ATTENTION = r"transformer\.(encoder|decoder)\.layers\.(\d+)\.(self_attn|cross_attn_image)\."
 _BOTTLENECK = r"backbone\.0\.body\.layer(\d)\.(\d+)\."
@@ -53,7 +54,7 @@ _RULES: tuple[tuple[str, str], ...] = (
 
 _UNUSED = re.compile(
     r".*position_ids$|.*num_batches_tracked$|transformer\.text_encoder\.pooler\.|isfinal_embed\.|"
-    r"contrastive_projection_|transformer\.CLS\.|contrastive_hdim|backbone\.0\.body\.fc\."
+    r"contrastive_projection_|contrastive_hdim|backbone\.0\.body\.fc\."
 )
 """Weights that MDETR's forward pass for boxes or answers never reads."""
 
@@ -61,13 +62,38 @@ _UNUSED = re.compile(
 def convert_mdetr(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the names used here; fused attention projections are split.
 
-    Raises CheckpointError for a name that MDETR's models do not have.
+    Raises CheckpointError for a name that MDETR's models do not have, and for a checkpoint whose
+    encoder also reads a CLS token (trained with ``--contrastive_loss``).
     """
+    if any(name.startswith("transformer.CLS.") for name in state):
+        raise CheckpointError(
+            "the encoder of this checkpoint also reads a CLS token, which MdetrForGrounding has "
+            "not: use a checkpoint that was trained without --contrastive_loss"
+        )
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not _UNUSED.match(name):
             found |= _attention(name, tensor) or _bottleneck(name, tensor) or _plain(name, tensor)
     return found
+
+
+def published_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of MdetrConfig with which a converted checkpoint answers as the authors' code does.
+
+    These are the answer heads with their numbers of classes, the order of the types of questions,
+    and the decoder layer that the heads read: the first, since the authors' code takes entry 0 of
+    the list of all layers. Empty for a checkpoint without answer heads. To train a converted
+    checkpoint on as the authors did, also give ``positive_map="published"``.
+    """
+    heads = {
+        name.removesuffix("_head.weight"): len(tensor)
+        for name, tensor in state.items()
+        if re.fullmatch(r"answer_\w+_head\.weight", name)
+    }
+    if not heads:
+        return {}
+    types = list(PUBLISHED_TYPES)
+    return {"answer_heads": heads, "answer_layer": "first", "answer_types": types}
 
 
 def _attention(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -99,6 +125,9 @@ def _bottleneck(name: str, tensor: Tensor) -> dict[str, Tensor]:
         inside = f"layer.{int(kind[-1]) - 1}.{what}"
     return {f"{path}.{inside}.{leaf}": tensor}
 
+
+PUBLISHED_TYPES = ("obj", "attr", "rel", "global", "cat")
+"""The classes of the authors' head ``answer_type``, in order."""
 
 _ANSWER_ORDER = ("type", "obj", "rel", "attr", "cat", "global")
 """Answer heads of the six extra queries, in the order of the published checkpoints."""

@@ -12,11 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
-from transformers.models.vit.modeling_vit import ViTLayer, ViTModel, ViTPreTrainedModel
+from transformers.models.vit.modeling_vit import (
+    ViTEmbeddings,
+    ViTLayer,
+    ViTModel,
+    ViTPreTrainedModel,
+)
 
 from .configs import SegmenterConfig
 
 __all__ = ["SegmenterForSemanticSegmentation"]
+
+
+class SegmenterEmbeddings(ViTEmbeddings):
+    """ViT's embeddings, with positions resized as ``config.position_resizing`` says."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.resizing = config.position_resizing
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings (1, 1 + patches, width) of a picture of ``height`` x ``width``."""
+        positions: Tensor = self.position_embeddings
+        side = round(self.patch_embeddings.num_patches**0.5)
+        grid = (height // int(self.patch_size), width // int(self.patch_size))
+        if not torch.jit.is_tracing() and grid == (side, side):  # type: ignore[attr-defined]
+            return positions
+        patches = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = nn.functional.interpolate(patches, grid, mode=self.resizing)
+        return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class SegmenterMaskTransformer(nn.Module):
@@ -56,6 +80,7 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.vit = ViTModel(config, add_pooling_layer=False)
+        self.vit.embeddings = SegmenterEmbeddings(config)
         self.decoder = SegmenterMaskTransformer(config)
         self.post_init()
 
@@ -70,22 +95,36 @@ class SegmenterForSemanticSegmentation(ViTPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **_kwargs: Any
     ) -> SemanticSegmenterOutput:
-        """Logits (batch, classes, height / patch, width / patch), and the loss with ``labels``.
+        """Logits (batch, classes, rows, columns), one per patch, and the loss with ``labels``.
 
-        ``pixel_values`` are (batch, channels, height, width), with sides that are multiples of
-        the patch size; ``labels`` (batch, height, width) are class numbers, or
-        ``config.semantic_loss_ignore_index`` for pixels of unknown class.
+        ``pixel_values`` are (batch, channels, height, width). A picture that patches do not fill
+        is padded with zeros on the right and below, and the last row or column of logits covers the
+        padding as well; :meth:`enlarge` leaves it out. ``labels`` (batch, height, width) are class
+        numbers, or ``config.semantic_loss_ignore_index`` for pixels of unknown class.
         """
         patch = int(self.config.patch_size)
+        height, width = pixel_values.shape[2:]
+        if height % patch or width % patch:
+            pixel_values = nn.functional.pad(pixel_values, (0, -width % patch, 0, -height % patch))
         rows, columns = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
         states = self.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state
         scores = self.decoder(states[:, 1:])  # without the class token
         logits = scores.transpose(1, 2).reshape(scores.shape[0], -1, rows, columns)
         loss = None
         if labels is not None:
-            full = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear")
+            full = self.enlarge(logits, labels.shape[1], labels.shape[2])
             ignored = int(self.config.semantic_loss_ignore_index)
             total = nn.functional.cross_entropy(full, labels, ignore_index=ignored, reduction="sum")
             # the mean over no pixel would be NaN, and all weights with it after one step
             loss = total / (labels != ignored).sum().clamp(min=1)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
+
+    def enlarge(self, logits: Tensor, height: int, width: int) -> Tensor:
+        """Logits of each pixel, (batch, classes, height, width), from those of each patch.
+
+        ``height`` and ``width`` are those of the pictures.
+        """
+        patch = int(self.config.patch_size)
+        size = (logits.shape[2] * patch, logits.shape[3] * patch)
+        full = nn.functional.interpolate(logits, size, mode="bilinear")
+        return full[:, :, :height, :width]

@@ -19,8 +19,11 @@ from .grounding import RegionTask
 
 __all__ = ["ANSWER_TYPES", "GqaTask"]
 
-ANSWER_TYPES = ("obj", "rel", "attr", "cat", "global")
-"""GQA's semantic types of questions; each type has its own answer head."""
+ANSWER_TYPES = ("obj", "attr", "rel", "global", "cat")
+"""GQA's semantic types of questions, in MDETR's order; each type has its own answer head."""
+
+FORMER_TYPES = ("obj", "rel", "attr", "cat", "global")
+"""Their order in models whose config does not name it."""
 
 
 class GqaTask(RegionTask):
@@ -39,6 +42,8 @@ class GqaTask(RegionTask):
     train: Sequence[TypedQuestion]
     test: Sequence[TypedQuestion]
     answers: dict[str, list[str]]
+    kinds: tuple[str, ...] = ANSWER_TYPES
+    """The types in the order of the model's classes."""
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[TypedQuestion]:
         return read_gqa(part["questions"], part["images"], left)
@@ -64,7 +69,12 @@ class GqaTask(RegionTask):
                 "GQA needs answer heads, which only MDETR has: options.model=mdetr"
             )
         config.answer_heads = self.heads
+        config.answer_types = list(ANSWER_TYPES)
         return config
+
+    def objective(self, model: Any) -> Any:
+        self.kinds = _types_of(model)
+        return super().objective(model)
 
     def load(self, path: Any) -> Any:
         model = super().load(path)
@@ -73,13 +83,14 @@ class GqaTask(RegionTask):
                 f"the model in {path} has the answer heads {dict(model.config.answer_heads)}, the "
                 f"training questions need {self.heads}: train on the questions it was made for"
             )
+        self.kinds = _types_of(model)
         return model
 
     def collate(
         self, items: Sequence[TypedQuestion], rng: random.Random | None = None
     ) -> dict[str, Any]:
         words, _ = self.words([q.text for q in items])
-        answers = {"answer_type": torch.tensor([ANSWER_TYPES.index(q.kind) for q in items])}
+        answers = {"answer_type": torch.tensor([self.kinds.index(q.kind) for q in items])}
         for kind in ANSWER_TYPES:
             known = {answer: number for number, answer in enumerate(self.answers[kind])}
             numbers = [known.get(q.answer, -1) if q.kind == kind else -1 for q in items]
@@ -104,9 +115,9 @@ class GqaTask(RegionTask):
         inputs = {k: v for k, v in self.collate(items).items() if k != "answers"}
         said = model(**moved_to(model, inputs)).answers
         best: dict[str, Tensor] = {name: logits.argmax(-1).cpu() for name, logits in said.items()}
-        found = []
+        kinds, found = _types_of(model), []
         for number in range(len(items)):
-            kind = ANSWER_TYPES[int(best["answer_type"][number])]
+            kind = kinds[int(best["answer_type"][number])]
             known = self.answers[kind]
             choice = int(best[f"answer_{kind}"][number])
             found.append((kind, known[choice] if choice < len(known) else ""))
@@ -118,3 +129,8 @@ class GqaTask(RegionTask):
 
     def result(self, item: TypedQuestion, said: str) -> dict[str, Any]:
         return {"questionId": item.id, "prediction": said}
+
+
+def _types_of(model: Any) -> tuple[str, ...]:
+    """The types of questions in the order of the classes of ``model``'s head ``answer_type``."""
+    return tuple(model.config.answer_types or FORMER_TYPES)

@@ -105,7 +105,8 @@ class MdetrGrounder(Grounder):
         return outputs.logits.float().softmax(-1), outputs.pred_boxes.float()
 
     def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
-        return probabilities @ (tokens > 0).to(probabilities)
+        """The probability of the likeliest of the phrase's tokens, as the authors evaluate."""
+        return (probabilities * (tokens > 0)).amax(-1)
 
 
 class GroundingDinoGrounder(Grounder):
@@ -194,9 +195,11 @@ class GlipGrounder(Grounder):
 
     def read(self, outputs: Any) -> tuple[Tensor, Tensor]:
         central = outputs.centerness.float().sigmoid()
-        return (outputs.logits.float().sigmoid() * central[..., None]).sqrt(), (
-            outputs.pred_boxes.float()
-        )
+        return outputs.logits.float().sigmoid() * central[..., None], outputs.pred_boxes.float()
+
+    def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
+        """The geometric mean of a place's centerness and the mean probability of the tokens."""
+        return super().score(probabilities, tokens).sqrt()
 
 
 def small_swin(spec: ModelSpec) -> Any:

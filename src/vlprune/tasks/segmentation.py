@@ -193,7 +193,9 @@ class SegmentationTask(Task):
         places = list(windows(height, width, side))
         stack = torch.stack([pixels[:, y : y + side, x : x + side] for y, x in places])
         logits = model(pixel_values=moved_to(model, stack)).logits
-        logits = F.interpolate(logits.float(), (side, side), mode="bilinear").cpu()
+        patch = int(model.config.patch_size)
+        size = (logits.shape[2] * patch, logits.shape[3] * patch)  # more, where patches overhang
+        logits = F.interpolate(logits.float(), size, mode="bilinear").cpu()[..., :side, :side]
         total = torch.zeros(logits.shape[1], height, width)
         count = torch.zeros(height, width)
         for (y, x), window in zip(places, logits, strict=True):
