@@ -343,7 +343,7 @@ def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
 
 
 def test_the_authors_cost_is_no_fraction_of_the_model(tiny_folder: Path) -> None:
-    report = json.loads((tiny_folder / "report.json").read_text())
+    report = read_report(tiny_folder)
     told = {"tower": "vision", "name": "a", "shared": 0, "source": None}
     report["options"] = {"cost": "paper", "paper_ratio": 36.0}
     report["budget"] |= {"what": "params", "asked": 0.5, "reached": 0.65}
