@@ -14,6 +14,7 @@ from vlprune.errors import BudgetError, RecipeError, VlpruneError
 from vlprune.methods import Problem
 from vlprune.methods.base import standardised
 from vlprune.methods.schedule import removed_share
+from vlprune.methods.walk import walk
 from vlprune.prices.prices import Floor, Prices, least
 from vlprune.prices.select import select
 from vlprune.structures.structure import Structure
@@ -173,8 +174,8 @@ def test_the_l1_term_cancels_while_no_gate_is_zero() -> None:
 
 
 def test_the_interval_counts_steps_and_auto_counts_hundredths() -> None:
-    def decisions(interval: Any, steps: int) -> list[int]:
-        search: Any = vlprune.UPop(interval=interval).start(problem(0.5))
+    def decisions(interval: Any, steps: int, **how: Any) -> list[int]:
+        search: Any = vlprune.UPop(interval=interval, **how).start(problem(0.5))
         made = []
         search._decide = lambda progress: made.append(round(progress * steps))
         for step in range(1, steps + 1):
@@ -185,6 +186,9 @@ def test_the_interval_counts_steps_and_auto_counts_hundredths() -> None:
     assert decisions(3, 10) == [3, 6, 9, 10]
     assert decisions("auto", 10) == list(range(1, 11))
     assert decisions("auto", 1000) == list(range(10, 1001, 10))
+    # the authors decide after the first step, or after the first interval and a step
+    assert decisions(50, 160, cost="paper") == [1, 51, 101, 151, 160]
+    assert decisions(50, 151, cost="paper", first_step=False) == [51, 101, 151]
 
 
 def test_floors_hold_at_the_last_decision() -> None:
@@ -221,11 +225,82 @@ def test_round_to_holds_at_the_last_decision() -> None:
     assert all(len(search.keep()[n]) % 2 == 0 for n in ("v.ffn", "t.ffn"))
 
 
-def test_paper_costs_take_p_of_the_prunable_cost() -> None:
-    search = search_with(GRADIENTS, 0.5, cost="paper", paper_ratio=36)
-    kept = {n: len(u) for n, u in search.keep().items()}
-    removed = sum((36 if "attn" in n else 1) * (PRICES.sizes[n] - kept[n]) for n in kept)
-    assert removed >= 0.5 * (6 * 36 + 8) > removed - 36
+def authors(
+    total: dict[str, list[float]], p: float, progress: float, ratio: int, bill_last: bool
+) -> dict[str, tuple[int, ...]]:
+    """The units that stay by the authors' rule, slowly: one list, loops, whole numbers as costs."""
+    rows: list[tuple[float, int, str]] = []
+    for kind, cost in (("attn", ratio), ("ffn", 1)):
+        values = [v for name in total if kind in name for v in total[name]]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        for name in total:
+            if kind in name:
+                rows += [((v - mean) / spread, cost, name) for v in total[name]]
+    goal = p * math.sin(math.pi * progress / 2) * sum(cost for _, cost, _ in rows)
+    smallest = {name: min(row[0] for row in rows if row[2] == name) for name in total}
+    running, bound, nearest = 0, math.nan, math.inf
+    for value, cost, name in sorted(rows, reverse=True):
+        if not bill_last and value == smallest[name]:
+            continue
+        running += cost
+        if abs(running - goal) < nearest:
+            nearest, bound = abs(running - goal), value
+    kept = {}
+    for name in total:
+        own = [row[0] for row in rows if row[2] == name]
+        kept[name] = tuple(u for u, v in enumerate(own) if v <= bound or v == smallest[name])
+    return kept
+
+
+@pytest.mark.parametrize("bill_last", [False, True])
+def test_the_authors_sets_agree_with_a_slow_restatement(bill_last: bool) -> None:
+    rng, differ = random.Random(1), 0
+    for _ in range(150):
+        sizes = {f"{t}.{i}.{k}": rng.randint(2, 12) for t in "vt" for i in range(2)
+                 for k in ("attn", "ffn")}  # fmt: skip
+        parts = tuple(structure(n, "ffn" if "ffn" in n else "attention", k, n[0])
+                      for n, k in sizes.items())  # fmt: skip
+        prices = Prices("params", dict.fromkeys(sizes, 1.0), sizes, 50.0)  # not what counts here
+        total = {name: [rng.gauss(0, 1) for _ in range(k)] for name, k in sizes.items()}
+        gradients = {n: torch.tensor(v) for n, v in total.items()}
+        total = {n: v.tolist() for n, v in gradients.items()}  # as float32 holds them
+        p, ratio = rng.uniform(0.05, 0.45), rng.choice([12, 36])
+        method = vlprune.UPop(
+            cost="paper", paper_ratio=ratio, bill_last=bill_last, interval=10**6, first_step=False
+        )
+        search: Any = method.start(Problem(parts, prices, 1 - p, dict))
+        search.after_backward(1e-6, gradients)
+        for progress in (0.02, 0.3, 0.77, 1.0):
+            search._decide(progress)
+            want = authors(total, p, progress, ratio, bill_last)
+            fading = 1 - math.sin(math.pi * progress / 2) if progress < 1 else 0.0
+            for name, values in search.gates(progress).items():
+                gates = [1.0 if u in want[name] else fading for u in range(sizes[name])]
+                assert values.tolist() == pytest.approx(gates, abs=1e-6)
+        assert search.keep() == want
+        plain = {n: -torch.tensor(v) for n, v in total.items()}
+        scores = {n: v.tolist() for n, v in standardised(parts, plain).items()}
+        differ += select(scores, search.prices, 1 - p) != want
+    assert differ > 100  # the rule of exact costs is another
+
+
+def test_the_authors_walk_by_hand() -> None:
+    # a0 b0 a1 | b1 a2 go in this order at 4, 1, 4; b1 and a2 are the last of theirs
+    prices = Prices("", {"a": 4.0, "b": 1.0}, {"a": 3, "b": 2}, 0.0)
+    scores = {"a": [0.0, 2.0, 5.0], "b": [1.0, 3.0]}
+    # sums 4, 5, 9: of a goal of 14 / 2 = 7 both 5 and 9 are two away; the first counts and stays
+    assert walk(scores, prices, 0.5) == {"a": (1, 2), "b": (0, 1)}
+    assert walk(scores, prices, 8 / 14) == {"a": (1, 2), "b": (1,)}
+    assert walk(scores, prices, 0.0) == {"a": (0, 1, 2), "b": (0, 1)}
+    assert walk(scores, prices, 1.0) == {"a": (1, 2), "b": (1,)}
+    # billed: sums 4, 5, 9, 10, 14, and what stays anyhow is the last of each
+    assert walk(scores, prices, 1.0, bill_last=True) == {"a": (2,), "b": (1,)}
+    # units that score the same as the one that stays, stay
+    tied = {"a": [0.0, 0.0, 5.0], "b": [1.0, 3.0]}  # sums 4, 8, 9
+    assert walk(tied, prices, 8 / 14) == {"a": (0, 1, 2), "b": (0, 1)}
+    one = Prices("", {"a": 4.0}, {"a": 1}, 0.0)
+    assert walk({"a": [0.0]}, one, 0.5) == {"a": (0,)}
 
 
 @pytest.mark.parametrize("importance", ["signed", "squared", "gradient_x_gate"])
@@ -243,7 +318,8 @@ def test_importance_by_hand(importance: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"interval": 0}, {"interval": "often"}, {"cost": "exakt"}, {"importance": "sign"},
-     {"floors": {"vision": 2}}, {"l1": {"atention": 1.0}}, {"interval": True}],
+     {"floors": {"vision": 2}}, {"l1": {"atention": 1.0}}, {"interval": True},
+     {"bill_last": True}, {"first_step": False}],
 )  # fmt: skip
 def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
@@ -512,6 +588,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"interval": 4},
     {"interval": 1000, "cost": "paper", "round_to": 4},
     {"cost": "paper", "floors": {"vision": 0.7}, "uniform": True},
+    {"cost": "paper", "paper_ratio": 12, "bill_last": True, "interval": 3},
     {"importance": "squared", "l1": {"ffn": 1.0}, "interval": 3},
     {"importance": "gradient_x_gate", "l1": {"attention": 1e-2, "ffn": 5e-4}},
     {"round_to": 5},

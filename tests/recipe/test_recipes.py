@@ -39,6 +39,9 @@ def test_the_recipe_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert recipe.method["name"] == path.parent.name
     if recipe.method["name"] == "upop":
         assert recipe.method["cost"] == "paper"
+        assert recipe.method["bill_last"]
+        assert recipe.search.decay == "constant"
+        assert recipe.search.warmup == recipe.search.clip == recipe.retrain.clip == 0
     if recipe.method["name"] == "obs":
         assert recipe.calibration.items >= 256
         assert not any(phase.on for phase in (recipe.train, recipe.search, recipe.retrain))

@@ -342,6 +342,24 @@ def test_the_report_says_how_the_cut_was_proved(tiny_folder: Path) -> None:
     assert said in summary(report)
 
 
+def test_the_authors_cost_is_no_fraction_of_the_model(tiny_folder: Path) -> None:
+    report = read_report(tiny_folder)
+    told = {"tower": "vision", "name": "a", "shared": 0, "source": None}
+    report["options"] = {"cost": "paper", "paper_ratio": 36.0}
+    report["budget"] |= {"what": "params", "asked": 0.5, "reached": 0.65}
+    report["layers"] = [
+        {**told, "kind": "attention", "units": 10, "kept": 5},
+        {**told, "kind": "ffn", "units": 40, "kept": 22},  # 198 of 400 go
+    ]
+    said = "p = 0.5 of the authors' prunable cost, removed 0.495 of it; 65.0 % of all params stay."
+    assert f"Asked for {said}" in summary(report)
+    assert "asked for p = 0.5 of the authors" in html.unescape(page([report]))
+    report["options"]["paper_ratio"] = "many"  # as in a damaged report
+    assert "Asked for 50.0 % of the params, reached 65.0 %." in summary(report)
+    report["options"] = {"cost": "exact", "paper_ratio": 36.0}
+    assert "Asked for 50.0 % of the params, reached 65.0 %." in summary(report)
+
+
 BENCH = {
     "conditions": {"device": "cpu", "threads": 2, "dtype": "float32", "torch": "2"},
     "folders": {"small": "m"},

@@ -264,11 +264,12 @@ def family(structure: Structure) -> str:
 
 
 def standardised(
-    structures: tuple[Structure, ...], scores: Mapping[str, Tensor]
+    structures: tuple[Structure, ...], scores: Mapping[str, Tensor], correction: int = 0
 ) -> dict[str, Tensor]:
     """Scores with zero mean and unit variance over all units of a kind, all towers together.
 
-    Source: UPop, section 3.2: one mean and spread for attention, one for FFN.
+    The variance of n units is a sum over n - ``correction``. Source: UPop, section 3.2: one mean
+    and spread for attention, one for FFN.
     """
     kinds: dict[str, list[str]] = {}
     for structure in structures:
@@ -276,7 +277,8 @@ def standardised(
     result = {}
     for names in kinds.values():
         together = torch.cat([scores[name].double() for name in names])
-        mean, spread = together.mean(), together.std(correction=0)
+        mean = together.mean()
+        spread = together.std(correction=correction if len(together) > 1 else 0)
         for name in names:
             centred = scores[name].double() - mean
             result[name] = centred / spread if spread > 0 else centred

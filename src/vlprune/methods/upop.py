@@ -15,6 +15,7 @@ from ..prices.select import select
 from ..recipe.options import UPopOptions
 from .base import Method, Problem, Search, family, standardised
 from .schedule import removed_share
+from .walk import walk
 
 __all__ = ["IMPORTANCE", "UPop"]
 
@@ -43,10 +44,20 @@ class UPop(UPopOptions, Method):
 
     ``interval`` counts optimizer steps; ``"auto"`` (not from the paper) decides at every hundredth
     of the search, about as often as the authors on each task. ``cost="exact"`` counts a unit's true
-    cost in the budget's currency; ``cost="paper"`` counts ``paper_ratio`` for an attention unit and
-    1 for an FFN unit, and takes 1 - budget as the paper's p, a fraction of the prunable cost, so
-    the cost reached differs from the budget (the authors use 36 for BLIP and CLIP, 9234/769 for
-    DeiT-S). ``importance`` is a name of :data:`IMPORTANCE`. ``l1`` adds the authors' L1 term, as in
+    cost in the budget's currency.
+
+    ``cost="paper"`` removes what the authors' code removes: it counts ``paper_ratio`` for an
+    attention unit and 1 for an FFN unit (36 for BLIP and CLIP; 12 for DeiT-S and Segmenter, where
+    9234/769 is written into whole numbers), and takes 1 - budget as the paper's p, a fraction of
+    the prunable cost, so the cost reached differs from the budget. The removal ends next to the
+    share rather than beyond it (:func:`vlprune.methods.walk.walk`), the spread is that of a
+    sample (n - 1), and decisions fall after steps 1, 1 + ``interval``, 1 + 2 ``interval`` and so
+    on; ``first_step=False`` leaves out the first of them, as the authors do for DeiT and
+    Segmenter. ``bill_last`` adds up a structure's last unit, too, though it stays, as their code
+    does: fewer units go than the paper's p asks for. Blocks, floors and groups, which their code
+    lacks, bring back the rule of exact costs.
+
+    ``importance`` is a name of :data:`IMPORTANCE`. ``l1`` adds the authors' L1 term, as in
     ``{"attention": 1.44e-2, "ffn": 5e-4}``; its gradient is the same for every gate of a kind, so
     standardisation cancels it while no gate is 0, and it is left out by default. ``round_to`` (keep
     multiples of this number) and ``floors`` (``{"vision": 0.3}``: that share of the tower's
@@ -129,7 +140,11 @@ class _UPopSearch(Search):
             due = hundredth > self.decided
             self.decided = max(self.decided, hundredth)
             return due
-        due = (self.steps + self.skipped) % int(self.method.interval) == 0
+        step, interval = self.steps + self.skipped, int(self.method.interval)
+        if self.method.cost == "paper":
+            due = (step - 1) % interval == 0 and (step > 1 or self.method.first_step)
+        else:
+            due = step % interval == 0
         return due or progress >= 1
 
     def _decide(self, progress: float) -> None:
@@ -159,7 +174,8 @@ class _UPopSearch(Search):
     def scores(self) -> dict[str, list[float]]:
         _, sign = IMPORTANCE[self.method.importance]
         totals = self._split(sign * self.total)
-        scores = standardised(self.open.structures, totals)
+        correction = 1 if self.method.cost == "paper" else 0
+        scores = standardised(self.open.structures, totals, correction)
         return {name: values.tolist() for name, values in scores.items()}
 
     def _select(
@@ -169,6 +185,10 @@ class _UPopSearch(Search):
 
         Raises BudgetError at the end of the search if the budget cannot be reached.
         """
+        share = (1 - self.budget) * removed_share(progress)
+        if self._walks() and self.budget >= self.least_left():
+            prices = self.prices.fixing(self.whole)
+            return walk(scores, prices, share, self.method.bill_last)
         floors = [
             replace(floor, structures=tuple(n for n in floor.structures if n not in self.whole))
             for floor in self.floors
@@ -176,12 +196,18 @@ class _UPopSearch(Search):
         return select(
             scores,
             self.prices.fixing(self.whole),
-            1 - (1 - self.budget) * removed_share(progress),
+            1 - share,
             self.method.round_to,
             floors,
             self.open.groups,
             closest=progress < 1,
         )
+
+    def _walks(self) -> bool:
+        """Whether the authors' walk chooses the units."""
+        asked = self.method
+        plain = asked.round_to == 1 and not self.floors and not self.open.groups
+        return asked.cost == "paper" and plain
 
     def least_left(self) -> float:
         return least(self.prices.fixing(self.whole), self.method.round_to)

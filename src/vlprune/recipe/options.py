@@ -70,6 +70,8 @@ class UPopOptions(Checked):
     interval: Annotated[int | str, Whole(1, 10**9, "auto")] = "auto"
     cost: Annotated[str, OneOf("exact", "paper")] = "exact"
     paper_ratio: Annotated[float, Number(0, MANY, above=True)] = 36.0
+    bill_last: Annotated[bool, Flag()] = False
+    first_step: Annotated[bool, Flag()] = True
     importance: Annotated[str, OneOf("signed", "squared", "gradient_x_gate")] = "signed"
     l1: Mapping[Annotated[str, OneOf("attention", "ffn")], Annotated[float, Number(0, MANY)]] = (
         field(default_factory=dict)
@@ -78,6 +80,13 @@ class UPopOptions(Checked):
     floors: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1)]] = field(
         default_factory=dict
     )
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """Exact costs have no use for what only the authors' rule knows."""
+        if self.cost == "exact":
+            for name, default in (("bill_last", False), ("first_step", True)):
+                if getattr(self, name) != default:
+                    yield (name,), f"{KEY} is only for cost: paper; leave it out for cost: exact"
 
 
 JSP_FAMILIES = ("prune", "cross", "block")

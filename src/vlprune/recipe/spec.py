@@ -127,11 +127,12 @@ class CalibrationSpec(Checked):
 
 
 DECAYS = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @checked
 class Training(Checked):
-    """One phase of training by the Trainer: AdamW, warm-up, ``cosine`` or ``constant`` decay.
+    """One phase of training by the Trainer: warm-up, then ``cosine`` or ``constant`` decay.
 
     It takes ``steps`` optimizer steps, or ``epochs`` passes over the data where ``steps`` is 0.
     ``warmup`` is a fraction of them; ``batch_size`` is per process, and ``accumulate`` batches
@@ -139,13 +140,15 @@ class Training(Checked):
     end of a phase, and the same command goes on from the last one, ending with the very weights
     of a run that was never stopped. ``rates`` multiplies the learning rate of the weights whose
     names match a pattern, as in ``{"vision_model.*": 0.1}``; gradients are clipped to a norm of
-    ``clip`` (0: not at all).
+    ``clip`` (0: not at all). ``optimizer`` is ``adamw``, or ``sgd`` with Nesterov's momentum of
+    0.9.
     """
 
     steps: Annotated[int, Whole(0, MANY)] = 0
     epochs: Annotated[float, Number(0, 10**6)] = 0.0
     batch_size: Annotated[int, Whole(1, 10**6)] = 64
     accumulate: Annotated[int, Whole(1, 10**6)] = 1
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
     learning_rate: Annotated[float, Number(0, 1000)] = 1e-3
     weight_decay: Annotated[float, Number(0, 1000)] = 0.05
     rates: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1000)]] = field(

@@ -18,7 +18,7 @@ from ..errors import UnsupportedError
 from .blocks import Block, Heading, Sentence, cell
 from .figures import Figure, bars, curves, groups, lines, pairs, trade
 from .story import common_units, comparable, comparison, details, layers_of, opening, overview
-from .words import duration, human, percent
+from .words import duration, human, paper_share, percent
 
 __all__ = ["page"]
 
@@ -124,6 +124,9 @@ def _folder(report: Mapping[str, Any]) -> list[Part]:
 def _cards(report: Mapping[str, Any]) -> list[_Card]:
     budget = report["budget"]
     asked = f"of the {budget['what']}; asked for {percent(budget['asked'])}"
+    if paper_share(report) is not None:  # the budget is no fraction of the whole model
+        p = f"p = {1 - budget['asked']:.3g} of the authors' prunable cost"
+        asked = f"of the {budget['what']}; asked for {p}"
     cards = [
         _Card(percent(budget["reached"]), asked),
         _change("parameters", report["params"], human),

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["UNITS", "duration", "human", "percent", "summary", "tower_of", "where"]
+__all__ = [
+    "UNITS",
+    "duration",
+    "human",
+    "paper_share",
+    "percent",
+    "summary",
+    "tower_of",
+    "where",
+]
 
 
 def human(number: float) -> str:
@@ -55,12 +64,30 @@ def where(told: Mapping[str, Any]) -> str:
     return device if device != "cpu" else f"{threads} CPU thread{'s' if threads != 1 else ''}"
 
 
+def paper_share(report: Mapping[str, Any]) -> float | None:
+    """The share of the authors' prunable cost that went, where a budget was counted in it.
+
+    Then 1 - budget was the p of UPop's paper: no fraction of the whole model.
+    """
+    options = report.get("options", {})
+    ratio = options.get("paper_ratio")
+    if options.get("cost") != "paper" or not isinstance(ratio, int | float):
+        return None
+    rows = [(1.0 if row["kind"] == "ffn" else ratio, row) for row in report.get("layers", ())]
+    whole = sum(cost * row["units"] for cost, row in rows)
+    return 1 - sum(cost * row["kept"] for cost, row in rows) / whole if whole > 0 else None
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """Asked and reached, and whether the cut was proved, in one or two sentences."""
     budget, proof = report["budget"], report.get("verified")
+    removed = paper_share(report)
     text = (
         f"Asked for {percent(budget['asked'])} of the {budget['what']}, reached "
         f"{percent(budget['reached'])}."
+        if removed is None
+        else f"Asked for p = {1 - budget['asked']:.3g} of the authors' prunable cost, removed "
+        f"{removed:.3g} of it; {percent(budget['reached'])} of all {budget['what']} stay."
     )
     timed = budget.get("seconds")
     if timed and "small" in timed:

@@ -260,7 +260,9 @@ def _arguments(
     device: torch.device,
 ) -> _Arguments:
     """The Trainer's arguments for a training as a recipe describes it."""
+    sgd = {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"}
     return _Arguments(
+        **(sgd if spec.optimizer == "sgd" else {}),
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=spec.batch_size,
