@@ -230,7 +230,7 @@ class Session:
         with gated(self.model, self.structures, plan):
             before = self._apart(wanted)
         finite = all(t.isfinite().any() for outputs in wanted.values() for t in outputs.values())
-        if finite and max(before.values(), default=0.0) <= NOTHING:  # a search has closed its gates already
+        if finite and max(before.values(), default=0.0) <= NOTHING:  # a search closed its gates
             self.errors = OutputError(before, before)
             return self.errors
         steps = self.steps.below(hashlib.sha256(plan.to_json().encode()).hexdigest())
