@@ -212,7 +212,7 @@ main()
     ("step", "later", "asked"),
     [
         ("rotated", 0, signal.SIGKILL),
-        ("influence", 10, signal.SIGINT),
+        ("influence-rotated", 10, signal.SIGINT),
         ("folded-0", 20, signal.SIGINT),
     ],
 )

@@ -137,4 +137,4 @@ def test_a_recipe_with_a_budget_in_latency(
     assert report["options"]["round_to"] == 1  # on this clock no width is dearer than its size
     assert stderr.count("measuring which widths this device likes") == 1
     assert stderr.count("measuring the time of every width, batch 4") == 1
-    assert "On 1 CPU threads, batch 4" in (out / "README.md").read_text()
+    assert "On 1 CPU thread, batch 4" in (out / "README.md").read_text()

@@ -193,8 +193,9 @@ class SegmentationTask(Task):
         places = list(windows(height, width, side))
         stack = torch.stack([pixels[:, y : y + side, x : x + side] for y, x in places])
         logits = model(pixel_values=moved_to(model, stack)).logits
-        patch = int(model.config.patch_size)
-        size = (logits.shape[2] * patch, logits.shape[3] * patch)  # more, where patches overhang
+        patch = getattr(model.config, "patch_size", 0)
+        per_patch = isinstance(patch, int) and patch > 0 and logits.shape[2] == -(-side // patch)
+        size = [n * patch for n in logits.shape[2:]] if per_patch else [side, side]  # may overhang
         logits = F.interpolate(logits.float(), size, mode="bilinear").cpu()[..., :side, :side]
         total = torch.zeros(logits.shape[1], height, width)
         count = torch.zeros(height, width)
