@@ -30,7 +30,7 @@ from .landing import Landing, Replay, landing_of, value_at
 from .moments import Moments, flat
 from .passes import calls_of, ready, weight_of
 from .solve import Repair, repair
-from .store import Originals, Parked, Shelf, Steps
+from .store import Originals, Parked, Shelf, Steps, put
 from .streams import Stream, streams
 
 __all__ = ["fold_layers"]
@@ -124,7 +124,7 @@ def _fold_block(
         for n in here:
             dense[n].resume()
         tensors, facts = known
-        _put(model, tensors)
+        put(model, tensors)
         bare = torch.zeros(0)
         return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
     module = model.get_submodule(block.path)
@@ -198,7 +198,7 @@ def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) ->
                 into.add(flat(args[0]), weights, flat(wanted[path].pop(0)))  # noqa: B023
 
             for values, hook in ((dense, note), (small, take)):
-                _put(model, values)
+                put(model, values)
                 hooks = [
                     (model.get_submodule(path).register_forward_hook, partial(hook, path))
                     for path in sums
@@ -210,12 +210,6 @@ def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) ->
             both = fitted.summed(), held_out.summed()
             done[c.module] = _repaired(model, c, both, plan.kept(structure))
     return done
-
-
-@torch.no_grad()
-def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in values.items():
-        model.get_parameter(name).copy_(tensor)
 
 
 def _value_hooks(

@@ -32,7 +32,7 @@ from .consumers import Rows, consumers_of, rows_of
 from .landing import Replay
 from .moments import check_finite, flat, of_all_processes, summed
 from .passes import calls_of, input_hook, kinds_of_calls, ready
-from .store import Originals, Shelf
+from .store import Originals, Shelf, put
 from .streams import streams
 
 __all__ = ["Turn", "rotate_heads", "turns_of"]
@@ -208,9 +208,7 @@ def rotate_heads(
                 refusals = [reason for reason in of_all_processes(why) if reason]
                 if refusals:
                     refused[turn.structure.name] = refusals[0]
-                    with torch.no_grad():
-                        for name, tensor in before.items():
-                            model.get_parameter(name).copy_(tensor)
+                    put(model, before)
                 else:
                     names += changed
     fixed -= reached | refused.keys()

@@ -28,7 +28,7 @@ from .influence import Influence, influence_of, main_outputs, small_enough
 from .moments import of_all_processes
 from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
 from .rotate import rotate_heads
-from .store import Originals, Steps
+from .store import Originals, Steps, put
 
 __all__ = ["Calibration", "OutputError", "Session", "fold", "rotate", "session_of"]
 
@@ -142,7 +142,7 @@ class Session:
             tensors, facts = done
             if given:
                 originals.keep(tensors)
-            _load(self.model, tensors)
+            put(self.model, tensors)
             self.refused, self.rotated = facts["refused"], True
             return
         try:
@@ -324,12 +324,6 @@ class Session:
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0], pair[1] = pair[0] + wrong_here, pair[1] + right_here
         return {name: (wrong / (right or 1.0)) ** 0.5 for name, (wrong, right) in sums.items()}
-
-
-@torch.no_grad()
-def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        model.get_parameter(name).copy_(tensor)
 
 
 def rotate(model: nn.Module, batches: Iterable[Mapping[str, Any]] | Calibration) -> dict[str, str]:

@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import plain, reason
 
-__all__ = ["IN_MEMORY", "Originals", "Parked", "Shelf", "Steps"]
+__all__ = ["IN_MEMORY", "Originals", "Parked", "Shelf", "Steps", "put"]
 
 IN_MEMORY = 256 * 2**20
 """Bytes that may be held in memory whatever the size of the model; more lies in a file."""
+
+
+@torch.no_grad()
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names."""
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)
 
 
 class Steps:
@@ -106,8 +113,7 @@ class Originals:
     @torch.no_grad()
     def put_back(self) -> None:
         """Restore every noted parameter in place."""
-        for name, tensor in self._held.items():
-            self.model.get_parameter(name).copy_(tensor)
+        put(self.model, self._held)
         for path in set(self._files.values()):
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118

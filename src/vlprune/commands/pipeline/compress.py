@@ -12,8 +12,7 @@ import transformers
 from accelerate import PartialState
 
 from ...device import choose
-from ...errors import CheckpointError, RecipeError, VlpruneError
-from ...files import is_full, plain, reason
+from ...errors import RecipeError
 from ...folders.save import (
     check_result,
 )
@@ -27,7 +26,7 @@ from .notes import refuse_overwriting
 from .problem import Problem, read
 from .result import full_report, measure_speed, save_result
 from .search import earlier_cut, plan_search, retrain, search_and_cut
-from .workplace import WORK, claimed, cleared
+from .workplace import WORK, claimed, cleared, disk_errors_told
 
 __all__ = ["compress"]
 
@@ -46,19 +45,8 @@ def compress(recipe: Recipe, out: Path, progress: Progress | None = None) -> dic
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     check_result(out)
-    try:
+    with disk_errors_told(out, "the last complete checkpoint"):
         return _compress(recipe, out, progress, started)
-    except (OSError, VlpruneError) as error:
-        if is_full(error):
-            raise CheckpointError(
-                f"the disk of {plain(out)} is full: free some space and run the same command "
-                "again, it goes on from the last complete checkpoint"
-            ) from None
-        if isinstance(error, VlpruneError) or error.filename is None:
-            raise
-        raise CheckpointError(
-            f"cannot read or write {plain(error.filename)}: {reason(error)}"
-        ) from None
 
 
 def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> dict[str, Any]:

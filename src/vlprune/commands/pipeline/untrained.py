@@ -19,8 +19,8 @@ from ...architectures import discover
 from ...calibration.session import Calibration
 from ...data.samples import Sample, check_pictures
 from ...device import choose, device_name, place
-from ...errors import BudgetError, CheckpointError, RecipeError, UnsupportedError, VlpruneError
-from ...files import is_full, plain, reason
+from ...errors import BudgetError, RecipeError, UnsupportedError
+from ...files import plain
 from ...folders.notes import hashed
 from ...folders.opening import guarded, open_model, open_processor
 from ...folders.save import REPORT_FILE, check_result, save
@@ -34,7 +34,7 @@ from .fingerprint import of_data, of_model
 from .make import in_fresh_memory, make_method
 from .result import bytes_of, versions
 from .samples import NEUTRAL, Feed, feed_of
-from .workplace import claimed, cleared
+from .workplace import claimed, cleared, disk_errors_told
 
 __all__ = ["Asked", "compress_model"]
 
@@ -101,34 +101,25 @@ def compress_model(asked: Asked, out: Path, progress: Progress | None = None) ->
     )
     feed = feed_of(asked.model, model, processor, chosen, asked.source or Path())
     place(in_fresh_memory(model), device)
-    try:
-        with claimed(out, progress.note) as work:
-            report = _cut(asked, feed, chosen, out, work, progress)
-            report |= {
-                "device": device_name(device),
-                "threads": torch.get_num_threads(),
-                "peak_bytes": peak_memory(device),
-                "seconds": round(time.monotonic() - started, 1),
-                "versions": versions(),
-            }
-            progress.phase("saving")
-            extras = {
-                REPORT_FILE: json.dumps(report, indent=1) + "\n",
-                "README.md": model_card(report, type(model).__name__),
-            }
-            save(model, out, extras=extras, processor=processor)
-            cleared(work)
-    except (OSError, VlpruneError) as error:
-        if is_full(error):
-            raise CheckpointError(
-                f"the disk of {plain(out)} is full: free some space and run the same command "
-                "again, it goes on from the last finished step"
-            ) from None
-        if isinstance(error, VlpruneError) or error.filename is None:
-            raise
-        raise CheckpointError(
-            f"cannot read or write {plain(error.filename)}: {reason(error)}"
-        ) from None
+    with (
+        disk_errors_told(out, "the last finished step"),
+        claimed(out, progress.note) as work,
+    ):
+        report = _cut(asked, feed, chosen, out, work, progress)
+        report |= {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "peak_bytes": peak_memory(device),
+            "seconds": round(time.monotonic() - started, 1),
+            "versions": versions(),
+        }
+        progress.phase("saving")
+        extras = {
+            REPORT_FILE: json.dumps(report, indent=1) + "\n",
+            "README.md": model_card(report, type(model).__name__),
+        }
+        save(model, out, extras=extras, processor=processor)
+        cleared(work)
     return report
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ...errors import CheckpointError
-from ...files import plain, read_text, reason
+from ...errors import CheckpointError, VlpruneError
+from ...files import is_full, plain, read_text, reason
 
-__all__ = ["WORK", "claimed", "cleared"]
+__all__ = ["WORK", "claimed", "cleared", "disk_errors_told"]
 
 WORK = "vlprune-run"
 """A folder in the output: checkpoints, the cut model, the lock. Nothing in it is the user's."""
@@ -29,6 +29,24 @@ OURS = (
     "damaged-*",
     ".probe",
 )
+
+
+@contextmanager
+def disk_errors_told(out: Path, goes_on: str) -> Iterator[None]:
+    """Raise CheckpointError for errors of the disk; ``goes_on`` is where the run goes on from."""
+    try:
+        yield
+    except (OSError, VlpruneError) as error:
+        if is_full(error):
+            raise CheckpointError(
+                f"the disk of {plain(out)} is full: free some space and run the same command "
+                f"again, it goes on from {goes_on}"
+            ) from None
+        if isinstance(error, VlpruneError) or error.filename is None:
+            raise
+        raise CheckpointError(
+            f"cannot read or write {plain(error.filename)}: {reason(error)}"
+        ) from None
 
 
 @contextmanager
