@@ -6,9 +6,10 @@
 ``detection`` a small Grounding DINO. For each, a dense model is trained once (seed 0) and kept in
 OUT; every method then takes search + retrain optimizer steps from it, and ``dense`` as many
 without being cut. Magnitude and whole-layer sharing cut at once and retrain all the while. Seeds
-change the order of the data and the hypernetwork. Results are added to OUT/results.jsonl as
-they come, so a run that is stopped goes on; the tables are printed at the end. ``--costs`` prints
-disk, memory, MACs and latency, tied and materialised, and what a step costs.
+change the order of the data and the hypernetwork. ``scratch`` is a model of the small size from
+random weights, trained for as long as the dense model and all that follows. Results are added to
+OUT/results.jsonl as they come, so a run that is stopped goes on; the tables are printed at the end.
+``--costs`` prints disk, memory, MACs and latency, tied and materialised, and what a step costs.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ DINO = {
 }  # fmt: skip
 EXPERIMENTS = {
     "rec": Experiment("grounding", options=MDETR),
-    "gqa": Experiment("gqa", options=MDETR, start="rec", dense=800, search=200, retrain=100),
+    "gqa": Experiment("gqa", options=MDETR, start="rec", dense=2400, search=200, retrain=100),
     "detection": Experiment(
-        "detection", options=DINO, dense=4000, search=300, retrain=200, batch=16, test=200,
+        "detection", options=DINO, dense=8000, search=300, retrain=200, batch=16, test=500,
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
     ),
 }  # fmt: skip
@@ -86,12 +87,8 @@ SEARCHES: dict[str, Sequence[str]] = {
     "block-only": ("block",),
     "prune-cross": ("prune", "cross"),
     "prune-block": ("prune", "block"),
-    "jsp-slower": ("prune", "cross", "block"),
-    "prune-slower": ("prune",),
 }
-SLOWER = 3e-3
-"""The hypernetwork's learning rate in the ``-slower`` searches; 1e-2 in the others."""
-METHODS = ("dense", *SEARCHES, "magnitude", "whole-layer")
+METHODS = ("dense", *SEARCHES, "magnitude", "whole-layer", "scratch")
 
 
 class Guided(Trainee):
@@ -148,19 +145,23 @@ def dense_model(name: str, task: Any, out: Path) -> Any:
         own = model.state_dict()
         same = {n: t for n, t in known.items() if n in own and own[n].shape == t.shape}
         model.load_state_dict(same, strict=False)
-    steps = what.dense
+    train_dense(model, what, task, what.dense, seed=0)
+    vlprune.save(model, folder, processor=task.processor)
+    return model
+
+
+def train_dense(model: Any, what: Experiment, task: Any, steps: int, seed: int) -> None:
+    """Train a model from random weights, or from those of another task."""
     plan = Training(
         steps=steps, batch_size=what.batch, learning_rate=what.rate, warmup=0.05, save_steps=0
     )
     if what.task == "grounding":
         places = what.model.image_size // what.model.patch_size
         most = replace(plan, steps=steps * 2 // 3, decay="constant")
-        fit(Guided(model, places), task.train, task.collate, most, seed=0)
+        fit(Guided(model, places), task.train, task.collate, most, seed=seed)
         model.fusion_encoder._forward_hooks.clear()
         plan = replace(plan, steps=steps - most.steps)
-    fit(model, task.train, task.collate, plan, seed=1)
-    vlprune.save(model, folder, processor=task.processor)
-    return model
+    fit(model, task.train, task.collate, plan, seed=seed + 1)
 
 
 def whole_layers(model: Any, description: Any, share: float) -> Plan:
@@ -207,15 +208,9 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
         aside, rest = order[: len(order) // 20], sorted(order[len(order) // 20 :])
         held_out = [
             task.collate([task.train[i] for i in aside[start : start + what.batch]])
-            for start in range(0, min(len(aside), 8 * what.batch), what.batch)
+            for start in range(0, min(len(aside), 16 * what.batch), what.batch)
         ]
-        search = JSP(
-            families=SEARCHES[method],
-            every=2,
-            learning_rate=SLOWER if method.endswith("-slower") else 1e-2,
-            mismatch=what.mismatch,
-            seed=seed,
-        )
+        search = JSP(families=SEARCHES[method], mismatch=what.mismatch, seed=seed)
         compressor = Compressor(model, search, {"params": share}, held_out=held_out)
         spec = replace(whole, steps=what.search, decay="constant")
         watch = [compressor.callback()]
@@ -229,6 +224,11 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
     elif method == "whole-layer":
         description = discover(model)
         small = rewrite(model, description, whole_layers(model, description, share))
+    elif method == "scratch":
+        sizes = vlprune.Random(scope="uniform", seed=seed)
+        small = Compressor(task.new_model(), sizes, {"params": share}).finish()
+        first = EXPERIMENTS[what.start].dense if what.start else 0
+        train_dense(small, what, task, first + what.dense, seed)
     else:
         small = model
     row["cut"] = task.evaluate(small, quiet)

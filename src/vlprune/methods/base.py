@@ -86,14 +86,14 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Look:
-    """The loss of a held-out batch: ``masked`` with vectors, ``full`` without.
+    """The loss of a held-out batch: ``masked`` with vectors, ``full`` without, if it was asked for.
 
     ``keep`` and ``share`` are the gradients of ``masked`` by the vectors' values of the same name,
     {structure: (size,)}, averaged over all processes; empty if the search does not learn.
     """
 
     masked: float
-    full: float
+    full: float | None
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     share: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -104,8 +104,11 @@ class Weights(Protocol):
     def align(self, wanted: Alignment) -> None:
         """Draw the weights towards a structure, by their gradients and directly."""
 
-    def look(self, vectors: Vectors, learns: bool) -> Look:
-        """Compute the loss of the next held-out batch, with gradients if the search ``learns``."""
+    def look(self, vectors: Vectors, learns: bool, compares: bool) -> Look:
+        """Compute the loss of the next held-out batch, with gradients if the search ``learns``.
+
+        Also without the vectors, if it ``compares``.
+        """
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class Turns:
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
 
-    def look(self, vectors: Vectors, learns: bool) -> Look:
-        """The loss of the next held-out batch with and without the vectors.
+    def look(self, vectors: Vectors, learns: bool, compares: bool) -> Look:
+        """The loss of the next held-out batch with the vectors, and without if it ``compares``.
 
         The weights are constants here, the model is in eval mode, and training's random numbers are
         left alone. Raises VlpruneError without held-out batches, UnsupportedError if the weights
@@ -110,8 +110,10 @@ class Turns:
             same_random_numbers(self.model),
             self._autocast(),
         ):
-            with torch.no_grad():
-                full = float(self.loss(batch))
+            full = None
+            if compares:
+                with torch.no_grad():
+                    full = float(self.loss(batch))
             with (
                 torch.set_grad_enabled(learns),
                 mixed(self.model, self.structures, live.share),
