@@ -321,7 +321,7 @@ class Recipe(Checked):
             self,
             method=method,
             budget=budget,
-            options={**self.options, **{k: v for k, v in TOY_OPTIONS.items() if k in self.options}},
+            options={k: TOY_OPTIONS.get(k, v) for k, v in self.options.items() if k != "answers"},
             model=dataclasses.replace(self.model, path="", **TOY_SIZES),
             data=DataSpec(
                 format="shapes",
@@ -338,7 +338,8 @@ class Recipe(Checked):
         )
 
 
-TOY_IGNORES = ("path", "folder", "train", "test")
+TOY_IGNORES = {"model": ("path",), "data": ("folder", "train", "test"), "options": ("answers",)}
+"""What a toy does not use, so that it need not exist."""
 TOY_STEPS = 12
 TOY_EMA = 0.5
 """A longer average would hold little but the weights before the first step."""
@@ -366,10 +367,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = Fal
     body, wrong = read(path)
     where = plain(path)
     if toy:
-        for section in ("model", "data"):  # a toy uses none of these, so they need not exist
+        for section, ignored in TOY_IGNORES.items():
             given = body.get(section)
             if isinstance(given, dict):
-                body[section] = {k: v for k, v in given.items() if k not in TOY_IGNORES}
+                body[section] = {k: v for k, v in given.items() if k not in ignored}
         if isinstance(body.get("data"), dict):
             body["data"]["folder"] = "generated"  # stands for the files of its format
         body = yaml.safe_load(_made(body, wrong, where, ()).toy().to_yaml())
