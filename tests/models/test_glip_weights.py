@@ -8,17 +8,23 @@ all pairs of places, deformable convolutions place by place, with offsets found 
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import BertTokenizerFast
 
+from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import CheckpointError
 from vlprune.models import GlipConfig, GlipForGrounding
 from vlprune.models.glip_weights import convert_glip, published_settings
+from vlprune.recipe.spec import DataSpec, ModelSpec
+from vlprune.tasks.detection import DetectionTask
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -188,6 +194,27 @@ def test_other_checkpoints_are_refused_in_one_sentence() -> None:
             CheckpointError, match=r"lacks 'backbone\.body\.\S*', which .*another model's, or"
         ):
             function({})
+
+
+def test_the_documented_conversion_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    state = {f"module.{n}": t.float() for n, t in tiny().items()}
+    torch.save({"model": state, "iteration": 3}, tmp_path / "glip_tiny_model_o365_goldg.pth")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert-base-uncased")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    saved, converted = GlipForGrounding.from_pretrained(tmp_path / "glip-tiny"), convert_glip(state)
+    for name, tensor in saved.state_dict().items():
+        assert tensor.equal(converted[name]), name
+    spec = ModelSpec(path=str(tmp_path / "glip-tiny"))
+    scenes = write_shapes(tmp_path / "scenes", train=4, test=2)
+    data = DataSpec(folder=str(scenes), train_items=4, test_items=2)
+    task = DetectionTask(spec, data, scenes, {"model": "glip"})
+    batch = task.looks(task.test[:1])["pixel_values"]
+    assert min(batch.shape[-2:]) == 800
 
 
 # -- what the converted model computes -------------------------------------------------------
