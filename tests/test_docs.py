@@ -120,11 +120,18 @@ def test_the_page_of_commands_is_what_the_command_line_says() -> None:
                 assert word in options, f"{name}: docs/commands.md tells of {word}"
 
 
+def fenced(text: str) -> list[tuple[str, str]]:
+    """The language and the text of every code block."""
+    return re.findall(r"^```(.*)\n((?s:.*?))^```$", text, flags=re.MULTILINE)
+
+
 def test_commands_in_the_documents_exist() -> None:
     """Every line that begins with vlprune, in any code block of any page."""
     commands, seen = _commands(), 0
     for page in PAGES:
-        for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for language, block in fenced(page.read_text()):
+            if language:
+                continue
             for line in re.findall(
                 r"^(?:\$ )?vlprune (.*?)(?:\s+#.*)?$", block, flags=re.MULTILINE
             ):

@@ -26,7 +26,8 @@ from vlprune.recipe.spec import load_recipe
 from vlprune.status import Progress
 from vlprune.training import checkpoints
 
-# Everything with a state of its own: momentum encoder, queue, random negatives, a teacher, UPop.
+# Everything with a state of its own: momentum encoder, queue, random negatives, a teacher, UPop,
+# an average of the weights.
 RECIPE = """
 task: blip-retrieval
 budget: {params: 0.6}
@@ -35,13 +36,14 @@ options: {queue: 32}
 teacher: {similarities: 1, features: 1}
 model: {width: 32, heads: 2, vision_layers: 1, text_layers: 1, image_size: 32}
 data: {train_items: 20, test_items: 4, folder: SCENES}
-train: {steps: 4, batch_size: 4, save_steps: 2}
+train: {steps: 4, batch_size: 4, save_steps: 2, ema: 0.6}
 search: {steps: 6, batch_size: 4, save_steps: 2}
 retrain: {steps: 6, batch_size: 4, save_steps: 2}
 threads: 1
 """
 
-# A search with a network, an optimizer and noise of its own, and weights that are tied afterwards.
+# A search with a network, an optimizer and noise of its own, and weights that are tied afterwards,
+# and averaged.
 SHARING = """
 task: retrieval
 budget: {params: 0.8}
@@ -51,7 +53,7 @@ model: {width: 32, heads: 2, vision_layers: 2, text_layers: 2, image_size: 32}
 data: {train_items: 40, test_items: 4, folder: SCENES}
 train: {steps: 2, batch_size: 4}
 search: {steps: 10, batch_size: 4, save_steps: 2}
-retrain: {steps: 6, batch_size: 4, save_steps: 2}
+retrain: {steps: 6, batch_size: 4, save_steps: 2, ema: 0.6}
 threads: 1
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, BlipConfig, BlipTextConfig
 
 from vlprune import save
@@ -268,6 +269,18 @@ def test_inclusive_boxes_are_a_pixel_smaller_in_giou() -> None:
     for name in ("giou", "centerness"):
         first, second = (float(loss[name]) for loss in losses.values())
         assert first != second
+
+
+def test_glips_boxes_are_averaged_by_centerness_however_small_it_is() -> None:
+    """One place, at (2, 2) in the box from .64 to 3.84: a weight of 1.36 / 1.84, which cancels."""
+    sample = build("glip")
+    box, tokens = torch.tensor([[0.07, 0.07, 0.1, 0.1]]), torch.zeros(1, 6)
+    inputs = {name: value[:1] for name, value in sample.inputs.items()}
+    found: Any = sample.model(**inputs, labels=[{"boxes": box, "tokens": tokens}])
+    central = found.losses["centerness"] - F.softplus(found.centerness[0, 0])
+    assert float(central / -found.centerness[0, 0]) == pytest.approx(1.36 / 1.84, rel=1e-4)
+    giou = paired_giou(found.pred_boxes[0, :1], box)
+    assert float(found.losses["giou"]) == pytest.approx(float(2 * (1 - giou)), rel=1e-5)
 
 
 def test_published_offsets_are_read_as_they_lie_in_memory() -> None:

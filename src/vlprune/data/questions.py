@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .kinds import (
     TEXT,
     TRIPLE,
     URL,
+    WHOLE,
     Id,
     one_of,
     shown,
@@ -25,6 +27,7 @@ from .kinds import (
 __all__ = [
     "Question",
     "TypedQuestion",
+    "read_answer_lists",
     "read_easy_vqa",
     "read_gqa",
     "read_visual_genome",
@@ -82,6 +85,33 @@ def read_gqa(
         if _asked(question.text, (question.answer,), left):
             found.append(question)
     return some(found, path, "question", left)
+
+
+def read_answer_lists(path: str | Path, types: Sequence[str]) -> dict[str, list[str]]:
+    """The answers of each type of question in the order of their numbers, from a file of MDETR's.
+
+    In ``gqa_answer2id_by_type.json`` an object under ``answer_obj``, ``answer_attr`` and so on, for
+    each of ``types``, maps answers to numbers. Raises DataError unless the numbers of each type are
+    0, 1, 2 and so on, each once. Other keys are not read.
+    """
+    body, lists = read_json(Path(path)), {}
+    for kind in types:
+        named = field(body, f"answer_{kind}", OBJECT)
+        answers: dict[int, str] = {}
+        for answer, entry in value(named, PAIRS):
+            number = value(entry, WHOLE)
+            if number in answers:
+                text = f"{number} is also the number of {shown(answers[number])}"
+                raise wrong(entry, f"{text}: each answer needs its own")
+            answers[number] = answer
+        missing = next((n for n in range(len(answers)) if n not in answers), None)
+        if missing is not None or not answers:
+            text = "no answer has the number" if answers else "there is no answer with the number"
+            raise wrong(
+                named, f"{text} {missing or 0}: the {len(answers)} answers must be numbered from 0"
+            )
+        lists[kind] = [answers[number] for number in range(len(answers))]
+    return lists
 
 
 def read_vqav2(

@@ -125,7 +125,8 @@ class GlipConfig(_PrefixedType, PreTrainedConfig):
     ``fusion_size`` and ``fusion_heads`` belong to the attention between image and text. An anchor
     is ``anchor_scale`` strides wide, and ``atss_candidates`` anchors per level compete for a box.
 
-    Two settings compute what the authors' code computes. With ``corners="inclusive"`` the right and
+    Two settings compute what the authors' code computes, as converted checkpoints need
+    (:mod:`vlprune.models.glip_weights`). With ``corners="inclusive"`` the right and
     lower edge of a box in training are its last pixels, as there, so that a box is one pixel
     smaller when places are assigned, in centerness and in GIoU. With ``offsets="published"`` the
     offsets with which a level reads the next coarser one are not resized but read as they lie in

@@ -268,7 +268,8 @@ class GlipForGrounding(PreTrainedModel):
             wanted.append(pixels[which])
         rows, columns, right = torch.cat(image), torch.cat(place), torch.cat(wanted)
         central = centerness(every[columns].float(), right, inclusive)
-        count, weight = _mean(float(len(rows)), logits), _mean(float(central.sum()), logits)
+        count = max(1.0, _mean(float(len(rows)), logits))
+        weight = max(1e-6, _mean(float(central.sum()), logits))
         shown = there[:, None].expand_as(logits)
         fits = focal_loss(logits[shown].float(), goal[shown]).sum() / count
         pixels_of = side[rows, 0].float()
@@ -291,8 +292,8 @@ def _spans(boxes: Tensor, less: Tensor) -> Tensor:
 
 
 def _mean(value: float, like: Tensor) -> float:
-    """The mean of ``value`` over all processes, at least 1."""
+    """The mean of ``value`` over all processes."""
     total = torch.tensor(value, device=like.device)
     if PartialState._shared_state:
         total = reduce(total, "mean")
-    return max(1.0, float(total))
+    return float(total)

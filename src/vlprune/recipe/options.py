@@ -295,6 +295,7 @@ class GqaOptions(RegionOptions):
 
     formats: ClassVar[Formats] = {"gqa": ("questions", "images")}
     model: Annotated[str, OneOf("mdetr")] = "mdetr"
+    answers: Annotated[str, Text()] = ""
 
 
 TASK_OPTIONS: dict[str, type[TaskOptions]] = {

@@ -141,7 +141,8 @@ class Training(Checked):
     of a run that was never stopped. ``rates`` multiplies the learning rate of the weights whose
     names match a pattern, as in ``{"vision_model.*": 0.1}``; gradients are clipped to a norm of
     ``clip`` (0: not at all). ``optimizer`` is ``adamw``, or ``sgd`` with Nesterov's momentum of
-    0.9.
+    0.9. With ``ema`` the phase ends with an exponential moving average of its weights, which after
+    every step is ``ema`` of itself and the rest of the weights (0: with the last weights).
     """
 
     steps: Annotated[int, Whole(0, MANY)] = 0
@@ -155,6 +156,7 @@ class Training(Checked):
         default_factory=dict
     )
     clip: Annotated[float, Number(0, 10**6)] = 1.0
+    ema: Annotated[float, Number(0, 1, below=True)] = 0.0
     warmup: Annotated[float, Number(0, 1)] = 0.1
     decay: Annotated[str, OneOf(*DECAYS)] = "cosine"
     bf16: Annotated[bool, Flag()] = False
@@ -265,7 +267,13 @@ class Recipe(Checked):
         return data
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """A method may need calibration, and shared weights cannot be repaired by it."""
+        """A search takes no average; calibration is needed by some methods, refused by others."""
+        if self.search.ema:
+            text = (
+                "must be 0: units fade during the search, and an average would bring back what "
+                "went. Give retrain.ema"
+            )
+            yield ("search", "ema"), f"{KEY} {text}"
         name, items = self.method["name"], self.calibration.items
         if getattr(METHOD_OPTIONS[name], "uses_calibration", False) and not items:
             text = f"must be at least 1 for the method {name}, which learns from these items"
@@ -296,6 +304,7 @@ class Recipe(Checked):
                 learning_rate=1e-3,
                 rates={},
                 clip=1.0,
+                ema=min(phase.ema, TOY_EMA),
                 bf16=False,
                 fp16=False,
                 compile=False,
@@ -312,7 +321,7 @@ class Recipe(Checked):
             self,
             method=method,
             budget=budget,
-            options={**self.options, **{k: v for k, v in TOY_OPTIONS.items() if k in self.options}},
+            options={k: TOY_OPTIONS.get(k, v) for k, v in self.options.items() if k != "answers"},
             model=dataclasses.replace(self.model, path="", **TOY_SIZES),
             data=DataSpec(
                 format="shapes",
@@ -329,8 +338,11 @@ class Recipe(Checked):
         )
 
 
-TOY_IGNORES = ("path", "folder", "train", "test")
+TOY_IGNORES = {"model": ("path",), "data": ("folder", "train", "test"), "options": ("answers",)}
+"""What a toy does not use, so that it need not exist."""
 TOY_STEPS = 12
+TOY_EMA = 0.5
+"""A longer average would hold little but the weights before the first step."""
 TOY_ITEMS = 32
 TOY_OPTIONS: Mapping[str, Any] = {"queue": 64, "fusion_width": 0, "queries": 16}
 TOY_SIZES: Mapping[str, Any] = {
@@ -355,10 +367,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), toy: bool = Fal
     body, wrong = read(path)
     where = plain(path)
     if toy:
-        for section in ("model", "data"):  # a toy uses none of these, so they need not exist
+        for section, ignored in TOY_IGNORES.items():
             given = body.get(section)
             if isinstance(given, dict):
-                body[section] = {k: v for k, v in given.items() if k not in TOY_IGNORES}
+                body[section] = {k: v for k, v in given.items() if k not in ignored}
         if isinstance(body.get("data"), dict):
             body["data"]["folder"] = "generated"  # stands for the files of its format
         body = yaml.safe_load(_made(body, wrong, where, ()).toy().to_yaml())

@@ -124,6 +124,10 @@ class Task(ABC):
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Any]:
         """The items of one split in the format ``form``; ``left`` counts the entries left out."""
 
+    def contents(self) -> dict[str, Any]:
+        """What the files say that options name, by option: a resumed run notices other contents."""
+        return {}
+
     def prepare(self) -> None:
         """Derive facts from the data that the processor and the model need, such as the classes."""
         return

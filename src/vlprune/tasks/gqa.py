@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..data.files import Left
-from ..data.questions import TypedQuestion, read_gqa
+from ..data.questions import TypedQuestion, read_answer_lists, read_gqa
 from ..device import moved_to
 from ..errors import UnsupportedError
+from ..files import plain
 from ..recipe.options import GqaOptions, TaskOptions
 from .base import Advance
 from .grounding import RegionTask
@@ -21,6 +22,9 @@ __all__ = ["ANSWER_TYPES", "GqaTask"]
 
 ANSWER_TYPES = ("obj", "attr", "rel", "global", "cat")
 """GQA's semantic types of questions, in MDETR's order; each type has its own answer head."""
+
+UNKNOWN = "unknown"
+"""In the lists of MDETR's authors, what stands for the answers that they do not list."""
 
 FORMER_TYPES = ("obj", "rel", "attr", "cat", "global")
 """Their order in models whose config does not name it."""
@@ -31,8 +35,10 @@ class GqaTask(RegionTask):
 
     As in MDETR, one head predicts the type of a question, and one head per type chooses among the
     answers that questions of this type have in the training set. An answer is right if it equals
-    the answer in the file. MDETR's heads have 5, 3, 1594, 403, 678 and 111 classes; the heads here
-    have as many as the training file holds.
+    the answer in the file. The heads have as many classes as the training file has answers, or the
+    file that the option ``answers`` names: ``gqa_answer2id_by_type.json`` of MDETR's authors, by
+    which their checkpoints (5, 3, 1594, 403, 678 and 111 classes) number the answers. Their lists
+    hold "unknown", which they train for an answer that is not listed.
     """
 
     name: ClassVar[str] = "gqa"
@@ -49,9 +55,16 @@ class GqaTask(RegionTask):
         return read_gqa(part["questions"], part["images"], left)
 
     def prepare(self) -> None:
-        self.answers = {
-            kind: sorted({q.answer for q in self.train if q.kind == kind}) for kind in ANSWER_TYPES
-        }
+        if self.options["answers"]:
+            self.answers = read_answer_lists(self.options["answers"], ANSWER_TYPES)
+        else:
+            self.answers = {
+                kind: sorted({q.answer for q in self.train if q.kind == kind})
+                for kind in ANSWER_TYPES
+            }
+
+    def contents(self) -> dict[str, Any]:
+        return {"answers": self.answers} if self.options["answers"] else {}
 
     def texts(self) -> list[str]:
         return [q.text for q in self.train]
@@ -79,9 +92,17 @@ class GqaTask(RegionTask):
     def load(self, path: Any) -> Any:
         model = super().load(path)
         if dict(model.config.answer_heads) != self.heads:
+            file = self.options["answers"]
+            needs = f"{plain(file)} lists the answers of" if file else "the training questions need"
+            advice = (
+                "give the file by which it was trained"
+                if file
+                else "train on the questions it was made for, or give the file by which it numbers "
+                "answers as options.answers"
+            )
             raise UnsupportedError(
-                f"the model in {path} has the answer heads {dict(model.config.answer_heads)}, the "
-                f"training questions need {self.heads}: train on the questions it was made for"
+                f"the model in {path} has the answer heads {dict(model.config.answer_heads)}, "
+                f"{needs} {self.heads}: {advice}"
             )
         self.kinds = _types_of(model)
         return model
@@ -93,7 +114,8 @@ class GqaTask(RegionTask):
         answers = {"answer_type": torch.tensor([self.kinds.index(q.kind) for q in items])}
         for kind in ANSWER_TYPES:
             known = {answer: number for number, answer in enumerate(self.answers[kind])}
-            numbers = [known.get(q.answer, -1) if q.kind == kind else -1 for q in items]
+            other = known.get(UNKNOWN, -1) if self.options["answers"] else -1
+            numbers = [known.get(q.answer, other) if q.kind == kind else -1 for q in items]
             answers[f"answer_{kind}"] = torch.tensor(numbers)
         return {**words, **self.looks(items), "answers": answers}
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
@@ -30,9 +30,10 @@ from transformers import (
 )
 
 from ..device import device_of, use
-from ..errors import CheckpointError, RecipeError, VlpruneError
+from ..errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError
 from ..files import is_full, plain, reason
 from ..recipe.spec import Training
+from .average import Average
 from .checkpoints import newest, seal, step_of
 from .objective import Trainee
 from .ranks import agreed
@@ -81,6 +82,7 @@ class _Trainer(Trainer):
     not_finite: Tensor | None = None
     most_not_finite: Tensor | None = None
     rates: Mapping[str, float] = MappingProxyType({})
+    average: Average | None = None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint, and seal it when every process has written its part.
@@ -93,6 +95,8 @@ class _Trainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
             state.wait_for_everyone()
             if state.is_main_process:
+                if self.average is not None:
+                    self.average.save(folder)
                 seal(folder)
         except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
             full = is_full(error, folder.parent)
@@ -211,7 +215,8 @@ def fit(
     training. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there, and
     training goes on from the last one that is whole; ``say`` gets a line for every other. Raises
     CheckpointError where a checkpoint cannot be written, VlpruneError where the loss is no longer
-    finite. TensorBoard's files, where ``report_to`` asks for them, go to ``logs``.
+    finite, UnsupportedError where weights to average are sharded. TensorBoard's files, where
+    ``report_to`` asks for them, go to ``logs``.
     """
     if not spec.on:
         return []
@@ -227,15 +232,23 @@ def fit(
         if logs is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
         watch = _Watch(advance, patience=10 if spec.fp16 else 0)
+        trainee = model if isinstance(model, Trainee) else Trainee(model)
+        average = Average(_innermost(trainee), spec.ema, last) if spec.ema else None
+        callbacks = [*callbacks, *([average] if average is not None else ())]
         trainer = _Trainer(
-            model=model if isinstance(model, Trainee) else Trainee(model),
+            model=trainee,
             args=arguments,
             train_dataset=_Items(items),
             data_collator=_seeded(collate, seed),
             callbacks=[*callbacks, watch],
         )
         first(trainer, callbacks)
-        watch.trainer, trainer.rates = trainer, spec.rates
+        watch.trainer, trainer.rates, trainer.average = trainer, spec.rates, average
+        if spec.ema and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise UnsupportedError(
+                "ema keeps the average of whole weights, and FSDP and DeepSpeed divide them among "
+                "the processes: leave ema out, or train with torchrun alone"
+            )
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
         if last:
@@ -290,6 +303,13 @@ def _arguments(
         use_cpu=device.type == "cpu",
         runs_on=str(device),
     )
+
+
+def _innermost(trainee: nn.Module) -> nn.Module:
+    """The model itself, inside its objective and its teacher's."""
+    while isinstance(trainee, Trainee):
+        trainee = trainee.model
+    return trainee
 
 
 def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
