@@ -150,10 +150,7 @@ def test_every_rank_decides_as_one_process_does(
     assert first["total"] == second["total"]  # bit for bit
     one, two = torch.tensor(alone["total"]), torch.tensor(first["total"])
     assert float((one - two).norm() / one.norm()) < 1e-4
-    if how == "ddp":
-        assert first["params"] == second["params"] == alone["params"]
-    else:
-        assert "sharded (FSDP)" in first["error"]
+    assert first["params"] == second["params"] == alone["params"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 
-__all__ = ["uncompiled", "unwrapped"]
+__all__ = ["stock_class", "uncompiled", "unwrapped"]
 
 _REFUSED = {
     "DistributedDataParallel": "its buckets hold the old weights after a cut",
@@ -16,6 +16,12 @@ _REFUSED = {
     "FullyShardedDataParallel": "it has flattened the weights",
     "DeepSpeedEngine": "it has taken the weights over",
 }
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without those that FSDP2 and parametrizations derive from it."""
+    derived = ("FSDP", "Parametrized")
+    return next(c for c in type(module).__mro__ if not c.__name__.startswith(derived))
 
 
 def uncompiled(model: Any) -> Any:

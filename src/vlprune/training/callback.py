@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import UnsupportedError, VlpruneError
-from .ranks import world
+from ..processes import world
 
 if TYPE_CHECKING:
     from .compressor import Compressor

@@ -20,8 +20,9 @@ from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
 from ..methods.vectors import Vectors, alignment, draw_near
+from ..processes import world
 from ..structures.structure import Structure
-from .ranks import averaged, world
+from .ranks import averaged
 
 __all__ = ["Turns", "turns_of"]
 
