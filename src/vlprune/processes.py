@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from .errors import VlpruneError
 
-__all__ = ["all_or_none", "first_value", "world"]
+__all__ = ["all_or_none", "first_value", "lost_contact", "summed", "world"]
 
 
 def world() -> tuple[int, int]:
@@ -27,6 +29,27 @@ def first_value(value: Any) -> Any:
     shared = [value]
     dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def summed(value: float, device: torch.device) -> float:
+    """The sum of the ``value`` of every process; all of them must call this."""
+    if world()[0] == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def lost_contact(error: BaseException) -> str:
+    """torch's words where an error says that another process has ended or not answered; else ""."""
+    one: BaseException | None = error if world()[0] > 1 else None
+    while one is not None:
+        words = " ".join(str(one).split())
+        backend = isinstance(one, RuntimeError) and re.search("gloo|nccl", words, re.IGNORECASE)
+        if isinstance(one, dist.DistError) or backend:
+            return words[:200] or type(one).__name__
+        one = one.__cause__ or one.__context__
+    return ""
 
 
 @contextmanager

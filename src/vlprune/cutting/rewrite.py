@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..processes import all_or_none, first_value
 from ..structures.plan import Plan
 from ..structures.record import write_record
@@ -20,7 +22,14 @@ from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
 from .wrappers import unwrapped
 
-__all__ = ["perform", "rewrite"]
+__all__ = ["HOW_TO_SHARE", "NO_SHARING", "perform", "rewrite"]
+
+NO_SHARING = "layers cannot share weights that FSDP has spread over processes"
+HOW_TO_SHARE = (
+    "save the searched model from all processes by vlprune.save(model, FOLDER, "
+    "extras={'searched.json': compressor.plan().to_json()}), and apply that plan in one process "
+    "by vlprune.rewrite(model, vlprune.discover(model, plan.attention), plan)"
+)
 
 
 def rewrite(
@@ -40,7 +49,8 @@ def rewrite(
 
     A model whose weights FSDP2 has spread over processes is cut parameter by parameter, each
     gathered on its own, and stays spread. All processes must call this; the proof runs on the
-    inputs of the first, and a cut that fails in one of them is undone in all.
+    inputs of the first, and a cut that fails in one of them is undone in all. Such a model cannot
+    share weights: UnsupportedError says how to apply the plan after gathering.
 
     Raises PlanError for a plan that does not fit, UnsupportedError for a model that carries
     another quantizer, adapters, gates, weights that are not ordinary parameters or a wrapper for
@@ -59,7 +69,10 @@ def perform(
     sharded = is_sharded(model)
     if sharded:
         refuse_other_shards(model)
-        verify = first_value(verify)  # one forward pass in all processes, or they would wait
+        if cut.plan.share:
+            raise UnsupportedError(f"{NO_SHARING}, so nothing was cut: {HOW_TO_SHARE}")
+        # one forward pass in all processes, or they would wait for each other
+        verify = first_value(send_to_device(verify, "cpu"))
     try:
         return _performed(model, cut, verify, all_or_none if sharded else nullcontext)
     finally:

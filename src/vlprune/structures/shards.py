@@ -6,12 +6,15 @@ also takes ordinary tensors, which are whole already.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_part", "local", "part_of", "scale_", "whole"]
+__all__ = ["changing", "copies_of", "is_part", "local", "part_of", "scale_", "whole"]
 
 
 def is_part(tensor: Any) -> bool:
@@ -39,6 +42,12 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def copies_of(part: Any) -> int:
+    """How many processes hold the same part of this weight (more than one in hybrid sharding)."""
+    mesh = part.device_mesh
+    return math.prod(mesh.size(n) for n, p in enumerate(part.placements) if p.is_replicate())
+
+
 def part_of(full: Tensor, like: Any) -> Tensor:
     """``full`` laid out like the weight ``like``: each process keeps its part, nothing is sent."""
     if not is_part(like):
@@ -49,6 +58,15 @@ def part_of(full: Tensor, like: Any) -> Tensor:
     spread = DTensor.from_local(full, like.device_mesh, everywhere, run_check=False)
     part: Tensor = spread.redistribute(placements=like.placements)
     return part
+
+
+@contextmanager
+def changing(weight: Tensor) -> Iterator[Tensor]:
+    """The whole weight, to be changed in place; each process then keeps its part of the result."""
+    full = whole(weight.detach())
+    yield full
+    if is_part(weight):
+        weight.copy_(part_of(full, weight))
 
 
 @torch.no_grad()

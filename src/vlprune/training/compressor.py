@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..calibration.session import Calibration, Session
-from ..cutting.fsdp import refuse_other_shards, reshard
+from ..cutting.fsdp import is_sharded, refuse_other_shards, reshard
 from ..cutting.proof import Verification
-from ..cutting.rewrite import perform
+from ..cutting.rewrite import HOW_TO_SHARE, NO_SHARING, perform
 from ..cutting.settle import check_plain, settle
 from ..cutting.sharing.rules import settled, with_followers
 from ..cutting.sharing.ties import is_shared
@@ -162,6 +162,12 @@ class Compressor:
         if not self.finished:
             check_plain(self.model, self.structures)
             refuse_other_shards(self.model)
+            if self.turns is not None and is_sharded(self.model) and self.progress == 0:
+                warnings.warn(
+                    f"{NO_SHARING}: the search itself runs, and finish() works where its plan "
+                    f"only removes units; otherwise, after the search, {HOW_TO_SHARE}",
+                    stacklevel=3,
+                )
             self._gating.attach()
 
     def detach(self) -> None:
