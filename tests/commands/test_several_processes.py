@@ -94,8 +94,8 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
     assert "Traceback" not in first.stderr
     for one in side_by_side(python, "run", *RECIPE, "-o", str(tmp_path / "killed")):
         assert one.returncode == 0, one.stderr[-2000:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
-    torchrun += ["--nproc_per_node", "2", "--master_port", "0", sys.executable, "-c", COMMAND]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    torchrun += ["--nproc_per_node", "2", sys.executable, "-c", COMMAND]
     whole = subprocess.run(
         [*torchrun, *RECIPE, "-o", str(tmp_path / "whole")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
