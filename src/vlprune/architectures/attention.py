@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cutting.padded import is_linear, linear_axes, stock_name
+from ..cutting.wrappers import stock_class
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
@@ -249,7 +250,7 @@ def measure_projected(
     name = stock_name(core)
     for child in (row.q, row.k, row.qkv, *row.v, *row.o):
         if child and not is_linear(modules[join(path, child)]):
-            kind = type(modules[join(path, child)]).__name__
+            kind = stock_class(modules[join(path, child)]).__name__
             raise Leave(f"its projection {child} is a {kind}, not a Linear")
     measure = _measure_fused if row.qkv else _measure_apart
     q, k, v, numbers = measure(path, row, modules, core)
@@ -367,8 +368,7 @@ def measure_multihead(path: str, module: Any, tower: str) -> Block:
 
 def _native(core: nn.Module, name: str) -> Native:
     """The table's entry for the forward; PADDED for unknown classes, even under a known name."""
-    home = next(c for c in type(core).__mro__ if not c.__name__.startswith("Parametrized"))
-    known = home.__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
+    known = stock_class(core).__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
     return NATIVE.get(name, PADDED) if known else PADDED
 
 

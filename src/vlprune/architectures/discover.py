@@ -11,7 +11,7 @@ from torch import nn
 
 from ..architectures import layouts
 from ..cutting.padded import PaddedLinear, is_linear, linear_axes
-from ..cutting.wrappers import uncompiled
+from ..cutting.wrappers import stock_class, uncompiled
 from ..errors import UnsupportedError, did_you_mean
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of
@@ -100,8 +100,8 @@ class _Discovery:
         """The structures of one block; if it must stay dense, none, with the reason noted."""
         blocks = [join(path, name) for name in names]
         try:
-            if type(self.modules[path]).__name__ in layouts.DENSE:
-                raise Leave(layouts.DENSE[type(self.modules[path]).__name__])
+            if stock_class(self.modules[path]).__name__ in layouts.DENSE:
+                raise Leave(layouts.DENSE[stock_class(self.modules[path]).__name__])
             for block in blocks:
                 if isinstance(self.modules[block], PaddedLinear):
                     raise Leave("cut before with padded projections")
@@ -137,7 +137,9 @@ class _Discovery:
         layers = [self.modules[join(path, n)] for n in names]
         for child, layer in zip(names, layers, strict=True):
             if not is_linear(layer):
-                raise Leave(f"its projection {child} is a {type(layer).__name__}, not a Linear")
+                raise Leave(
+                    f"its projection {child} is a {stock_class(layer).__name__}, not a Linear"
+                )
         up, down = layers[-2], layers[-1]
         up_out, up_in = (up.weight.shape[axis] for axis in linear_axes(up))
         down_out, down_in = (down.weight.shape[a] for a in linear_axes(down))
@@ -178,7 +180,7 @@ class _Discovery:
             own = any(p.dim() and p.shape[0] == size > 1 for p in layer.parameters(False))
             norm = own and _is_residual_norm(layer, self.modules, path, names)
             if (own and not norm and not is_linear(layer)) or _convolves(layer, size):
-                return f"{child} ({type(layer).__name__})"
+                return f"{child} ({stock_class(layer).__name__})"
         return ""
 
     def _zero_stays_zero(self, path: str, up: str) -> bool:
@@ -251,7 +253,7 @@ def _is_residual_norm(
 
 
 def _reason(module: nn.Module) -> str:
-    kind = type(module).__name__
+    kind = stock_class(module).__name__
     if isinstance(module, nn.Embedding) or "Embedding" in kind:
         return "embedding: never pruned"
     if "Norm" in kind:

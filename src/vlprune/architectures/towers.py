@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..cutting.wrappers import stock_class
 from .attention import join
 
 __all__ = ["child_of", "default_tower", "in_order"]
@@ -65,9 +66,9 @@ def in_order(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             return
         seen.add(id(module))
         yield path, module
-        first = _ORDER.get(type(module).__name__, ())
+        first = _ORDER.get(stock_class(module).__name__, ())
         children = dict(module.named_children())
-        lists = [n for n in _IN_TURN.get(type(module).__name__, ()) if n in children]
+        lists = [n for n in _IN_TURN.get(stock_class(module).__name__, ()) if n in children]
         for name in [
             *(n for n in first if n in children),
             *(n for n in children if n not in first),

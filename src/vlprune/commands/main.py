@@ -481,6 +481,8 @@ def main() -> None:
         except BaseException as error:
             if received():
                 _leave(received())
+            if lost := _lost_contact(error):
+                _leave(0, f"another process of this run has ended or does not answer ({lost})")
             if not isinstance(error, VlpruneError):
                 raise
             err.print(f"vlprune: {error}", soft_wrap=True)
@@ -491,16 +493,29 @@ def main() -> None:
             sys.exit(2)
 
 
-def _leave(number: int) -> None:
-    """End as asked to by a signal, at once: nothing that libraries do at exit is waited for."""
-    if os.environ.get("RANK", "0") == "0":
+def _lost_contact(error: BaseException) -> str:
+    """torch's words where another process is gone; imports nothing where there are no others."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "torch" not in sys.modules:
+        return ""
+    from ..processes import lost_contact
+
+    return lost_contact(error)
+
+
+def _leave(number: int, why: str = "stopped") -> None:
+    """End as asked to by a signal, at once: nothing that libraries do at exit is waited for.
+
+    Without a signal (0) another process of the run is gone. It may be the first one, so the second
+    speaks, too.
+    """
+    if os.environ.get("RANK", "0") in ("0" if number else "01"):
         goes_on = "; the same command goes on from the last finished phase or checkpoint"
         with suppress(OSError):  # the terminal may be gone
             resumable = sys.argv[1:2] in (["compress"], ["demo"])
-            err.print(f"vlprune: stopped{goes_on if resumable else ''}", soft_wrap=True)
+            err.print(f"vlprune: {why}{goes_on if resumable else ''}", soft_wrap=True)
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(128 + number)
+    os._exit(128 + number if number else 2)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..structures.plan import Plan
+from ..structures.shards import whole
 from ..structures.structure import Structure
 from ..structures.units import owner_of, positions, span
+from .fsdp import Units, class_in_unit, is_sharded, is_unit, reshard
 from .native import native_forward
 from .padded import PaddedLinear, expect_index, is_linear, linear_axes
 from .sharing.ties import (
@@ -54,9 +56,12 @@ def apply_plan(
         for param in s.folds
     }
     swap_forwards(model, cut, undo)
+    if is_sharded(model):
+        reshard(model)
+    units = Units(model)
     for name, axes in index.items():
-        narrow(model, name, axes, scale.get(name, 1.0), undo)
-    pad(model, cut, index, undo)
+        narrow(model, name, axes, scale.get(name, 1.0), undo, units)
+    pad(model, cut, index, undo, units)
     follow(model, cut, kept, undo)
     if ties:
         undo.callback(untie, model)
@@ -104,7 +109,7 @@ def swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -
         target = native_forward(key)
         if not isinstance(module, target):
             undo.callback(_become, module, type(module), dict(module.__dict__))
-            module.__class__ = target
+            module.__class__ = class_in_unit(module, target)
             module.adopt()
 
 
@@ -115,9 +120,12 @@ def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) ->
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
+def narrow(
+    model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack, units: Units
+) -> None:
     """Replace one parameter by its kept rows and columns, times ``scale``.
 
+    A parameter that lies in parts is gathered for the purpose, alone, and comes back in parts.
     Raises PlanError if the module holds None in place of the parameter.
     """
     path, leaf = owner_of(name)
@@ -125,13 +133,15 @@ def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStac
     old = module._parameters[leaf]
     if old is None:
         raise PlanError(f"the model has no parameter {name!r}")
-    data = old.detach()
+    data = whole(old.detach())
     for axis, (index, _length) in axes.items():
         data = data.index_select(axis, index.to(data.device))
     if scale != 1.0:
         data = data * scale
-    undo.callback(module._parameters.__setitem__, leaf, old)
-    module._parameters[leaf] = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
+    new = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
+    if not units.replace(old, new, undo):
+        undo.callback(module._parameters.__setitem__, leaf, old)
+        module._parameters[leaf] = new
     if leaf == "weight" and is_linear(module):
         out_axis, in_axis = linear_axes(module)
         names = ("nf", "nx") if out_axis == 1 else ("out_features", "in_features")
@@ -141,7 +151,11 @@ def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStac
 
 
 def pad(
-    model: nn.Module, cut: Sequence[Structure], index: Mapping[str, Axes], undo: ExitStack
+    model: nn.Module,
+    cut: Sequence[Structure],
+    index: Mapping[str, Axes],
+    undo: ExitStack,
+    units: Units,
 ) -> None:
     """Replace the cut projections of padded structures by layers that keep the old outer width."""
     padded: dict[str, dict[int, tuple[Tensor, int]]] = defaultdict(dict)
@@ -169,10 +183,17 @@ def pad(
                 if kept:
                     expect_index(layer, name, kept[0])
         layer.train(module.training)
+        if is_unit(module):  # the hooks that gather its weights stay with the object
+            undo.callback(_become, module, type(module), dict(module.__dict__))
+            numbers = ("in_features", "out_features", "transposed", "_buffers")
+            module.__dict__.update({name: layer.__dict__[name] for name in numbers})
+            module.__class__ = class_in_unit(module, PaddedLinear)
+            continue
         parent_path, leaf = owner_of(path)
         parent = model.get_submodule(parent_path)
         undo.callback(parent._modules.__setitem__, leaf, module)
         setattr(parent, leaf, layer)
+        units.follow(module, layer, undo)
 
 
 def follow(

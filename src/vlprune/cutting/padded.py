@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .wrappers import stock_class
 
 __all__ = [
     "PaddedLinear",
@@ -19,7 +20,7 @@ __all__ = [
 
 def stock_name(module: nn.Module) -> str:
     """The name of the stock class, even where a cut or sharing has put a subclass in its place."""
-    return type(module).__name__.removeprefix("Parametrized").removeprefix("Cut")
+    return stock_class(module).__name__.removeprefix("Cut")
 
 
 def is_linear(module: nn.Module) -> bool:

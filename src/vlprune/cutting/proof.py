@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..device import device_of, same_random_numbers
 from ..errors import IncomparableError, VerificationError
+from ..structures.shards import is_part
 from ..structures.units import plain_name
 from .difference import Difference, difference, tensors_of
 from .first_batch import run_inputs
+from .fsdp import computing_in, is_sharded, recover
 from .gates import gated
 from .settle import Cut
 from .sharing.mixed import mixed
@@ -23,7 +25,7 @@ from .sharing.ties import (
     untie,
 )
 
-__all__ = ["Verification", "compare", "in_dtype", "run_masked"]
+__all__ = ["Verification", "compare", "in_dtype", "rounded", "run_masked"]
 
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
@@ -85,6 +87,7 @@ def run_masked(
                 difference(outputs, outputs)
             except Exception as error:
                 problems.append(f"{str(dtype).removeprefix('torch.')}: {_first_line(error)}")
+                recover(model)
                 continue
             setting.enter_context(tried.pop_all())
             return outputs, inputs, dtype, kernel
@@ -96,12 +99,17 @@ def run_masked(
 
 
 def compare(
-    model: nn.Module, masked: Sequence[Tensor], inputs: Mapping[str, Any], dtype: torch.dtype
+    model: nn.Module,
+    masked: Sequence[Tensor],
+    inputs: Mapping[str, Any],
+    dtype: torch.dtype,
+    rounding: float = 0.0,
 ) -> Difference:
     """How far the outputs of the cut model are from those of the masked one.
 
-    ``inputs`` and ``dtype`` are those that :func:`run_masked` returned with ``masked``. Raises
-    VerificationError if the cut model does not run or the difference is more than rounding.
+    ``inputs`` and ``dtype`` are those that :func:`run_masked` returned with ``masked``;
+    ``rounding`` is that of :func:`rounded`. Raises VerificationError if the cut model does not run
+    or the difference is more than rounding.
     """
     advice = (
         "the model was put back as it was: report this architecture, or, if you know better, "
@@ -110,6 +118,7 @@ def compare(
     try:
         found = _run(model, inputs, dtype)
     except Exception as error:
+        recover(model)
         raise VerificationError(
             f"the cut model does not run ({_first_line(error)}); {advice}"
         ) from error
@@ -117,12 +126,22 @@ def compare(
         apart = difference(masked, found)
     except VerificationError as error:
         raise VerificationError(f"masked and cut model differ: {error}; {advice}") from None
-    if not apart.relative <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+    if not apart.relative <= max(TOLERANCE.get(dtype, HALF_TOLERANCE), rounding):
         raise VerificationError(
             f"masked and cut model differ by {apart.largest:.2g} on outputs up to "
             f"{apart.scale:.2g}; {advice}"
         )
     return apart
+
+
+def rounded(model: nn.Module) -> float:
+    """The relative difference that a cut of a sharded model may make by rounding; else 0.
+
+    Weights in parts keep their dtype during the proof. A softmax temperature that is folded into
+    them is rounded to it, and so are activations that a forward casts to the dtype of a weight.
+    """
+    dtypes = {p.dtype for p in model.parameters() if is_part(p) and p.is_floating_point()}
+    return max((min(HALF_TOLERANCE, 16 * torch.finfo(d).eps) for d in dtypes), default=0.0)
 
 
 def _first_line(error: BaseException) -> str:
@@ -189,22 +208,28 @@ def _untied(model: nn.Module) -> Iterator[None]:
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The model in another dtype while the block runs; widening and back is lossless.
 
-    Parameters cut inside the block come back in the dtype they had.
+    Parameters cut inside the block come back in the dtype they had. Those that lie in parts keep
+    theirs, and are gathered in the other.
     """
-    before = {plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype}
-    try:
-        if before:
-            model.to(dtype)
-        yield
-    finally:
-        for name, tensor in _floating(model):
-            if plain_name(name) in before:
-                tensor.data = tensor.data.to(before[plain_name(name)])
+    sharded = is_sharded(model)
+    with computing_in(model, dtype) if sharded else nullcontext():
+        before = {plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype}
+        try:
+            if sharded:  # FSDP2 widens its own as it gathers them
+                for _, tensor in _floating(model):
+                    tensor.data = tensor.data.to(dtype)
+            elif before:
+                model.to(dtype)
+            yield
+        finally:
+            for name, tensor in _floating(model):
+                if plain_name(name) in before:
+                    tensor.data = tensor.data.to(before[plain_name(name)])
 
 
 def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+    return [(name, t) for name, t in named if t.is_floating_point() and not is_part(t)]
 
 
 @torch.no_grad()

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import nn
 
+from ..errors import UnsupportedError
+from ..processes import all_or_none, first_value
 from ..structures.plan import Plan
 from ..structures.record import write_record
 from ..structures.structure import Description, Structure
 from .apply import apply_plan
+from .fsdp import is_sharded, refuse_other_shards, reshard
 from .gates import evaluating
-from .proof import Verification, compare, run_masked
+from .proof import Verification, compare, rounded, run_masked
 from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
 from .wrappers import unwrapped
 
-__all__ = ["perform", "rewrite"]
+__all__ = ["HOW_TO_SHARE", "NO_SHARING", "perform", "rewrite"]
+
+NO_SHARING = "layers cannot share weights that FSDP has spread over processes"
+HOW_TO_SHARE = (
+    "save the searched model from all processes by vlprune.save(model, FOLDER, "
+    "extras={'searched.json': compressor.plan().to_json()}), and apply that plan in one process "
+    "by vlprune.rewrite(model, vlprune.discover(model, plan.attention), plan)"
+)
 
 
 def rewrite(
@@ -36,6 +47,11 @@ def rewrite(
     support no wider one. If they differ, or anything else ends the cut early (Ctrl-C, out of
     memory), the model is put back as it was, so the old weights are held until the cut is done.
 
+    A model whose weights FSDP2 has spread over processes is cut parameter by parameter, each
+    gathered on its own, and stays spread. All processes must call this; the proof runs on the
+    inputs of the first, and a cut that fails in one of them is undone in all. Such a model cannot
+    share weights: UnsupportedError says how to apply the plan after gathering.
+
     Raises PlanError for a plan that does not fit, UnsupportedError for a model that carries
     another quantizer, adapters, gates, weights that are not ordinary parameters or a wrapper for
     parallel training, VerificationError if masked and cut model differ, and IncomparableError (a
@@ -50,16 +66,40 @@ def perform(
     model: nn.Module, cut: Cut, verify: Mapping[str, Any] | None = None
 ) -> Verification | None:
     """Cut the model as :func:`rewrite` does; returns the proof, or None without ``verify``."""
+    sharded = is_sharded(model)
+    if sharded:
+        refuse_other_shards(model)
+        if cut.plan.share:
+            raise UnsupportedError(f"{NO_SHARING}, so nothing was cut: {HOW_TO_SHARE}")
+        # one forward pass in all processes, or they would wait for each other
+        verify = first_value(send_to_device(verify, "cpu"))
+    try:
+        return _performed(model, cut, verify, all_or_none if sharded else nullcontext)
+    finally:
+        if sharded:
+            reshard(model)
+
+
+def _performed(
+    model: nn.Module,
+    cut: Cut,
+    verify: Mapping[str, Any] | None,
+    agreeing: Callable[[], AbstractContextManager[None]],
+) -> Verification | None:
+    """The cut and its proof; what fails inside ``agreeing()`` fails in all processes."""
     if verify is None:
-        with _undone_on_failure() as undo:
+        with _undone_on_failure() as undo, agreeing():
             _apply(model, cut, undo)
             write_record(model, cut.record, undo)
         return None
     with evaluating(model), ExitStack() as setting:
-        masked, inputs, dtype, kernel = run_masked(model, cut, verify, setting)
-        with _undone_on_failure() as undo:
+        with agreeing():
+            masked, inputs, dtype, kernel = run_masked(model, cut, verify, setting)
+        reshard(model)
+        rounding = rounded(model)
+        with _undone_on_failure() as undo, agreeing():
             _apply(model, cut, undo)
-            proof = compare(model, masked, inputs, dtype)
+            proof = compare(model, masked, inputs, dtype, rounding)
             write_record(model, cut.record, undo)
     name = str(dtype).removeprefix("torch.")
     return Verification(proof.largest, proof.scale, name, proof.compared, kernel)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from ..cutting.fsdp import is_sharded
 from ..cutting.wrappers import uncompiled
 from ..errors import CheckpointError, VlpruneError
 from ..files import plain, read_json, reason, write_text
+from ..processes import all_or_none, world
 from ..structures.record import METHOD, gather_record
+from .gathered import forget, gather
 from .place import CONFIG, check_place, is_being_saved, staging, swap
 from .weights import digest, is_weights, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["check_result", "files_of_export", "save"]
 
@@ -40,31 +47,74 @@ def save(
     into place at the end: a kill at any moment leaves the old or the new model, a full disk the
     old one. Files that vlprune did not write survive, unless a new file has the same name.
 
+    Where FSDP2 has spread the weights over processes, all of them must call this. Weights are
+    gathered one at a time, and the first process writes the folder.
+
     Raises CheckpointError if the folder cannot be written.
     """
     folder, model = Path(folder), uncompiled(model)
     record = gather_record(model)
+    texts = dict(extras or {})
+    if record is not None:
+        texts = {PLAN_FILE: record.plan.to_json() + "\n", **texts}
+    if is_sharded(model):
+        _save_from_all(model, folder, texts, processor)
+        return folder
     check_place(folder)
-    staged = folder
-    try:
-        with staging(folder) as staged:
-            model.save_pretrained(staged)
-            if processor is not None:
-                processor.save_pretrained(staged)
-            if record is not None:
-                write_text(staged / PLAN_FILE, record.plan.to_json() + "\n")
-            for name, text in (extras or {}).items():
-                write_text(staged / name, text)
-            _seal(staged)
-            swap(staged, stale=_stale(folder, {p.name for p in staged.iterdir()}))
-    except VlpruneError as error:
-        raise CheckpointError(f"cannot save to {plain(folder)}: {_after(staged, error)}") from error
-    except (OSError, SafetensorError) as error:
-        problem = reason(error)
-        raise CheckpointError(
-            f"cannot save to {plain(folder)}: {_after(staged, problem)}"
-        ) from error
+    with _problems_told(folder) as staged_in, staging(folder) as staged:
+        staged_in.append(staged)
+        _fill(model, staged, texts, processor)
     return folder
+
+
+def _save_from_all(model: Any, folder: Path, texts: Mapping[str, str], processor: Any) -> None:
+    """Save a model whose weights are spread over processes: the first one writes the folder."""
+    first = world()[1] == 0
+    with _problems_told(folder) as staged_in, ExitStack() as stack:
+        with all_or_none():
+            if first:
+                check_place(folder)
+                staged_in.append(stack.enter_context(staging(folder)))
+        staged = staged_in[0] if first else None
+        with all_or_none():
+            state = gather(model, staged)
+        with all_or_none():
+            if staged is not None:
+                _fill(model, staged, texts, processor, state)
+
+
+def _fill(
+    model: Any,
+    staged: Path,
+    texts: Mapping[str, str],
+    processor: Any,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write everything into a staging folder, then move it into the folder around it.
+
+    ``state`` is the model's, where :func:`vlprune.folders.gathered.gather` has made it.
+    """
+    model.save_pretrained(staged, **({} if state is None else {"state_dict": state}))
+    if state is not None:
+        forget(staged)
+    if processor is not None:
+        processor.save_pretrained(staged)
+    for name, text in texts.items():
+        write_text(staged / name, text)
+    _seal(staged)
+    swap(staged, stale=_stale(staged.parent, {p.name for p in staged.iterdir()}))
+
+
+@contextmanager
+def _problems_told(folder: Path) -> Iterator[list[Path]]:
+    """Errors of the block as CheckpointErrors; the block appends the staging folder once made."""
+    staged_in: list[Path] = []
+    try:
+        yield staged_in
+    except (VlpruneError, OSError, SafetensorError) as error:
+        problem = error if isinstance(error, VlpruneError) else reason(error)
+        told = _after(staged_in[0] if staged_in else folder, problem)
+        raise CheckpointError(f"cannot save to {plain(folder)}: {told}") from error
 
 
 def _after(staged: Path, problem: object) -> str:

@@ -6,7 +6,7 @@ joint share and prune (ICLR 2023); the exact form is not from the paper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,11 @@ from ..cutting.sharing.mixed import pairing
 from ..cutting.sharing.rules import slot_pairs, unit_weights
 from ..prices.prices import Prices
 from ..structures.plan import Plan
+from ..structures.shards import changing, whole
 from ..structures.structure import Structure
 from ..structures.units import positions
 
-__all__ = ["Vectors", "alignment", "draw_near"]
+__all__ = ["Vectors", "alignment", "distances", "draw_near"]
 
 Shares = Mapping[str, tuple[str, Tensor, Tensor]]
 """{structure: (source, 1 per unit that takes the source's weights, the source's unit for each)}."""
@@ -119,9 +120,21 @@ def alignment(
     the units they share, divided by the number of structures. A unit's weights count, not its bias.
     Differentiable in the weights, both of a unit and of its source.
     """
+    total: Tensor | None = None
+    for term in distances(model, structures, vectors, epsilon):
+        total = term if total is None else total + term
+    return torch.zeros(()) if total is None else total / len(structures)
+
+
+def distances(
+    model: nn.Module, structures: Sequence[Structure], vectors: Vectors, epsilon: float = 1e-8
+) -> Iterator[Tensor]:
+    """The terms of :func:`alignment` before the division, one or two scalars per structure.
+
+    Of a sharded model, the weights of one structure and of its source are gathered for each.
+    """
     by_name = {s.name: s for s in structures}
     parameters = dict(model.named_parameters())
-    total: Tensor | None = None
     for name in {**vectors.keep, **vectors.share}:
         target = by_name[name]
         stays = vectors.keep.get(name)
@@ -141,11 +154,7 @@ def alignment(
             squares = [(a - b).square().sum(1) for a, b in zip(mine, theirs, strict=True)]
             terms.append((share[units], _total(squares)))
         for factor, square in terms:
-            lengths = (square + epsilon).sqrt() * factor.to(square)
-            total = lengths.sum() if total is None else total + lengths.sum()
-    if total is None:
-        return torch.zeros(())
-    return total / len(structures)
+            yield ((square + epsilon).sqrt() * factor.to(square)).sum()
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -177,18 +186,19 @@ def draw_near(
             goes = goes * (1 - share)
             units = (share > 0.5).nonzero()[:, 0]
             for ours, theirs in slot_pairs(target, by_name[source], parameters):
-                mine, there = parameters[ours.param], parameters[theirs.param]
-                into = positions(ours, target.size, units).to(mine.device)
-                out_of = positions(theirs, by_name[source].size, taken[units]).to(there.device)
-                now = mine.index_select(ours.axis, into)
-                goal = there.index_select(theirs.axis, out_of).to(now)
-                mine.index_copy_(ours.axis, into, goal.lerp(now, factor))
+                with changing(parameters[ours.param]) as mine:
+                    there = whole(parameters[theirs.param].detach())
+                    into = positions(ours, target.size, units).to(mine.device)
+                    out_of = positions(theirs, by_name[source].size, taken[units])
+                    now = mine.index_select(ours.axis, into)
+                    goal = there.index_select(theirs.axis, out_of.to(there.device)).to(now)
+                    mine.index_copy_(ours.axis, into, goal.lerp(now, factor))
         units = (goes > 0.5).nonzero()[:, 0]
         for slot in target.slots:
-            weight = parameters[slot.param]
-            if weight.dim() > 1 and len(units):
-                at = positions(slot, target.size, units).to(weight.device)
-                weight.index_copy_(slot.axis, at, factor * weight.index_select(slot.axis, at))
+            if parameters[slot.param].dim() > 1 and len(units):
+                with changing(parameters[slot.param]) as weight:
+                    at = positions(slot, target.size, units).to(weight.device)
+                    weight.index_copy_(slot.axis, at, factor * weight.index_select(slot.axis, at))
 
     for name in {**vectors.keep, **vectors.share}:
         visit(name)

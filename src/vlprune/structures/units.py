@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .shards import whole
 from .structure import Gate, Slot, Structure
 
 __all__ = ["named_weights", "owner_of", "plain_name", "positions", "span", "spread", "unit_squares"]
@@ -75,7 +76,7 @@ def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[s
     """Sum of squared weights of every unit, float32: {structure: (size,)}.
 
     Each sum runs over all slots of the unit, biases included. The sums are computed one parameter
-    at a time, so no copy of the model is made.
+    at a time, so no copy of the model is made; of a sharded model, one is gathered at a time.
     """
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **named_weights(model)}
     sums: dict[tuple[str, int], Tensor] = {}
@@ -85,7 +86,7 @@ def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[s
         for slot in structure.slots:
             axis_sums = sums.get((slot.param, slot.axis))
             if axis_sums is None:
-                weight = parameters[slot.param].detach()
+                weight = whole(parameters[slot.param].detach())
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 others = [axis for axis in range(weight.dim()) if axis != slot.axis]
                 squares = (

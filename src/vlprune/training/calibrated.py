@@ -9,14 +9,15 @@ from torch import nn
 
 from ..calibration.session import Session, session_of
 from ..calibration.store import Originals
-from ..errors import VlpruneError
+from ..cutting.fsdp import is_sharded
+from ..errors import UnsupportedError, VlpruneError
 from ..folders.notes import hashed
 from ..methods import Method, Search
 from ..structures.plan import Plan
 from ..structures.structure import Structure
 from .gating import Gating
 
-__all__ = ["Calibrated", "calibrated_by"]
+__all__ = ["Calibrated", "calibrated_by", "refuse_sharded"]
 
 
 def calibrated_by(
@@ -25,9 +26,10 @@ def calibrated_by(
     """The calibration on these batches; None without any.
 
     Raises VlpruneError if the method needs batches and ``given`` is None, DataError for batches
-    that cannot be used.
+    that cannot be used, UnsupportedError if the weights are sharded.
     """
     if given is not None:
+        refuse_sharded(model)
         return Calibrated(session_of(model, structures, given), method)
     if method.uses_calibration:
         raise VlpruneError(
@@ -35,6 +37,16 @@ def calibrated_by(
             "Compressor(..., calibration=[batch, ...]) some"
         )
     return None
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise UnsupportedError if processes share the weights out among them."""
+    if is_sharded(model):
+        raise UnsupportedError(
+            "calibration works on whole weights, and these are spread over processes (FSDP): "
+            "compress before fully_shard (each process may bring its own part of the batches), "
+            "then shard the small model"
+        )
 
 
 class Calibrated:
@@ -50,6 +62,7 @@ class Calibrated:
         """Let the search learn from the batches, once; heads are rotated if the method says so."""
         if self.learnt or not self.method.uses_calibration:
             return
+        refuse_sharded(self.session.model)
         if getattr(self.method, "rotate", False):
             self.session.rotate(self._originals[0])
         steps, step = self.session.steps, f"errors-{hashed(repr(self.method))}"
@@ -66,6 +79,7 @@ class Calibrated:
         if plan.share:
             self.session.remark = "the plan shares weights, so it was not repaired"
         elif getattr(self.method, "fold", True):
+            refuse_sharded(self.session.model)
             gating.write_into_weights(self._originals[1])
             self.session.fold(plan, self._originals[2])
 

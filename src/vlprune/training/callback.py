@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..cutting.fsdp import is_sharded, reshard
+from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
-from .ranks import world
+from ..processes import all_or_none, summed, world
+from ..structures.shards import copies_of, is_part, local
 
 if TYPE_CHECKING:
     from .compressor import Compressor
@@ -44,16 +46,37 @@ class CompressorCallback(TrainerCallback, ExportableState):
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
         self._last: tuple[int, int] | None = None
+        self._sum: float | None = None
 
     def state(self) -> dict[str, Any]:
         """The entry in ``trainer_state.json``: the search's state, and a figure of the weights."""
         packed = base64.b64encode(pack(self.compressor.state())).decode()
-        return {"args": {}, "attributes": {"search": packed, "weights": self._weights()}}
+        sharded = is_sharded(self.compressor.model)  # then one process alone cannot sum them up
+        weights = self._sum if sharded else self._weights()
+        return {"args": {}, "attributes": {"search": packed, "weights": weights}}
 
     def _weights(self) -> float:
-        """A figure to recognise the weights of this process by: the sum of their magnitudes."""
-        parameters = self.compressor.model.parameters()
-        return sum(float(p.detach().double().abs().sum()) for p in map(_local, parameters))
+        """A figure to recognise the weights by: the sum of their magnitudes.
+
+        Of a sharded model every process adds the sum of its parts, so all of them must call this.
+        """
+        model = self.compressor.model
+        reshard(model)
+        whole = parts = 0.0
+        for parameter in model.parameters():
+            size = float(torch.linalg.vector_norm(local(parameter.detach()), 1, dtype=torch.double))
+            if is_part(parameter):
+                parts += size / copies_of(parameter)
+            else:
+                whole += size
+        return whole + (summed(parts, device_of(model)) if is_sharded(model) else 0.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sum up sharded weights where a checkpoint may follow, which one process writes."""
+        steps, now = max(1, int(state.save_steps or 1)), state.global_step
+        due = control.should_save or now % steps == 0 or now >= state.max_steps
+        sharded = is_sharded(self.compressor.model)
+        self._sum = self._weights() if sharded and due else None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.retrain()
@@ -103,10 +126,14 @@ class CompressorCallback(TrainerCallback, ExportableState):
         return (saved[0] if isinstance(saved, list) else saved)["attributes"]
 
     def _check_weights(self, state: Any, saved: Any) -> None:
-        """Raise VlpruneError if the Trainer has not loaded the weights of its checkpoint."""
-        if state.is_world_process_zero and not isclose(
-            saved["weights"], self._weights(), rel_tol=1e-9
-        ):
+        """Raise VlpruneError if the Trainer has not loaded the weights of its checkpoint.
+
+        If it has not in one process, the error is raised in all.
+        """
+        now, wanted = self._weights(), saved["weights"]
+        with all_or_none():
+            if wanted is None or isclose(wanted, now, rel_tol=1e-9):
+                return
             raise VlpruneError(
                 "the weights of the checkpoint have not been loaded into the model: some are "
                 "saved under names that the Trainer does not find again, so give it "
@@ -163,9 +190,3 @@ class CompressorCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.compressor.end()
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that lies in this process."""
-    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return part

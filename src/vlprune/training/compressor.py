@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..calibration.session import Calibration, Session
+from ..cutting.fsdp import is_sharded, refuse_other_shards, reshard
 from ..cutting.proof import Verification
-from ..cutting.rewrite import perform
+from ..cutting.rewrite import HOW_TO_SHARE, NO_SHARING, perform
 from ..cutting.settle import check_plain, settle
 from ..cutting.sharing.rules import settled, with_followers
 from ..cutting.sharing.ties import is_shared
@@ -29,7 +30,7 @@ from ..structures.plan import Plan
 from ..structures.structure import AttentionUnit
 from .calibrated import calibrated_by
 from .callback import CompressorCallback, callback_for
-from .ending import measured_seconds, refuse_sharded, unfinished
+from .ending import measured_seconds, unfinished
 from .gating import Gating
 from .optimizers import exchange, replaced
 from .pricing import costs_of, described, problem_of, refuse_unreachable, widths, without
@@ -160,6 +161,13 @@ class Compressor:
         """Put the gates in place. Raises UnsupportedError if another Compressor has done so."""
         if not self.finished:
             check_plain(self.model, self.structures)
+            refuse_other_shards(self.model)
+            if self.turns is not None and is_sharded(self.model) and self.progress == 0:
+                warnings.warn(
+                    f"{NO_SHARING}: the search itself runs, and finish() works where its plan "
+                    f"only removes units; otherwise, after the search, {HOW_TO_SHARE}",
+                    stacklevel=3,
+                )
             self._gating.attach()
 
     def detach(self) -> None:
@@ -372,12 +380,15 @@ class Compressor:
         first batch seen in training; :meth:`report` says how far apart they were, or that there was
         nothing to compare on. If an error is raised, the model stays as it was. A Trainer's
         optimizer goes on with the new parameters; in a loop of your own, make a new optimizer.
-        Raises VerificationError if masked and cut model differ, UnsupportedError if the weights are
-        sharded, VlpruneError if processes disagree on the plan.
+        Raises VerificationError if masked and cut model differ, VlpruneError if processes disagree
+        on the plan.
+
+        Where FSDP2 has spread the weights over processes, all of them must call this. Weights are
+        gathered and cut one at a time, and the small model stays spread, ready to train on.
         """
         if self.finished:
             return self.given
-        refuse_sharded(self.model)
+        reshard(self.model)
         inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
         before, attached = dict(self.model.named_parameters()), self._gating.attached
         try:

@@ -11,27 +11,16 @@ from torch import nn
 
 from ..cutting.gates import evaluating
 from ..device import moved_to
-from ..errors import UnsupportedError
 from ..methods import Method, Search
 from ..prices.clock import (
     seconds_of,
     take_turns,
 )
 
-__all__ = ["measured_seconds", "refuse_sharded", "unfinished"]
+__all__ = ["measured_seconds", "unfinished"]
 
 ROUNDS = 9
 """Forward passes whose median time is the reached latency."""
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise UnsupportedError if the weights lie in parts on several devices."""
-    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        raise UnsupportedError(
-            "the weights are sharded (FSDP), which cannot be cut: save compressor.plan(), "
-            "gather the full weights into an unsharded model of the same class, and cut that "
-            "with vlprune.rewrite(model, vlprune.discover(model), plan)"
-        )
 
 
 def unfinished(method: Method, search: Search, progress: float) -> str:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from ..calibration.store import Originals
 from ..cutting.first_batch import copied
+from ..cutting.fsdp import reshard
 from ..cutting.gates import gated
+from ..cutting.padded import stock_name
 from ..device import device_of
 from ..errors import UnsupportedError
+from ..structures.shards import scale_
 from ..structures.structure import Gate, Structure
-from ..structures.units import positions, spread
+from ..structures.units import spread
 from .saved_names import in_own_names
 
 __all__ = ["Gating"]
@@ -107,15 +110,14 @@ class Gating:
     def empty_removed_units(self) -> None:
         """Set the weights of units whose gate is 0 to 0, as the gates already do in effect.
 
-        A model that is saved without its gates then computes the same as with them. Sharded weights
-        are left alone.
+        A model that is saved without its gates then computes the same as with them.
         """
+        reshard(self.model)
         for structure in self.structures:
-            gone = (self.gates[structure.name].detach() == 0).nonzero()[:, 0].cpu()
-            for gate in structure.gates if len(gone) else ():
-                at = positions(gate, structure.size, gone)
+            stays = (self.gates[structure.name].detach() != 0).float()
+            for gate in structure.gates if not bool(stays.all()) else ():
                 for _name, weight, axis in self._gated_weights(gate):
-                    weight.index_fill_(axis, at.to(weight.device), 0)
+                    scale_(weight, axis, spread(stays, gate, weight.shape[axis]))
 
     @torch.no_grad()
     def write_into_weights(self, originals: Originals) -> None:
@@ -123,13 +125,13 @@ class Gating:
 
         ``originals`` get the weights as they were. Nothing changes where all gates are open.
         """
+        reshard(self.model)
         for structure in self.structures:
             values = self.gates[structure.name].detach()
             for gate in structure.gates if bool((values != 1).any()) else ():
                 for name, weight, axis in self._gated_weights(gate):
                     originals.keep([f"{gate.module}.{name}"])
-                    scale = spread(values, gate, weight.shape[axis]).to(weight)
-                    weight.mul_(scale.unsqueeze(1) if axis == 0 and weight.dim() > 1 else scale)
+                    scale_(weight, axis, spread(values, gate, weight.shape[axis]))
 
     def _gated_weights(self, gate: Gate) -> Iterator[tuple[str, Tensor, int]]:
         """The parameters that a gate acts on: name in its module, tensor, axis."""
@@ -137,9 +139,9 @@ class Gating:
         leaves = {"output": ("weight", "bias"), "input": ("weight",), "weight": gate.params}
         for name in leaves[gate.at]:
             weight = module._parameters.get(name)
-            if weight is None or hasattr(weight, "to_local"):
+            if weight is None:
                 continue
-            transposed = weight.dim() == 2 and type(module).__name__ == "Conv1D"
+            transposed = weight.dim() == 2 and stock_name(module) == "Conv1D"
             axis = int((gate.at == "input") != transposed) if weight.dim() > 1 else 0
             yield name, weight, axis
 

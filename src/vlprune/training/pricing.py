@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import discover
+from ..cutting.fsdp import is_sharded
 from ..cutting.settle import (
     check_plain,
 )
@@ -113,7 +114,8 @@ def costs_of(
 ) -> Costs:
     """Price the units; ``measured`` is an earlier table of seconds.
 
-    Raises BudgetError if the budget's currency needs inputs and ``inputs`` is None.
+    Raises BudgetError if the budget's currency needs inputs and ``inputs`` is None, or if it must
+    be measured and the weights are sharded.
     """
     params, param_prices = int(cost.params(model, structures)), cost.param_prices(model, structures)
     if inputs is None:
@@ -129,6 +131,11 @@ def costs_of(
         return Costs(params, param_prices, macs, param_prices)
     if budget.what == "macs":
         return Costs(params, param_prices, macs, macs.prices)
+    if measured is None and is_sharded(model):
+        raise BudgetError(
+            "a latency is measured on copies of the whole model, and here the weights are spread "
+            "over processes (FSDP): make the Compressor before fully_shard, or give it prices="
+        )
     where = conditions(model, inputs)
     prices = measured or latency_prices(model, structures, inputs, attention)
     return Costs(params, param_prices, macs, prices, where)

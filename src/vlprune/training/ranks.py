@@ -12,17 +12,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..errors import VlpruneError
+from ..processes import world
 from ..structures.plan import Plan
 from ..structures.structure import Structure
 
-__all__ = ["agreed", "averaged", "check_same_plan", "mean_gradients", "world"]
-
-
-def world() -> tuple[int, int]:
-    """The number of processes and the rank of this one; (1, 0) without torch.distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1, 0
-    return dist.get_world_size(), dist.get_rank()
+__all__ = ["agreed", "averaged", "check_same_plan", "mean_gradients"]
 
 
 Value = TypeVar("Value")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cutting.fsdp import is_sharded, reshard
 from ..cutting.gates import evaluating, gated
 from ..cutting.sharing.mixed import (
     mixed,
@@ -19,9 +20,10 @@ from ..cutting.sharing.ties import (
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
-from ..methods.vectors import Vectors, alignment, draw_near
+from ..methods.vectors import Vectors, alignment, distances, draw_near
+from ..processes import world
 from ..structures.structure import Structure
-from .ranks import averaged, world
+from .ranks import averaged
 
 __all__ = ["Turns", "turns_of"]
 
@@ -52,8 +54,8 @@ class Turns:
     """Access to the weights that a search takes turns with (:class:`vlprune.methods.Weights`).
 
     ``loss`` turns a batch into its loss; ``autocast`` is the dtype that training runs in, if any;
-    ``seen`` counts the batches looked at; ``reached`` are the structures whose vectors had an
-    effect on any of them.
+    ``seen`` counts the batches looked at by all processes; ``reached`` are the structures whose
+    vectors had an effect on any of them.
     """
 
     def __init__(
@@ -82,10 +84,15 @@ class Turns:
 
     def align(self, wanted: Alignment) -> None:
         """Draw the weights towards the wanted structure, by their gradients and directly."""
-        if wanted.strength > 0:
+        reshard(self.model)  # gradients belong to the parts
+        strength = wanted.strength * self.weight_scale
+        if strength and is_sharded(self.model):
+            for term in distances(self.model, self.structures, wanted.vectors):
+                (strength / len(self.structures) * term).backward()
+        elif strength:
             distance = alignment(self.model, self.structures, wanted.vectors)
             if distance.requires_grad:
-                (wanted.strength * self.weight_scale * distance).backward()
+                (strength * distance).backward()
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
 
@@ -93,8 +100,8 @@ class Turns:
         """The loss of the next held-out batch with the vectors, and without if it ``compares``.
 
         The weights are constants here, the model is in eval mode, and training's random numbers are
-        left alone. Raises VlpruneError without held-out batches, UnsupportedError if the weights
-        are sharded.
+        left alone. Of a sharded model, each process gathers the weights that are to be shared.
+        Raises VlpruneError without held-out batches.
         """
         batch = self._next_batch()
         keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
@@ -144,14 +151,9 @@ class Turns:
                 "this method learns on batches that are not trained on: give "
                 "Compressor(..., held_out=[batch, ...]) some"
             )
-        if any(hasattr(parameter, "to_local") for parameter in self.model.parameters()):
-            raise UnsupportedError(
-                "the weights are sharded (FSDP), which a method that learns in turn with them "
-                "cannot search yet: use DistributedDataParallel"
-            )
         size, rank = world()
-        number = (self.seen * size + rank) % len(self.held_out)
-        self.seen += 1
+        number = (self.seen + rank) % len(self.held_out)
+        self.seen += size
         return moved_to(self.model, self.held_out[number])
 
     def _own_loss(self, batch: Mapping[str, Any]) -> Tensor:

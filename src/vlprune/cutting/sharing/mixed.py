@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ...structures.plan import Plan
+from ...structures.shards import is_part, whole
 from ...structures.structure import Structure
 from ...structures.units import owner_of, positions
 from .rules import slot_pairs
@@ -30,7 +31,8 @@ def mixed(
     number per unit: 1 where the unit takes the source's weights, 0 where it keeps its own.
     ``units`` holds the source's unit that each unit would take; both are (size,). A source that
     itself shares is mixed first. The mixture is computed once, on entering, and is differentiable
-    in the values and in the weights of both structures. Gates (:func:`vlprune.gated`) may be put
+    in the values and in the weights of both structures, except weights of a sharded model, which
+    are gathered and constant. Gates (:func:`vlprune.gated`) may be put
     on top.
 
     Raises UnsupportedError for a model that shares already: :func:`materialize` it first.
@@ -82,6 +84,10 @@ def _mixtures(
     done: dict[str, Tensor] = {}
     finished: set[str] = set()
 
+    def of(name: str) -> Tensor:
+        weight = parameters[name]
+        return whole(weight.detach()) if is_part(weight) else weight
+
     def mix(name: str) -> None:
         if name in finished or name not in shares:
             return
@@ -90,8 +96,8 @@ def _mixtures(
         mix(source)
         target, giver = by_name[name], by_name[source]
         for ours, theirs in slot_pairs(target, giver, shapes):
-            own = done.get(ours.param, parameters[ours.param])
-            taken = done.get(theirs.param, parameters[theirs.param])
+            own = done[ours.param] if ours.param in done else of(ours.param)
+            taken = done[theirs.param] if theirs.param in done else of(theirs.param)
             into = positions(ours, target.size, range(target.size)).to(own.device)
             out_of = positions(theirs, giver.size, units.cpu()).to(own.device)
             share = values[None, :, None].expand(ours.repeat, -1, ours.inner).reshape(-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import PlanError
 from ...structures.plan import Plan
 from ...structures.record import Record, read_record
+from ...structures.shards import whole
 from ...structures.structure import Slot, Structure
 from ...structures.units import named_weights, positions
 
@@ -114,9 +115,9 @@ def unit_weights(
     """The weights of some units, one matrix (units, numbers per unit) per slot, without biases."""
     found = []
     for slot in structure.slots:
-        weight = parameters[slot.param]
-        if weight.dim() < 2:
+        if parameters[slot.param].dim() < 2:
             continue
+        weight = whole(parameters[slot.param])
         ordered = positions(slot, structure.size, units.cpu()).to(weight.device)
         part = weight.index_select(slot.axis, ordered).movedim(slot.axis, 0)
         part = part.reshape(slot.repeat, len(units), slot.inner, -1)
