@@ -215,6 +215,36 @@ def compress(
 
 
 @app.command()
+def cut(
+    model: Annotated[Path, typer.Argument(help="A folder with a model, of any size.")],
+    plan: Annotated[Path, typer.Argument(help="A plan.json: which units stay, which are shared.")],
+    output: Output = Path("vlprune-output"),
+    max_shard_size: Annotated[
+        str, typer.Option(help="The largest weight file; about as much memory is needed.")
+    ] = "2GB",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the masked and the cut model first."),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Carry out a plan on a model that may be larger than memory, file by file.
+
+    Example: vlprune cut llava-7b plan.json -o small
+    """
+    each(lambda: check_folder(model), lambda: check_output(output))
+    err.print("loading torch and transformers", style="dim")
+    from ..folders.save import check_shard_size
+    from .pipeline import cut_folder
+
+    check_shard_size(max_shard_size)
+    body = cut_folder(
+        model, plan, output, max_shard_size=max_shard_size, verify=verify, progress=Bars()
+    )
+    _show(body, screens.cut(body), as_json)
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A folder with a model.")],
     recipe: Annotated[
@@ -496,7 +526,7 @@ def _leave(number: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         goes_on = "; the same command goes on from the last finished phase or checkpoint"
         with suppress(OSError):  # the terminal may be gone
-            resumable = sys.argv[1:2] in (["compress"], ["demo"])
+            resumable = sys.argv[1:2] in (["compress"], ["cut"], ["demo"])
             err.print(f"vlprune: stopped{goes_on if resumable else ''}", soft_wrap=True)
     for child in multiprocessing.active_children():
         child.kill()

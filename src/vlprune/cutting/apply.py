@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .sharing.ties import (
     untie,
 )
 
-__all__ = ["apply_plan"]
+__all__ = ["Slices", "apply_plan", "slices_of"]
 
 
 def apply_plan(
@@ -34,33 +35,30 @@ def apply_plan(
     plan: Plan,
     undo: ExitStack | None = None,
     ties: Sequence[Tie] = (),
-) -> None:
-    """Cut and share without any check. Works on meta tensors, as loading needs.
+) -> Slices:
+    """Cut and share without any check; returns what stays of each parameter.
 
-    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are the
-    ties that the model had before the cut and keeps. ``undo`` takes the calls that put the old
-    state back; without it, each old weight is freed as soon as it is replaced.
+    Works on meta tensors, as loading needs. ``structures`` are those that are cut, and those that
+    share or are shared. ``ties`` are the ties that the model had before the cut and keeps. ``undo``
+    takes the calls that put the old state back; without it, each old weight is freed as soon as it
+    is replaced.
     """
     undo = undo if undo is not None else _Forget()
     kept = {s.name: plan.kept(s) for s in structures}
     cut = [s for s in structures if len(kept[s.name]) < s.size]
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    shapes = {name: tuple(p.shape) for name, p in every}
     ties = [*ties, *ties_of(structures, plan, shapes)]
-    index = positions_that_stay(model, cut, kept)
-    scale = {
-        param: math.sqrt(len(kept[s.name]) / s.size)
-        for s in cut
-        if s.layout == "native"
-        for param in s.folds
-    }
+    slices = slices_of(structures, plan, shapes)
     swap_forwards(model, cut, undo)
-    for name, axes in index.items():
-        narrow(model, name, axes, scale.get(name, 1.0), undo)
-    pad(model, cut, index, undo)
+    for name in slices.index:
+        narrow(model, name, slices, undo)
+    pad(model, cut, slices.index, undo)
     follow(model, cut, kept, undo)
     if ties:
         undo.callback(untie, model)
-        tie(model, moved(ties, index, scale))
+        tie(model, moved(ties, slices.index, slices.scale))
+    return slices
 
 
 class _Forget(ExitStack):
@@ -75,23 +73,50 @@ Axes = Mapping[int, tuple[Tensor, int]]
 """{axis: (positions that stay, old length)} of one parameter."""
 
 
-def positions_that_stay(
-    model: nn.Module, cut: Sequence[Structure], kept: Mapping[str, Sequence[int]]
-) -> dict[str, Axes]:
-    """The positions that stay, for every parameter to be cut: {parameter: :data:`Axes`}."""
+@dataclass(frozen=True)
+class Slices:
+    """What a cut leaves of every parameter that it touches.
+
+    ``index`` is {parameter: :data:`Axes`}, ``scale`` {parameter: factor} for the parameters that a
+    softmax temperature is folded into.
+    """
+
+    index: Mapping[str, Axes]
+    scale: Mapping[str, float]
+
+    def of(self, name: str, weight: Tensor) -> Tensor:
+        """The rows and columns of a parameter that stay, times its factor: a new tensor."""
+        for axis, (index, _length) in self.index[name].items():
+            weight = weight.index_select(axis, index.to(weight.device))
+        if self.scale.get(name, 1.0) != 1.0:
+            weight = weight * self.scale[name]
+        return weight.contiguous()
+
+
+def slices_of(
+    structures: Sequence[Structure], plan: Plan, shapes: Mapping[str, Sequence[int]]
+) -> Slices:
+    """What the plan leaves of parameters with these shapes."""
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for structure in cut:
+    scale: dict[str, float] = {}
+    for structure in structures:
+        kept = plan.kept(structure)
+        if len(kept) == structure.size:
+            continue
+        if structure.layout == "native":
+            scale |= dict.fromkeys(structure.folds, math.sqrt(len(kept) / structure.size))
         for slot in structure.slots:
-            length = model.get_parameter(slot.param).shape[slot.axis]
+            length = shapes[slot.param][slot.axis]
             mask = masks[slot.param].setdefault(
                 slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
             )
             mask[slot.start : slot.start + span(slot, structure.size)] = False
-            mask[positions(slot, structure.size, kept[structure.name])] = True
-    return {
+            mask[positions(slot, structure.size, kept)] = True
+    index = {
         name: {axis: (mask.nonzero().reshape(-1), mask.numel()) for axis, mask in axes.items()}
         for name, axes in masks.items()
     }
+    return Slices(index, scale)
 
 
 def swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
@@ -115,8 +140,8 @@ def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) ->
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack) -> None:
-    """Replace one parameter by its kept rows and columns, times ``scale``.
+def narrow(model: nn.Module, name: str, slices: Slices, undo: ExitStack) -> None:
+    """Replace one parameter by what stays of it.
 
     Raises PlanError if the module holds None in place of the parameter.
     """
@@ -125,13 +150,9 @@ def narrow(model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStac
     old = module._parameters[leaf]
     if old is None:
         raise PlanError(f"the model has no parameter {name!r}")
-    data = old.detach()
-    for axis, (index, _length) in axes.items():
-        data = data.index_select(axis, index.to(data.device))
-    if scale != 1.0:
-        data = data * scale
+    data = slices.of(name, old.detach())
     undo.callback(module._parameters.__setitem__, leaf, old)
-    module._parameters[leaf] = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
+    module._parameters[leaf] = nn.Parameter(data, requires_grad=old.requires_grad)
     if leaf == "weight" and is_linear(module):
         out_axis, in_axis = linear_axes(module)
         names = ("nf", "nx") if out_axis == 1 else ("out_features", "in_features")

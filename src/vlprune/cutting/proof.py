@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,17 +14,23 @@ from torch import Tensor, nn
 from ..device import device_of, same_random_numbers
 from ..errors import IncomparableError, VerificationError
 from ..structures.units import plain_name
+from .apply import slices_of
 from .difference import Difference, difference, tensors_of
 from .first_batch import run_inputs
 from .gates import gated
+from .layerwise import Pieces, Weights, held_weights, layerwise
 from .settle import Cut
-from .sharing.mixed import mixed
-from .sharing.ties import (
-    remember_ties,
-    untie,
-)
+from .sharing.ties import Tie, remember_ties, ties_of, untie, whole_weights
 
-__all__ = ["Verification", "compare", "in_dtype", "run_masked"]
+__all__ = [
+    "Setting",
+    "Verification",
+    "compare",
+    "in_dtype",
+    "masked_weights",
+    "run_masked",
+    "verification",
+]
 
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
@@ -35,6 +42,12 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 HALF_TOLERANCE = 5e-2
 """The same for any other dtype, where a kernel supports only half precision."""
+
+
+ADVICE = (
+    "the model was put back as it was: report this architecture, or, if you know better, "
+    "cut without proof by finish(verify=False)"
+)
 
 
 @dataclass(frozen=True)
@@ -54,40 +67,62 @@ class Verification:
     kernel: str = ""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a pass of the proof runs.
+
+    On which inputs and in which dtype, with which attention kernel ("" for the model's own), and
+    what of the model holds its weights at a time.
+    """
+
+    inputs: Mapping[str, Any]
+    dtype: torch.dtype
+    kernel: str
+    pieces: Pieces
+
+
+def verification(found: Difference, setting: Setting) -> Verification:
+    """The result of a proof."""
+    name = str(setting.dtype).removeprefix("torch.")
+    return Verification(found.largest, found.scale, name, found.compared, setting.kernel)
+
+
 def run_masked(
-    model: nn.Module, cut: Cut, inputs: Mapping[str, Any], setting: ExitStack
-) -> tuple[list[Tensor], Mapping[str, Any], torch.dtype, str]:
-    """The masked model's outputs, the inputs and dtype of that pass, and the kernel that ran.
+    model: nn.Module,
+    cut: Cut,
+    inputs: Mapping[str, Any],
+    stored: Weights | None = None,
+    part: str = "",
+) -> tuple[list[Tensor], Setting]:
+    """The masked model's outputs, and the setting in which they were computed.
 
     The first attempt uses the wide dtype and the model's own kernels. If it fails, the proof is
     tried without labels (a loss may hold numbers of another dtype), then with other kernels that
     may support the wide dtype (flash attention does not), and last in the model's own dtype.
-    ``setting`` keeps the combination that worked until the cut model has run in it, too.
+    ``stored`` gives the weights of a model that has none in memory; ``part`` is the path of a
+    sub-model that runs alone.
 
     Raises IncomparableError if every attempt fails.
     """
     problems: list[str] = []
+    weights = masked_weights(model, cut, stored or held_weights(model))
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-    (first, *others) = [(inputs, dtype, kernel) for dtype, kernel in _settings(model)]
+    (first, *others) = [(inputs, *setting) for setting in _settings(model)]
     labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
-    for inputs, dtype, kernel in (first, *labelled, *others):
-        with ExitStack() as tried:
+    for one in (Setting(*values) for values in (first, *labelled, *others)):
+        for pieces in PIECES:
+            setting = replace(one, pieces=pieces)
             try:
-                if kernel:
-                    tried.enter_context(_kernels(model, kernel))
-                tried.enter_context(in_dtype(model, dtype))
-                with (
-                    _untied(model),
-                    mixed(model, cut.structures, cut.plan),
-                    gated(model, cut.description.structures, cut.plan),
-                ):
-                    outputs = _run(model, inputs, dtype)
+                with _untied(model), gated(model, cut.description.structures, cut.plan):
+                    outputs = _pass(model, setting, part, weights)
+                if pieces != "model" and any(output.isnan().any() for output in outputs):
+                    raise IncomparableError("the outputs are no numbers")
                 difference(outputs, outputs)
             except Exception as error:
-                problems.append(f"{str(dtype).removeprefix('torch.')}: {_first_line(error)}")
+                name = str(setting.dtype).removeprefix("torch.")
+                problems.append(f"{name}: {_first_line(error)}")
                 continue
-            setting.enter_context(tried.pop_all())
-            return outputs, inputs, dtype, kernel
+            return outputs, setting
     raise IncomparableError(
         f"the masked model could not be run for the proof ({'; '.join(dict.fromkeys(problems))}), "
         "so nothing was cut: give other example_inputs, or cut without proof by "
@@ -95,20 +130,57 @@ def run_masked(
     )
 
 
+PIECES: tuple[Pieces, ...] = ("layers", "modules", "model")
+
+
+def masked_weights(model: nn.Module, cut: Cut, stored: Weights) -> Weights:
+    """The weights of the masked model: those that the plan shares taken from their sources.
+
+    Query weights that a softmax temperature will be folded into are rounded as the cut will round
+    their product, so that the rest of the proof can be exact.
+    """
+    with _untied(model):
+        every = model.named_parameters(remove_duplicate=False)
+        shapes = {name: tuple(parameter.shape) for name, parameter in every}
+    scale = slices_of(cut.structures, cut.plan, shapes).scale
+    ties: dict[str, list[Tie]] = defaultdict(list)
+    for tie in ties_of(cut.structures, cut.plan, shapes):
+        ties[tie.target].append(tie)
+
+    def rounded(name: str) -> Tensor:
+        weight, factor = stored(name), scale.get(plain_name(name), 1.0)
+        return weight if factor == 1.0 else (weight * factor).double() / factor
+
+    whole = whole_weights(model, rounded)
+
+    def masked(name: str) -> Tensor:
+        weight = whole(name)
+        for tie in ties.get(name, ()):
+            wide = torch.promote_types(weight.dtype, (source := masked(tie.source)).dtype)
+            taken = source.to(wide).index_select(tie.axis, torch.tensor(tie.out_of))
+            weight = weight.to(wide).index_copy(tie.axis, torch.tensor(tie.into), taken)
+        return weight
+
+    return masked
+
+
 def compare(
-    model: nn.Module, masked: Sequence[Tensor], inputs: Mapping[str, Any], dtype: torch.dtype
+    model: nn.Module,
+    masked: Sequence[Tensor],
+    setting: Setting,
+    stored: Weights | None = None,
+    part: str = "",
+    advice: str = ADVICE,
 ) -> Difference:
     """How far the outputs of the cut model are from those of the masked one.
 
-    ``inputs`` and ``dtype`` are those that :func:`run_masked` returned with ``masked``. Raises
-    VerificationError if the cut model does not run or the difference is more than rounding.
+    ``setting`` is what :func:`run_masked` returned with ``masked``. Raises VerificationError, which
+    ends with ``advice``, if the cut model does not run or the difference is more than rounding.
     """
-    advice = (
-        "the model was put back as it was: report this architecture, or, if you know better, "
-        "cut without proof by finish(verify=False)"
-    )
+    weights = whole_weights(model, stored or held_weights(model))
     try:
-        found = _run(model, inputs, dtype)
+        with _untied(model):
+            found = _pass(model, setting, part, weights)
     except Exception as error:
         raise VerificationError(
             f"the cut model does not run ({_first_line(error)}); {advice}"
@@ -117,7 +189,7 @@ def compare(
         apart = difference(masked, found)
     except VerificationError as error:
         raise VerificationError(f"masked and cut model differ: {error}; {advice}") from None
-    if not apart.relative <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+    if not apart.relative <= TOLERANCE.get(setting.dtype, HALF_TOLERANCE):
         raise VerificationError(
             f"masked and cut model differ by {apart.largest:.2g} on outputs up to "
             f"{apart.scale:.2g}; {advice}"
@@ -125,21 +197,30 @@ def compare(
     return apart
 
 
+def _pass(model: nn.Module, setting: Setting, part: str, weights: Weights) -> list[Tensor]:
+    """The outputs of one pass in the setting, with these weights."""
+    with ExitStack() as entered:
+        if setting.kernel:
+            entered.enter_context(_kernels(model, setting.kernel))
+        entered.enter_context(layerwise(model, setting.dtype, weights, setting.pieces))
+        return _run(model.get_submodule(part), setting.inputs, setting.dtype)
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
-    """The (dtype, kernel) pairs to try the proof with, best first."""
+def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
+    """The dtypes and kernels to try the proof with, best first."""
     count = sum(p.numel() for p in model.parameters())
     wide = torch.float64 if count <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
-    yield wide, ""
+    yield wide, "", "layers"
     if hasattr(model, "set_attn_implementation"):
-        yield wide, "sdpa"
-        yield wide, "eager"
+        yield wide, "sdpa", "layers"
+        yield wide, "eager", "layers"
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), wide)
     if own != wide:
-        yield own, ""
+        yield own, "", "layers"
 
 
 @contextmanager

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError
 
 from ..cutting.wrappers import uncompiled
-from ..errors import CheckpointError, VlpruneError
-from ..files import plain, read_json, reason, write_text
+from ..errors import CheckpointError, UnsupportedError, VerificationError, VlpruneError
+from ..files import plain, read_json, reason, shown, write_text
 from ..structures.record import METHOD, gather_record
 from .place import CONFIG, check_place, is_being_saved, staging, swap
 from .weights import digest, is_weights, weight_files
 
-__all__ = ["check_result", "files_of_export", "save"]
+__all__ = ["SHARD", "check_result", "check_shard_size", "files_of_export", "save", "save_by"]
 
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
@@ -25,38 +26,80 @@ PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
 BENCH_FILE, EXPORT_FILE, MANIFEST = "bench.json", "vlprune-export.json", "export.json"
 
 
+SHARD = "2GB"
+"""The largest weight file, unless a caller says otherwise."""
+
+
 def save(
     model: Any,
     folder: str | Path,
     *,
     extras: Mapping[str, str] | None = None,
     processor: Any = None,
+    max_shard_size: int | str = SHARD,
 ) -> Path:
     """Save ``model`` to ``folder``, for plain ``from_pretrained`` after ``import vlprune``.
 
     Returns the folder. It holds the stock ``config.json`` and ``model.safetensors``, the
     ``plan.json`` of a cut model, the files of ``processor`` (anything with ``save_pretrained``)
-    and ``extras`` {file name: text}. Everything is written into a hidden folder inside and moved
+    and ``extras`` {file name: text}. Weights of more than ``max_shard_size`` (bytes, or a text such
+    as ``"500MB"``) are spread over several files, which are written one after the other from the
+    memory they are in. Everything is written into a hidden folder inside and moved
     into place at the end: a kill at any moment leaves the old or the new model, a full disk the
     old one. Files that vlprune did not write survive, unless a new file has the same name.
 
-    Raises CheckpointError if the folder cannot be written.
+    Raises CheckpointError if the folder cannot be written, UnsupportedError for another size.
     """
-    folder, model = Path(folder), uncompiled(model)
+    model = uncompiled(model)
+    size = check_shard_size(max_shard_size)
+
+    def fill(staged: Path) -> None:
+        model.save_pretrained(staged, max_shard_size=size)
+        if processor is not None:
+            processor.save_pretrained(staged)
+
+    return save_by(fill, model, folder, extras)
+
+
+def check_shard_size(size: int | str) -> int:
+    """The bytes of a shard size. Raises UnsupportedError for anything else."""
+    try:
+        found = size if isinstance(size, int) else int(convert_file_size_to_int(size))
+    except (ValueError, AttributeError):
+        found = 0
+    if found < 1 or isinstance(size, bool):
+        raise UnsupportedError(
+            "the size of a weight file is a number of bytes, or a text such as 2GB or 500MB, not "
+            f"{shown(size)}"
+        )
+    return found
+
+
+def save_by(
+    fill: Callable[[Path], None],
+    model: Any,
+    folder: str | Path,
+    extras: Mapping[str, str] | None = None,
+) -> Path:
+    """As :func:`save`, where ``fill`` writes config, weights and processor into a given folder.
+
+    ``model`` may be without weights. An error of ``fill`` leaves what was there before.
+    """
+    folder = Path(folder)
     record = gather_record(model)
     check_place(folder)
     staged = folder
     try:
         with staging(folder) as staged:
-            model.save_pretrained(staged)
-            if processor is not None:
-                processor.save_pretrained(staged)
+            fill(staged)
             if record is not None:
                 write_text(staged / PLAN_FILE, record.plan.to_json() + "\n")
             for name, text in (extras or {}).items():
                 write_text(staged / name, text)
             _seal(staged)
             swap(staged, stale=_stale(folder, {p.name for p in staged.iterdir()}))
+    except VerificationError:
+        raise
     except VlpruneError as error:
         raise CheckpointError(f"cannot save to {plain(folder)}: {_after(staged, error)}") from error
     except (OSError, SafetensorError) as error:

@@ -4,6 +4,7 @@
 """
 
 from .compress import compress
+from .cut import cut_folder
 from .describe import describe
 from .evaluate import evaluate_folder, scan_folder
 from .exports import export_folder
@@ -14,6 +15,7 @@ __all__ = [
     "Asked",
     "compress",
     "compress_model",
+    "cut_folder",
     "describe",
     "evaluate_folder",
     "export_folder",

@@ -36,7 +36,7 @@ from .result import bytes_of, versions
 from .samples import NEUTRAL, Feed, feed_of
 from .workplace import claimed, cleared, disk_errors_told
 
-__all__ = ["Asked", "compress_model"]
+__all__ = ["Asked", "compress_model", "refuse_overwriting"]
 
 BATCH = 8
 
@@ -88,7 +88,7 @@ def compress_model(asked: Asked, out: Path, progress: Progress | None = None) ->
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
-    _refuse_overwriting(asked.model, out)
+    refuse_overwriting(asked.model, out)
     check_result(out)
     prepare(0, 0)
     device = choose(asked.device)
@@ -123,7 +123,7 @@ def compress_model(asked: Asked, out: Path, progress: Progress | None = None) ->
     return report
 
 
-def _refuse_overwriting(model: str, out: Path) -> None:
+def refuse_overwriting(model: str, out: Path) -> None:
     """Raise RecipeError if the result would replace the model that is cut."""
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise RecipeError(
