@@ -8,8 +8,9 @@ of an ordinary load. The same functions then load single tensors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils.hub import cached_file
 
+from ..cutting.sharing.ties import ties_in, whole_weights
 from ..errors import CheckpointError, UnsupportedError
 from ..files import plain, reason
 from ..folders.opening import from_folder, model_class, open_config
 from ..structures.units import owner_of
 
-__all__ = ["LazyWeights", "Source", "open_source"]
+__all__ = ["LazyWeights", "Source", "folder_of", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,22 @@ class Source:
 
     model: Any
     weights: LazyWeights
+
+    @cached_property
+    def weight(self) -> Callable[[str], Tensor]:
+        """The weight of a name as a forward pass reads it, shared weights put together."""
+        whole, dtype = whole_weights(self.model, self.weights.__getitem__), self.model.dtype
+        shared = {tie.target for tie in ties_in(self.model)}
+        return lambda name: whole(name).to(dtype) if name in shared else whole(name)
+
+
+def folder_of(name: str | Path) -> Path:
+    """The folder of a model: itself, or where the cache of the hub holds its files."""
+    if Path(name).is_dir():
+        return Path(name)
+    found = cached_file(str(name), "config.json")
+    assert found is not None
+    return Path(found).parent
 
 
 def open_source(name: str | Path) -> Source:

@@ -23,7 +23,7 @@ from ...errors import BudgetError, RecipeError, UnsupportedError
 from ...files import plain
 from ...folders.notes import hashed
 from ...folders.opening import guarded, open_model, open_processor
-from ...folders.save import REPORT_FILE, check_result, save
+from ...folders.save import REPORT_FILE, SHARD, check_result, save
 from ...measuring.memory import peak_memory
 from ...reports.card import model_card
 from ...status import Progress
@@ -70,14 +70,19 @@ class Asked:
         ((what, fraction),) = self.budget.items()
         model = "MODEL" if Path(self.model).exists() else self.model
         words = ["vlprune", "compress", model, "--budget", f"{what}={fraction:g}"]
-        words += ["--calibration", "SAMPLES", "--items", str(self.items)]
+        words += ["--calibration", "SAMPLES", "--items", str(self.items)] if self.samples else []
         words += ["--method", self.method["name"]] if self.method["name"] != "obs" else []
         words += ["--rotate"] if self.method.get("rotate") else []
         words += ["--attention", self.attention] if self.attention != "head_dim" else []
         return shlex.join(words)
 
 
-def compress_model(asked: Asked, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def compress_model(
+    asked: Asked,
+    out: Path,
+    progress: Progress | None = None,
+    max_shard_size: int | str = SHARD,
+) -> dict[str, Any]:
     """Cut the model and fill ``out``; returns the report that is saved there.
 
     A run that was stopped goes on from its last finished step, and ends with the same weights.
@@ -118,7 +123,7 @@ def compress_model(asked: Asked, out: Path, progress: Progress | None = None) ->
             REPORT_FILE: json.dumps(report, indent=1) + "\n",
             "README.md": model_card(report, type(model).__name__),
         }
-        save(model, out, extras=extras, processor=processor)
+        save(model, out, extras=extras, processor=processor, max_shard_size=max_shard_size)
         cleared(work)
     return report
 
