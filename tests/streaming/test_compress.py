@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_cut import source
 
 import vlprune
-from test_cut import source
 from vlprune.folders.opening import open_model
 from vlprune.measuring.inputs import made_up_inputs
 from vlprune.streaming.source import open_source

@@ -18,6 +18,7 @@ from ..structures.structure import Structure
 from ..structures.units import owner_of, positions, span
 from .native import native_forward
 from .padded import PaddedLinear, expect_index, is_linear, linear_axes
+from .remains import Remains
 from .sharing.ties import (
     Tie,
     moved,
@@ -151,14 +152,22 @@ def narrow(model: nn.Module, name: str, slices: Slices, undo: ExitStack) -> None
     if old is None:
         raise PlanError(f"the model has no parameter {name!r}")
     data = slices.of(name, old.detach())
-    undo.callback(module._parameters.__setitem__, leaf, old)
-    module._parameters[leaf] = nn.Parameter(data, requires_grad=old.requires_grad)
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    if not isinstance(undo, _Forget):
+        undo.callback(
+            _put_back, module, leaf, Remains(old, slices.index[name], name in slices.scale), new
+        )
+    module._parameters[leaf] = new
     if leaf == "weight" and is_linear(module):
         out_axis, in_axis = linear_axes(module)
         names = ("nf", "nx") if out_axis == 1 else ("out_features", "in_features")
         for attr, width in zip(names, (data.shape[out_axis], data.shape[in_axis]), strict=True):
             if hasattr(module, attr):
                 _set(module, attr, width, undo)
+
+
+def _put_back(module: nn.Module, leaf: str, remains: Remains, new: Tensor) -> None:
+    module._parameters[leaf] = remains.put_together(new)
 
 
 def pad(

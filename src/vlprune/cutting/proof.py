@@ -20,14 +20,14 @@ from .first_batch import run_inputs
 from .gates import gated
 from .layerwise import Pieces, Weights, held_weights, layerwise
 from .settle import Cut
-from .sharing.ties import Tie, remember_ties, ties_of, untie, whole_weights
+from .sharing.ties import Tie, WholeWeights, remember_ties, ties_of, untie
 
 __all__ = [
+    "MaskedWeights",
     "Setting",
     "Verification",
     "compare",
     "in_dtype",
-    "masked_weights",
     "run_masked",
     "verification",
 ]
@@ -105,7 +105,7 @@ def run_masked(
     Raises IncomparableError if every attempt fails.
     """
     problems: list[str] = []
-    weights = masked_weights(model, cut, stored or held_weights(model))
+    weights = MaskedWeights(model, cut, stored or held_weights(model))
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
     (first, *others) = [(inputs, *setting) for setting in _settings(model)]
     labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
@@ -133,35 +133,51 @@ def run_masked(
 PIECES: tuple[Pieces, ...] = ("layers", "modules", "model")
 
 
-def masked_weights(model: nn.Module, cut: Cut, stored: Weights) -> Weights:
+class MaskedWeights:
     """The weights of the masked model: those that the plan shares taken from their sources.
 
     Query weights that a softmax temperature will be folded into are rounded as the cut will round
-    their product, so that the rest of the proof can be exact.
+    their product, so that the rest of the proof can be exact. ``stored`` gives the weights of the
+    model as they are.
     """
-    with _untied(model):
-        every = model.named_parameters(remove_duplicate=False)
-        shapes = {name: tuple(parameter.shape) for name, parameter in every}
-    scale = slices_of(cut.structures, cut.plan, shapes).scale
-    ties: dict[str, list[Tie]] = defaultdict(list)
-    for tie in ties_of(cut.structures, cut.plan, shapes):
-        ties[tie.target].append(tie)
 
-    def rounded(name: str) -> Tensor:
-        weight, factor = stored(name), scale.get(plain_name(name), 1.0)
-        return weight if factor == 1.0 else (weight * factor).double() / factor
+    # not closures that call themselves: they would hold the old weights until Python looks for
+    # circles, while the cut makes the new ones
 
-    whole = whole_weights(model, rounded)
+    def __init__(self, model: nn.Module, cut: Cut, stored: Weights) -> None:
+        with _untied(model):
+            every = model.named_parameters(remove_duplicate=False)
+            shapes = {name: tuple(parameter.shape) for name, parameter in every}
+        self._scale = slices_of(cut.structures, cut.plan, shapes).scale
+        self._ties: dict[str, list[Tie]] = defaultdict(list)
+        for tie in ties_of(cut.structures, cut.plan, shapes):
+            self._ties[tie.target].append(tie)
+        self._whole = WholeWeights(model, _Rounded(stored, self._scale))
 
-    def masked(name: str) -> Tensor:
-        weight = whole(name)
-        for tie in ties.get(name, ()):
-            wide = torch.promote_types(weight.dtype, (source := masked(tie.source)).dtype)
-            taken = source.to(wide).index_select(tie.axis, torch.tensor(tie.out_of))
-            weight = weight.to(wide).index_copy(tie.axis, torch.tensor(tie.into), taken)
+    def __call__(self, name: str) -> Tensor:
+        weight = self._whole(name)
+        for tie in self._ties.get(name, ()):
+            source = self(tie.source)
+            wide = torch.promote_types(weight.dtype, source.dtype)
+            taken = source.to(wide).index_select(tie.axis, _on(source, tie.out_of))
+            weight = weight.to(wide).index_copy(tie.axis, _on(weight, tie.into), taken)
         return weight
 
-    return masked
+
+def _on(weight: Tensor, positions: Sequence[int]) -> Tensor:
+    return torch.tensor(positions, device=weight.device)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Stored weights, rounded where the cut multiplies them by a factor."""
+
+    stored: Weights
+    scale: Mapping[str, float]
+
+    def __call__(self, name: str) -> Tensor:
+        weight, factor = self.stored(name), self.scale.get(plain_name(name), 1.0)
+        return weight if factor == 1.0 else (weight * factor).double() / factor
 
 
 def compare(
@@ -177,7 +193,7 @@ def compare(
     ``setting`` is what :func:`run_masked` returned with ``masked``. Raises VerificationError, which
     ends with ``advice``, if the cut model does not run or the difference is more than rounding.
     """
-    weights = whole_weights(model, stored or held_weights(model))
+    weights = WholeWeights(model, stored or held_weights(model))
     try:
         with _untied(model):
             found = _pass(model, setting, part, weights)

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..cutting.gates import plan_gates
 from ..cutting.layerwise import Weights
 from ..cutting.proof import (
+    MaskedWeights,
     Verification,
     compare,
-    masked_weights,
     run_masked,
     verification,
 )
 from ..cutting.settle import Cut
-from ..cutting.sharing.ties import whole_weights
+from ..cutting.sharing.ties import WholeWeights
 from ..errors import IncomparableError, VerificationError
 from ..structures.structure import Structure
 from ..structures.units import owner_of, spread
@@ -76,7 +76,7 @@ def prove(
             compare(small.model, masked, setting, stored, part, ADVICE), setting
         )
     rest = [structure for structure in cut.structures if structure.name not in reached]
-    _same_weights(rest, cut, masked_weights(dense.model, cut, wanted), dense, small)
+    _same_weights(rest, cut, MaskedWeights(dense.model, cut, wanted), dense, small)
     return Proof(passes, len(cut.structures) - len(rest), len(rest))
 
 
@@ -104,7 +104,7 @@ def _same_weights(
     every = cut.description.structures
     gates, found = (
         plan_gates(every, cut.plan),
-        whole_weights(small.model, small.weights.__getitem__),
+        WholeWeights(small.model, small.weights.__getitem__),
     )
     for name in dict.fromkeys(slot.param for s in structures for slot in s.slots):
         whole = masked(name).double()

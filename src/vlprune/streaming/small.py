@@ -15,7 +15,7 @@ from transformers.core_model_loading import (
 
 from ..cutting.rewrite import carry_out
 from ..cutting.settle import Cut
-from ..cutting.sharing.ties import whole_weights
+from ..cutting.sharing.ties import WholeWeights
 from ..structures.record import write_record
 from ..structures.units import owner_of, plain_name
 from .source import Source
@@ -29,7 +29,7 @@ def cut_source(source: Source, cut: Cut) -> SmallWeights:
     They have the bits that :func:`vlprune.cutting.rewrite.perform` gives to a model in memory.
     """
     model = source.model
-    whole = whole_weights(model, source.weights.__getitem__)
+    whole = WholeWeights(model, source.weights.__getitem__)
     with ExitStack() as undo:
         slices = carry_out(model, cut, undo)
         write_record(model, cut.record, undo)

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils.hub import cached_file
 
-from ..cutting.sharing.ties import ties_in, whole_weights
+from ..cutting.sharing.ties import WholeWeights, ties_in
 from ..errors import CheckpointError, UnsupportedError
 from ..files import plain, reason
 from ..folders.opening import from_folder, model_class, open_config
@@ -49,7 +49,7 @@ class Source:
     @cached_property
     def weight(self) -> Callable[[str], Tensor]:
         """The weight of a name as a forward pass reads it, shared weights put together."""
-        whole, dtype = whole_weights(self.model, self.weights.__getitem__), self.model.dtype
+        whole, dtype = WholeWeights(self.model, self.weights.__getitem__), self.model.dtype
         shared = {tie.target for tie in ties_in(self.model)}
         return lambda name: whole(name).to(dtype) if name in shared else whole(name)
 

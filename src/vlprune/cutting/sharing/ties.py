@@ -20,6 +20,7 @@ from .rules import slot_pairs
 __all__ = [
     "SharedWeight",
     "Tie",
+    "WholeWeights",
     "is_shared",
     "moved",
     "remember_ties",
@@ -27,7 +28,6 @@ __all__ = [
     "ties_in",
     "ties_of",
     "untie",
-    "whole_weights",
 ]
 
 
@@ -215,26 +215,28 @@ def ties_in(model: nn.Module) -> list[Tie]:
     return found
 
 
-def whole_weights(model: nn.Module, stored: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """{weight as a forward pass reads it} by its name, from the tensors that are ``stored``.
+class WholeWeights:
+    """The weight as a forward pass reads it, by its name, from the tensors that are ``stored``.
 
     A weight that shares is put together in float64: where a cut has folded a softmax temperature
     into one of two weights, the product would be rounded in a smaller dtype. The model may be
     untied afterwards.
     """
-    shared = {f"{path}.{leaf}".lstrip("."): one for path, leaf, one in _shared_weights(model)}
-    paths = {id(module): path for path, module in model.named_modules()}
 
-    def whole(name: str) -> Tensor:
-        if name not in shared:
-            return stored(name)
-        path, leaf = owner_of(name)
-        one = shared[name]
-        own = stored(f"{path}.parametrizations.{leaf}.original".lstrip("."))
-        names = (f"{paths[id(module)]}.{leaf}".lstrip(".") for module, leaf in one.sources)
-        return one.put_together(own.double(), [whole(source).double() for source in names])
+    def __init__(self, model: nn.Module, stored: Callable[[str], Tensor]) -> None:
+        self._stored = stored
+        paths = {id(module): path for path, module in model.named_modules()}
+        self._shared: dict[str, tuple[SharedWeight, str, list[str]]] = {}
+        for path, leaf, one in _shared_weights(model):
+            own = f"{path}.parametrizations.{leaf}.original".lstrip(".")
+            sources = [f"{paths[id(m)]}.{name}".lstrip(".") for m, name in one.sources]
+            self._shared[f"{path}.{leaf}".lstrip(".")] = one, own, sources
 
-    return whole
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._shared:
+            return self._stored(name)
+        one, own, sources = self._shared[name]
+        return one.put_together(self._stored(own).double(), [self(s).double() for s in sources])
 
 
 def remember_ties(model: nn.Module) -> Callable[[], None]:
