@@ -57,9 +57,9 @@ class CompressorCallback(TrainerCallback, ExportableState):
     def _weights(self) -> float:
         """A figure to recognise the weights of this process by.
 
-        It is the sum of the magnitudes of up to :data:`LOOKED_AT` numbers of every parameter, evenly
-        spread. A Trainer loads a parameter as a whole or not at all, so more numbers would show no
-        more, and a model of any size is looked at in milliseconds.
+        It is the sum of the magnitudes of about :data:`LOOKED_AT` numbers of every parameter,
+        evenly spread. A Trainer loads a parameter as a whole or not at all, so more numbers would
+        show no more, and a model of any size is looked at in milliseconds.
         """
         figure = 0.0
         for parameter in map(_local, self.compressor.model.parameters()):
