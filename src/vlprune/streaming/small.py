@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import (
-    WeightConverter,
-    apply_converters,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from ..cutting.rewrite import carry_out
 from ..cutting.settle import Cut
@@ -56,6 +52,15 @@ def cut_source(source: Source, cut: Cut) -> SmallWeights:
     return SmallWeights(model, small)
 
 
+def _first_of(name: str, converters: Sequence[Any]) -> str:
+    """What a weight is called once it is saved; the same for all that become one."""
+    for rule in converters:
+        renamed, pattern = rule.rename_source_key(name)
+        if pattern is not None:
+            return str(renamed)
+    return name
+
+
 class SmallWeights(Mapping[str, Tensor]):
     """{name in the weight files: weight} of a model that has no weights in memory.
 
@@ -69,7 +74,7 @@ class SmallWeights(Mapping[str, Tensor]):
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         state, groups = model.state_dict(), dict[str, list[str]]()
         for name in state:
-            groups.setdefault(apply_converters(name, converters)[0], []).append(name)
+            groups.setdefault(_first_of(name, converters), []).append(name)
         self._origin: dict[str, tuple[str, ...]] = {}
         for names in groups.values():
             empty = {name: state[name].to("meta") for name in names}
