@@ -18,7 +18,8 @@ import vlprune
 SOURCE = Path(vlprune.__file__).parent
 ORDER = (
     "errors files facts device processes status structures cutting models architectures prices "
-    "recipe methods calibration folders training data tasks measuring reports testing commands "
+    "recipe methods calibration folders training data tasks measuring streaming reports testing "
+    "commands "
     "__init__"
 ).split()
 """Every package, below those that may import it."""

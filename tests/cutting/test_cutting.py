@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before_class = {n: type(m) for n, m in sample.model.named_modules()}
     before = copy.deepcopy(sample.model.state_dict())
     description = discover(sample.model)
-    monkeypatch.setattr(surgery, "positions_that_stay", _shifted(surgery.positions_that_stay))
+    monkeypatch.setattr(surgery, "slices_of", _shifted(surgery.slices_of))
     with pytest.raises(VerificationError, match="put back"):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     after = sample.model.state_dict()
@@ -54,13 +55,15 @@ def test_a_wrong_cut_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _shifted(real: Any) -> Any:
     def broken(*args: Any) -> Any:
-        return {
+        slices = real(*args)
+        index = {
             name: {
                 axis: ((index + 1) % length if axis == 1 else index, length)
                 for axis, (index, length) in axes.items()
             }
-            for name, axes in real(*args).items()
+            for name, axes in slices.index.items()
         }
+        return dataclasses.replace(slices, index=index)
 
     return broken
 
@@ -69,7 +72,7 @@ def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = build("llava")
     description = discover(sample.model)
     before = copy.deepcopy(sample.model.state_dict())
-    monkeypatch.setattr(surgery, "positions_that_stay", _shifted(surgery.positions_that_stay))
+    monkeypatch.setattr(surgery, "slices_of", _shifted(surgery.slices_of))
     with pytest.raises(VerificationError):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     assert not any(isinstance(m, PaddedLinear) for m in sample.model.modules())

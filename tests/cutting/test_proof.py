@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlprune.cutting import apply as surgery
 from vlprune.cutting import proof
 from vlprune.cutting import rewrite as cutting
 from vlprune.cutting.difference import difference, tensors_of
+from vlprune.cutting.gates import has_gates
 from vlprune.cutting.sharing import ties
 from vlprune.errors import IncomparableError, PlanError, VerificationError
 from vlprune.structures import record
@@ -69,11 +71,11 @@ def test_a_cut_that_makes_or_heals_nan_is_put_back(
 ) -> None:
     sample = build("vit")
     before = {name: t.clone() for name, t in sample.model.state_dict().items()}
-    real, runs = proof._run, iter(["masked", "cut"])
+    real = proof._run
 
-    def run(*args: Any) -> Any:
-        outputs = real(*args)
-        if next(runs) == side:
+    def run(model: nn.Module, *args: Any) -> Any:
+        outputs = real(model, *args)
+        if side == ("masked" if has_gates(model) else "cut"):
             outputs[0][0, 0] = value
         return outputs
 
@@ -101,7 +103,7 @@ def test_a_tower_that_is_all_nan_could_not_be_compared() -> None:
 @pytest.mark.parametrize("family", ["siglip", "llava", "blip"])
 def test_a_millionth_in_one_weight_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = build(family)
-    real = cutting._apply
+    real = cutting.carry_out
 
     def apply(model: nn.Module, cut: Any, undo: Any) -> None:
         real(model, cut, undo)
@@ -109,7 +111,7 @@ def test_a_millionth_in_one_weight_is_refused(family: str, monkeypatch: pytest.M
         with torch.no_grad():
             model.get_parameter(slot.param).mul_(1 + 1e-6)
 
-    monkeypatch.setattr(cutting, "_apply", apply)
+    monkeypatch.setattr(cutting, "carry_out", apply)
     with pytest.raises(VerificationError, match="masked and cut model differ by"):
         vlprune.rewrite(sample.model, *halved(sample.model), verify=sample.inputs)
 
@@ -184,6 +186,7 @@ def test_ended_at_any_stage_the_model_is_as_it_was(
     with torch.no_grad():
         model(**inputs)  # transformers' own hooks come with the first pass
     before, reached = snapshot(model), set()
+    optimized = list(model.parameters())  # whoever has a parameter finds it in its place again
     endings = [KeyboardInterrupt, MemoryError, SystemExit]
     stages = [s for s in STAGES if family == "shared" or "tie" not in s]
     for number, (stage, when) in enumerate((s, w) for s in stages for w in ("before", "after")):
@@ -197,7 +200,36 @@ def test_ended_at_any_stage_the_model_is_as_it_was(
         assert not same(before, snapshot(model)), (stage, when, proved)
         reached.add((error, proved))
     assert len(reached) >= 5
+    assert len(optimized) == len(before["parameters"])
     vlprune.rewrite(model, description, plan, verify=inputs)
+
+
+@pytest.mark.parametrize("family", ["llava", "vilt"])
+def test_a_parameter_that_nobody_else_has_is_put_together_again(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = build(family)
+    model: Any = sample.model
+    for parameter in list(model.parameters())[::3]:
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        model(**sample.inputs)  # transformers' own hooks come with the first pass
+    before = snapshot(model)
+    alive = [weakref.ref(parameter) for parameter in model.parameters()]
+    gone: list[int] = []
+
+    def count(*_: Any) -> None:
+        gone.append(sum(one() is None for one in alive))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cutting, "compare", count)
+    with pytest.raises(KeyboardInterrupt):
+        vlprune.rewrite(model, *halved(model, "head_dim"), verify=sample.inputs)
+    assert gone[0] > 8  # what is cut is not held meanwhile
+    after = snapshot(model)
+    for one in (before, after):
+        one["parameters"] = [facts[:1] + facts[2:] for facts in one["parameters"]]
+    assert not same(before, after)
 
 
 def failing_once(real: Callable[..., Any], when: str, error: type[BaseException]) -> Any:

@@ -51,6 +51,10 @@ UNTRAINED = ("obs", "magnitude", "random")
 """Methods that need neither a training nor labels."""
 
 
+WITHOUT_SAMPLES = ("magnitude", "random")
+"""Methods that need no samples either."""
+
+
 def each(*checks: Callable[[], Any]) -> list[Any]:
     """The results of the checks, in order.
 
@@ -158,14 +162,20 @@ def budget_of(text: str) -> dict[str, float]:
     return budget
 
 
-def samples_of(place: Path | None, left: Counter[str]) -> list[Sample]:
-    """The samples in ``place``; ``left`` counts rows left out. Raises DataError, RecipeError."""
+def samples_of(place: Path | None, left: Counter[str], method: str = "obs") -> list[Sample]:
+    """The samples in ``place``; ``left`` counts rows left out. Raises DataError, RecipeError.
+
+    A method that needs none gets none if no place is given.
+    """
     from ..data.samples import read_samples
 
+    if place is None and method in WITHOUT_SAMPLES:
+        return []
     if place is None:
         raise RecipeError(
             "a model without a recipe needs --calibration: a folder of images like those that it "
-            "is used with, or a .jsonl file of images and texts"
+            "is used with, or a .jsonl file of images and texts; or --method magnitude, which "
+            "looks at the weights only"
         )
     return read_samples(place, left)
 

@@ -148,6 +148,9 @@ def compress(
     attention: Annotated[
         str, typer.Option(help="For a model: head_dim, qk_vo or head; default: head_dim.")
     ] = "",
+    max_shard_size: Annotated[
+        str, typer.Option(help="For a model: the largest weight file; default: 2GB.")
+    ] = "",
     device: Device = "",
     as_json: Json = False,
 ) -> None:
@@ -167,12 +170,13 @@ def compress(
         method=method,
         rotate=rotate,
         attention=attention,
+        max_shard_size=max_shard_size,
     )
     if not is_recipe(source, for_models):
         left: Counter[str] = Counter()
         asked_budget, samples, *_ = each(
             lambda: budget_of(budget),
-            lambda: samples_of(calibration, left),
+            lambda: samples_of(calibration, left, method),
             lambda: check_name(source),
             lambda: check_whole(256 if items is None else items, "--items", 10**6),
             lambda: check_untrained(method or "obs", rotate),
@@ -185,8 +189,10 @@ def compress(
             lambda: check_output(output),
         )
         err.print("loading torch and transformers", style="dim")
-        from .pipeline import Asked, compress_model
+        from ..folders.save import SHARD, check_shard_size
+        from .pipeline import Asked, compress_model, compress_streaming
 
+        check_shard_size(max_shard_size or SHARD)
         asked = Asked(
             model=source,
             budget=asked_budget,
@@ -198,7 +204,10 @@ def compress(
             device=device or "auto",
             left_out=left_out(left),
         )
-        report = compress_model(asked, output, Bars())
+        if calibration is None:  # no statistics, so the model need not be in memory
+            report = compress_streaming(asked, output, Bars(), max_shard_size or SHARD)
+        else:
+            report = compress_model(asked, output, Bars(), max_shard_size or SHARD)
         _show(report, screens.result(report, output), as_json)
         return
     chosen, *_ = each(
@@ -212,6 +221,36 @@ def compress(
         lambda: check_output(output),
     )
     _run(on(device, chosen), output, as_json)
+
+
+@app.command()
+def cut(
+    model: Annotated[Path, typer.Argument(help="A folder with a model, of any size.")],
+    plan: Annotated[Path, typer.Argument(help="A plan.json: which units stay, which are shared.")],
+    output: Output = Path("vlprune-output"),
+    max_shard_size: Annotated[
+        str, typer.Option(help="The largest weight file; about as much memory is needed.")
+    ] = "2GB",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the masked and the cut model first."),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Carry out a plan on a model that may be larger than memory, file by file.
+
+    Example: vlprune cut llava-7b plan.json -o small
+    """
+    each(lambda: check_folder(model), lambda: check_output(output))
+    err.print("loading torch and transformers", style="dim")
+    from ..folders.save import check_shard_size
+    from .pipeline import cut_folder
+
+    check_shard_size(max_shard_size)
+    body = cut_folder(
+        model, plan, output, max_shard_size=max_shard_size, verify=verify, progress=Bars()
+    )
+    _show(body, screens.cut(body), as_json)
 
 
 @app.command()
@@ -511,7 +550,7 @@ def _leave(number: int, why: str = "stopped") -> None:
     if os.environ.get("RANK", "0") in ("0" if number else "01"):
         goes_on = "; the same command goes on from the last finished phase or checkpoint"
         with suppress(OSError):  # the terminal may be gone
-            resumable = sys.argv[1:2] in (["compress"], ["demo"])
+            resumable = sys.argv[1:2] in (["compress"], ["cut"], ["demo"])
             err.print(f"vlprune: {why}{goes_on if resumable else ''}", soft_wrap=True)
     for child in multiprocessing.active_children():
         child.kill()

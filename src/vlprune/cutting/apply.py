@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..structures.units import owner_of, positions, span
 from .fsdp import Units, class_in_unit, is_sharded, is_unit, reshard
 from .native import native_forward
 from .padded import PaddedLinear, expect_index, is_linear, linear_axes
+from .remains import Remains
 from .sharing.ties import (
     Tie,
     moved,
@@ -27,7 +29,7 @@ from .sharing.ties import (
     untie,
 )
 
-__all__ = ["apply_plan"]
+__all__ = ["Slices", "apply_plan", "slices_of"]
 
 
 def apply_plan(
@@ -36,36 +38,33 @@ def apply_plan(
     plan: Plan,
     undo: ExitStack | None = None,
     ties: Sequence[Tie] = (),
-) -> None:
-    """Cut and share without any check. Works on meta tensors, as loading needs.
+) -> Slices:
+    """Cut and share without any check; returns what stays of each parameter.
 
-    ``structures`` are those that are cut, and those that share or are shared. ``ties`` are the
-    ties that the model had before the cut and keeps. ``undo`` takes the calls that put the old
-    state back; without it, each old weight is freed as soon as it is replaced.
+    Works on meta tensors, as loading needs. ``structures`` are those that are cut, and those that
+    share or are shared. ``ties`` are the ties that the model had before the cut and keeps. ``undo``
+    takes the calls that put the old state back; without it, each old weight is freed as soon as it
+    is replaced.
     """
     undo = undo if undo is not None else _Forget()
     kept = {s.name: plan.kept(s) for s in structures}
     cut = [s for s in structures if len(kept[s.name]) < s.size]
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    shapes = {name: tuple(p.shape) for name, p in every}
     ties = [*ties, *ties_of(structures, plan, shapes)]
-    index = positions_that_stay(model, cut, kept)
-    scale = {
-        param: math.sqrt(len(kept[s.name]) / s.size)
-        for s in cut
-        if s.layout == "native"
-        for param in s.folds
-    }
+    slices = slices_of(structures, plan, shapes)
     swap_forwards(model, cut, undo)
     if is_sharded(model):
         reshard(model)
     units = Units(model)
-    for name, axes in index.items():
-        narrow(model, name, axes, scale.get(name, 1.0), undo, units)
-    pad(model, cut, index, undo, units)
+    for name in slices.index:
+        narrow(model, name, slices, undo, units)
+    pad(model, cut, slices.index, undo, units)
     follow(model, cut, kept, undo)
     if ties:
         undo.callback(untie, model)
-        tie(model, moved(ties, index, scale))
+        tie(model, moved(ties, slices.index, slices.scale))
+    return slices
 
 
 class _Forget(ExitStack):
@@ -80,23 +79,50 @@ Axes = Mapping[int, tuple[Tensor, int]]
 """{axis: (positions that stay, old length)} of one parameter."""
 
 
-def positions_that_stay(
-    model: nn.Module, cut: Sequence[Structure], kept: Mapping[str, Sequence[int]]
-) -> dict[str, Axes]:
-    """The positions that stay, for every parameter to be cut: {parameter: :data:`Axes`}."""
+@dataclass(frozen=True)
+class Slices:
+    """What a cut leaves of every parameter that it touches.
+
+    ``index`` is {parameter: :data:`Axes`}, ``scale`` {parameter: factor} for the parameters that a
+    softmax temperature is folded into.
+    """
+
+    index: Mapping[str, Axes]
+    scale: Mapping[str, float]
+
+    def of(self, name: str, weight: Tensor) -> Tensor:
+        """The rows and columns of a parameter that stay, times its factor: a new tensor."""
+        for axis, (index, _length) in self.index[name].items():
+            weight = weight.index_select(axis, index.to(weight.device))
+        if self.scale.get(name, 1.0) != 1.0:
+            weight = weight * self.scale[name]
+        return weight.contiguous()
+
+
+def slices_of(
+    structures: Sequence[Structure], plan: Plan, shapes: Mapping[str, Sequence[int]]
+) -> Slices:
+    """What the plan leaves of parameters with these shapes."""
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for structure in cut:
+    scale: dict[str, float] = {}
+    for structure in structures:
+        kept = plan.kept(structure)
+        if len(kept) == structure.size:
+            continue
+        if structure.layout == "native":
+            scale |= dict.fromkeys(structure.folds, math.sqrt(len(kept) / structure.size))
         for slot in structure.slots:
-            length = model.get_parameter(slot.param).shape[slot.axis]
+            length = shapes[slot.param][slot.axis]
             mask = masks[slot.param].setdefault(
                 slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
             )
             mask[slot.start : slot.start + span(slot, structure.size)] = False
-            mask[positions(slot, structure.size, kept[structure.name])] = True
-    return {
+            mask[positions(slot, structure.size, kept)] = True
+    index = {
         name: {axis: (mask.nonzero().reshape(-1), mask.numel()) for axis, mask in axes.items()}
         for name, axes in masks.items()
     }
+    return Slices(index, scale)
 
 
 def swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
@@ -120,10 +146,9 @@ def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) ->
 
 
 @torch.no_grad()
-def narrow(
-    model: nn.Module, name: str, axes: Axes, scale: float, undo: ExitStack, units: Units
-) -> None:
-    """Replace one parameter by its kept rows and columns, times ``scale``.
+def narrow(model: nn.Module, name: str, slices: Slices, undo: ExitStack, units: Units) -> None:
+    """Replace one parameter by what stays of it.
+
 
     A parameter that lies in parts is gathered for the purpose, alone, and comes back in parts.
     Raises PlanError if the module holds None in place of the parameter.
@@ -133,14 +158,12 @@ def narrow(
     old = module._parameters[leaf]
     if old is None:
         raise PlanError(f"the model has no parameter {name!r}")
-    data = whole(old.detach())
-    for axis, (index, _length) in axes.items():
-        data = data.index_select(axis, index.to(data.device))
-    if scale != 1.0:
-        data = data * scale
-    new = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
+    data = slices.of(name, whole(old.detach()))
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
     if not units.replace(old, new, undo):
-        undo.callback(module._parameters.__setitem__, leaf, old)
+        if not isinstance(undo, _Forget):
+            remains = Remains(old, slices.index[name], name in slices.scale)
+            undo.callback(_put_back, module, leaf, remains, new)
         module._parameters[leaf] = new
     if leaf == "weight" and is_linear(module):
         out_axis, in_axis = linear_axes(module)
@@ -148,6 +171,10 @@ def narrow(
         for attr, width in zip(names, (data.shape[out_axis], data.shape[in_axis]), strict=True):
             if hasattr(module, attr):
                 _set(module, attr, width, undo)
+
+
+def _put_back(module: nn.Module, leaf: str, remains: Remains, new: Tensor) -> None:
+    module._parameters[leaf] = remains.put_together(new)
 
 
 def pad(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,18 +15,24 @@ from ..device import device_of, same_random_numbers
 from ..errors import IncomparableError, VerificationError
 from ..structures.shards import is_part
 from ..structures.units import plain_name
+from .apply import slices_of
 from .difference import Difference, difference, tensors_of
 from .first_batch import run_inputs
 from .fsdp import computing_in, is_sharded, recover
 from .gates import gated
+from .layerwise import Pieces, Weights, held_weights, layerwise
 from .settle import Cut
-from .sharing.mixed import mixed
-from .sharing.ties import (
-    remember_ties,
-    untie,
-)
+from .sharing.ties import Tie, WholeWeights, remember_ties, ties_of, untie
 
-__all__ = ["Verification", "compare", "in_dtype", "rounded", "run_masked"]
+__all__ = [
+    "MaskedWeights",
+    "Setting",
+    "Verification",
+    "compare",
+    "in_dtype",
+    "run_masked",
+    "verification",
+]
 
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
@@ -37,6 +44,12 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 HALF_TOLERANCE = 5e-2
 """The same for any other dtype, where a kernel supports only half precision."""
+
+
+ADVICE = (
+    "the model was put back as it was: report this architecture, or, if you know better, "
+    "cut without proof by finish(verify=False)"
+)
 
 
 @dataclass(frozen=True)
@@ -56,41 +69,63 @@ class Verification:
     kernel: str = ""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a pass of the proof runs.
+
+    On which inputs and in which dtype, with which attention kernel ("" for the model's own), and
+    what of the model holds its weights at a time.
+    """
+
+    inputs: Mapping[str, Any]
+    dtype: torch.dtype
+    kernel: str
+    pieces: Pieces
+
+
+def verification(found: Difference, setting: Setting) -> Verification:
+    """The result of a proof."""
+    name = str(setting.dtype).removeprefix("torch.")
+    return Verification(found.largest, found.scale, name, found.compared, setting.kernel)
+
+
 def run_masked(
-    model: nn.Module, cut: Cut, inputs: Mapping[str, Any], setting: ExitStack
-) -> tuple[list[Tensor], Mapping[str, Any], torch.dtype, str]:
-    """The masked model's outputs, the inputs and dtype of that pass, and the kernel that ran.
+    model: nn.Module,
+    cut: Cut,
+    inputs: Mapping[str, Any],
+    stored: Weights | None = None,
+    part: str = "",
+) -> tuple[list[Tensor], Setting]:
+    """The masked model's outputs, and the setting in which they were computed.
 
     The first attempt uses the wide dtype and the model's own kernels. If it fails, the proof is
     tried without labels (a loss may hold numbers of another dtype), then with other kernels that
     may support the wide dtype (flash attention does not), and last in the model's own dtype.
-    ``setting`` keeps the combination that worked until the cut model has run in it, too.
+    ``stored`` gives the weights of a model that has none in memory; ``part`` is the path of a
+    sub-model that runs alone.
 
     Raises IncomparableError if every attempt fails.
     """
     problems: list[str] = []
+    weights = MaskedWeights(model, cut, stored or held_weights(model))
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-    (first, *others) = [(inputs, dtype, kernel) for dtype, kernel in _settings(model)]
+    (first, *others) = [(inputs, *setting) for setting in _settings(model)]
     labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
-    for inputs, dtype, kernel in (first, *labelled, *others):
-        with ExitStack() as tried:
+    for one in (Setting(*values) for values in (first, *labelled, *others)):
+        for pieces in PIECES[-1:] if is_sharded(model) else PIECES:
+            setting = replace(one, pieces=pieces)
             try:
-                if kernel:
-                    tried.enter_context(_kernels(model, kernel))
-                tried.enter_context(in_dtype(model, dtype))
-                with (
-                    _untied(model),
-                    mixed(model, cut.structures, cut.plan),
-                    gated(model, cut.description.structures, cut.plan),
-                ):
-                    outputs = _run(model, inputs, dtype)
+                with _untied(model), gated(model, cut.description.structures, cut.plan):
+                    outputs = _pass(model, setting, part, weights)
+                if pieces != "model" and any(output.isnan().any() for output in outputs):
+                    raise IncomparableError("the outputs are no numbers")
                 difference(outputs, outputs)
             except Exception as error:
-                problems.append(f"{str(dtype).removeprefix('torch.')}: {_first_line(error)}")
+                name = str(setting.dtype).removeprefix("torch.")
+                problems.append(f"{name}: {_first_line(error)}")
                 recover(model)
                 continue
-            setting.enter_context(tried.pop_all())
-            return outputs, inputs, dtype, kernel
+            return outputs, setting
     raise IncomparableError(
         f"the masked model could not be run for the proof ({'; '.join(dict.fromkeys(problems))}), "
         "so nothing was cut: give other example_inputs, or cut without proof by "
@@ -98,25 +133,73 @@ def run_masked(
     )
 
 
+PIECES: tuple[Pieces, ...] = ("layers", "modules", "model")
+
+
+class MaskedWeights:
+    """The weights of the masked model: those that the plan shares taken from their sources.
+
+    Query weights that a softmax temperature will be folded into are rounded as the cut will round
+    their product, so that the rest of the proof can be exact. ``stored`` gives the weights of the
+    model as they are.
+    """
+
+    # not closures that call themselves: they would hold the old weights until Python looks for
+    # circles, while the cut makes the new ones
+
+    def __init__(self, model: nn.Module, cut: Cut, stored: Weights) -> None:
+        with _untied(model):
+            every = model.named_parameters(remove_duplicate=False)
+            shapes = {name: tuple(parameter.shape) for name, parameter in every}
+        self._scale = slices_of(cut.structures, cut.plan, shapes).scale
+        self._ties: dict[str, list[Tie]] = defaultdict(list)
+        for tie in ties_of(cut.structures, cut.plan, shapes):
+            self._ties[tie.target].append(tie)
+        self._whole = WholeWeights(model, _Rounded(stored, self._scale))
+
+    def __call__(self, name: str) -> Tensor:
+        weight = self._whole(name)
+        for tie in self._ties.get(name, ()):
+            source = self(tie.source)
+            wide = torch.promote_types(weight.dtype, source.dtype)
+            taken = source.to(wide).index_select(tie.axis, _on(source, tie.out_of))
+            weight = weight.to(wide).index_copy(tie.axis, _on(weight, tie.into), taken)
+        return weight
+
+
+def _on(weight: Tensor, positions: Sequence[int]) -> Tensor:
+    return torch.tensor(positions, device=weight.device)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Stored weights, rounded where the cut multiplies them by a factor."""
+
+    stored: Weights
+    scale: Mapping[str, float]
+
+    def __call__(self, name: str) -> Tensor:
+        weight, factor = self.stored(name), self.scale.get(plain_name(name), 1.0)
+        return weight if factor == 1.0 else (weight * factor).double() / factor
+
+
 def compare(
     model: nn.Module,
     masked: Sequence[Tensor],
-    inputs: Mapping[str, Any],
-    dtype: torch.dtype,
-    rounding: float = 0.0,
+    setting: Setting,
+    stored: Weights | None = None,
+    part: str = "",
+    advice: str = ADVICE,
 ) -> Difference:
     """How far the outputs of the cut model are from those of the masked one.
 
-    ``inputs`` and ``dtype`` are those that :func:`run_masked` returned with ``masked``;
-    ``rounding`` is that of :func:`rounded`. Raises VerificationError if the cut model does not run
-    or the difference is more than rounding.
+    ``setting`` is what :func:`run_masked` returned with ``masked``. Raises VerificationError, which
+    ends with ``advice``, if the cut model does not run or the difference is more than rounding.
     """
-    advice = (
-        "the model was put back as it was: report this architecture, or, if you know better, "
-        "cut without proof by finish(verify=False)"
-    )
+    weights = WholeWeights(model, stored or held_weights(model))
     try:
-        found = _run(model, inputs, dtype)
+        with _untied(model):
+            found = _pass(model, setting, part, weights)
     except Exception as error:
         recover(model)
         raise VerificationError(
@@ -126,7 +209,8 @@ def compare(
         apart = difference(masked, found)
     except VerificationError as error:
         raise VerificationError(f"masked and cut model differ: {error}; {advice}") from None
-    if not apart.relative <= max(TOLERANCE.get(dtype, HALF_TOLERANCE), rounding):
+    rounding = max(TOLERANCE.get(setting.dtype, HALF_TOLERANCE), _rounding(model))
+    if not apart.relative <= rounding:
         raise VerificationError(
             f"masked and cut model differ by {apart.largest:.2g} on outputs up to "
             f"{apart.scale:.2g}; {advice}"
@@ -134,7 +218,7 @@ def compare(
     return apart
 
 
-def rounded(model: nn.Module) -> float:
+def _rounding(model: nn.Module) -> float:
     """The relative difference that a cut of a sharded model may make by rounding; else 0.
 
     Weights in parts keep their dtype during the proof. A softmax temperature that is folded into
@@ -144,21 +228,36 @@ def rounded(model: nn.Module) -> float:
     return max((min(HALF_TOLERANCE, 16 * torch.finfo(d).eps) for d in dtypes), default=0.0)
 
 
+def _pass(model: nn.Module, setting: Setting, part: str, weights: Weights) -> list[Tensor]:
+    """The outputs of one pass in the setting, with these weights.
+
+    FSDP2 gathers the weights of a sharded model by itself, layer by layer.
+    """
+    with ExitStack() as entered:
+        if setting.kernel:
+            entered.enter_context(_kernels(model, setting.kernel))
+        if is_sharded(model):
+            entered.enter_context(in_dtype(model, setting.dtype))
+        else:
+            entered.enter_context(layerwise(model, setting.dtype, weights, setting.pieces))
+        return _run(model.get_submodule(part), setting.inputs, setting.dtype)
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def _settings(model: Any) -> Iterator[tuple[torch.dtype, str]]:
-    """The (dtype, kernel) pairs to try the proof with, best first."""
+def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
+    """The dtypes and kernels to try the proof with, best first."""
     count = sum(p.numel() for p in model.parameters())
     wide = torch.float64 if count <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
-    yield wide, ""
+    yield wide, "", "layers"
     if hasattr(model, "set_attn_implementation"):
-        yield wide, "sdpa"
-        yield wide, "eager"
+        yield wide, "sdpa", "layers"
+        yield wide, "eager", "layers"
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), wide)
     if own != wide:
-        yield own, ""
+        yield own, "", "layers"
 
 
 @contextmanager

@@ -14,15 +14,15 @@ from ..processes import all_or_none, first_value
 from ..structures.plan import Plan
 from ..structures.record import write_record
 from ..structures.structure import Description, Structure
-from .apply import apply_plan
+from .apply import Slices, apply_plan
 from .fsdp import is_sharded, refuse_other_shards, reshard
 from .gates import evaluating
-from .proof import Verification, compare, rounded, run_masked
+from .proof import Verification, compare, run_masked, verification
 from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
 from .wrappers import unwrapped
 
-__all__ = ["HOW_TO_SHARE", "NO_SHARING", "perform", "rewrite"]
+__all__ = ["HOW_TO_SHARE", "NO_SHARING", "carry_out", "perform", "rewrite"]
 
 NO_SHARING = "layers cannot share weights that FSDP has spread over processes"
 HOW_TO_SHARE = (
@@ -89,29 +89,31 @@ def _performed(
     """The cut and its proof; what fails inside ``agreeing()`` fails in all processes."""
     if verify is None:
         with _undone_on_failure() as undo, agreeing():
-            _apply(model, cut, undo)
+            carry_out(model, cut, undo)
             write_record(model, cut.record, undo)
         return None
-    with evaluating(model), ExitStack() as setting:
+    with evaluating(model):
         with agreeing():
-            masked, inputs, dtype, kernel = run_masked(model, cut, verify, setting)
+            masked, setting = run_masked(model, cut, verify)
         reshard(model)
-        rounding = rounded(model)
         with _undone_on_failure() as undo, agreeing():
-            _apply(model, cut, undo)
-            proof = compare(model, masked, inputs, dtype, rounding)
+            carry_out(model, cut, undo)
+            proof = compare(model, masked, setting)
             write_record(model, cut.record, undo)
-    name = str(dtype).removeprefix("torch.")
-    return Verification(proof.largest, proof.scale, name, proof.compared, kernel)
+    return verification(proof, setting)
 
 
-def _apply(model: nn.Module, cut: Cut, undo: ExitStack) -> None:
-    """Untie shared weights, cut, and tie again the shared positions that are left."""
+def carry_out(model: nn.Module, cut: Cut, undo: ExitStack) -> Slices:
+    """Untie shared weights, cut, and tie again the shared positions that are left.
+
+    Returns what stays of each parameter. ``undo`` takes the calls that put the old state back.
+    Works on a model without weights.
+    """
     ties = ties_in(model)
     if ties:
         undo.callback(remember_ties(model))
         untie(model)
-    apply_plan(model, cut.structures, cut.plan, undo, ties)
+    return apply_plan(model, cut.structures, cut.plan, undo, ties)
 
 
 @contextmanager

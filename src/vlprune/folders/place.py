@@ -34,6 +34,7 @@ __all__ = [
     "check_file",
     "check_place",
     "is_being_saved",
+    "link",
     "staging",
     "swap",
 ]
@@ -244,14 +245,14 @@ def _finish(staged: Path, names: Iterable[Path], last: str, stale: Iterable[Path
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name.name.endswith(".safetensors"):  # stays where the config names it meanwhile
-            _link(staged / name, folder / name)
+            link(staged / name, folder / name)
         else:
             os.replace(staged / name, folder / name)
     if (staged / last).exists():
         os.replace(staged / last, folder / last)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to ``source``; where links are impossible, move ``source``."""
     second = source.with_name(f"{source.name}.second")
     second.unlink(missing_ok=True)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError
 
 from ..cutting.fsdp import is_sharded
 from ..cutting.wrappers import uncompiled
-from ..errors import CheckpointError, VlpruneError
-from ..files import plain, read_json, reason, write_text
+from ..errors import CheckpointError, UnsupportedError, VerificationError, VlpruneError
+from ..files import plain, read_json, reason, shown, write_text
 from ..processes import all_or_none, world
 from ..structures.record import METHOD, gather_record
 from .gathered import forget, gather
 from .place import CONFIG, check_place, is_being_saved, staging, swap
 from .weights import digest, is_weights, weight_files
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["check_result", "files_of_export", "save"]
+__all__ = ["SHARD", "check_result", "check_shard_size", "files_of_export", "save", "save_by"]
 
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
@@ -32,44 +30,86 @@ PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
 BENCH_FILE, EXPORT_FILE, MANIFEST = "bench.json", "vlprune-export.json", "export.json"
 
 
+SHARD = "2GB"
+"""The largest weight file, unless a caller says otherwise."""
+
+
 def save(
     model: Any,
     folder: str | Path,
     *,
     extras: Mapping[str, str] | None = None,
     processor: Any = None,
+    max_shard_size: int | str = SHARD,
 ) -> Path:
     """Save ``model`` to ``folder``, for plain ``from_pretrained`` after ``import vlprune``.
 
     Returns the folder. It holds the stock ``config.json`` and ``model.safetensors``, the
     ``plan.json`` of a cut model, the files of ``processor`` (anything with ``save_pretrained``)
-    and ``extras`` {file name: text}. Everything is written into a hidden folder inside and moved
+    and ``extras`` {file name: text}. Weights of more than ``max_shard_size`` (bytes, or a text such
+    as ``"500MB"``) are spread over several files, which are written one after the other from the
+    memory they are in. Everything is written into a hidden folder inside and moved
     into place at the end: a kill at any moment leaves the old or the new model, a full disk the
     old one. Files that vlprune did not write survive, unless a new file has the same name.
 
     Where FSDP2 has spread the weights over processes, all of them must call this. Weights are
     gathered one at a time, and the first process writes the folder.
 
-    Raises CheckpointError if the folder cannot be written.
+    Raises CheckpointError if the folder cannot be written, UnsupportedError for another size.
     """
-    folder, model = Path(folder), uncompiled(model)
-    record = gather_record(model)
-    texts = dict(extras or {})
-    if record is not None:
-        texts = {PLAN_FILE: record.plan.to_json() + "\n", **texts}
+    model = uncompiled(model)
+    size = check_shard_size(max_shard_size)
+
+    def fill(staged: Path, **state: Any) -> None:
+        model.save_pretrained(staged, max_shard_size=size, **state)
+        if processor is not None:
+            processor.save_pretrained(staged)
+
     if is_sharded(model):
-        _save_from_all(model, folder, texts, processor)
-        return folder
+        _save_from_all(fill, model, Path(folder), extras)
+        return Path(folder)
+    return save_by(fill, model, folder, extras)
+
+
+def check_shard_size(size: int | str) -> int:
+    """The bytes of a shard size. Raises UnsupportedError for anything else."""
+    try:
+        found = size if isinstance(size, int) else int(convert_file_size_to_int(size))
+    except (ValueError, AttributeError):
+        found = 0
+    if found < 1 or isinstance(size, bool):
+        raise UnsupportedError(
+            "the size of a weight file is a number of bytes, or a text such as 2GB or 500MB, not "
+            f"{shown(size)}"
+        )
+    return found
+
+
+def save_by(
+    fill: Callable[[Path], None],
+    model: Any,
+    folder: str | Path,
+    extras: Mapping[str, str] | None = None,
+) -> Path:
+    """As :func:`save`, where ``fill`` writes config, weights and processor into a given folder.
+
+    ``model`` may be without weights. An error of ``fill`` leaves what was there before.
+    """
+    folder = Path(folder)
+    texts = _texts(model, extras)
     check_place(folder)
     with _problems_told(folder) as staged_in, staging(folder) as staged:
         staged_in.append(staged)
-        _fill(model, staged, texts, processor)
+        fill(staged)
+        _finish(staged, texts)
     return folder
 
 
-def _save_from_all(model: Any, folder: Path, texts: Mapping[str, str], processor: Any) -> None:
+def _save_from_all(
+    fill: Callable[..., None], model: Any, folder: Path, extras: Mapping[str, str] | None
+) -> None:
     """Save a model whose weights are spread over processes: the first one writes the folder."""
-    first = world()[1] == 0
+    first, texts = world()[1] == 0, _texts(model, extras)
     with _problems_told(folder) as staged_in, ExitStack() as stack:
         with all_or_none():
             if first:
@@ -80,25 +120,20 @@ def _save_from_all(model: Any, folder: Path, texts: Mapping[str, str], processor
             state = gather(model, staged)
         with all_or_none():
             if staged is not None:
-                _fill(model, staged, texts, processor, state)
+                fill(staged, state_dict=state)
+                forget(staged)
+                _finish(staged, texts)
 
 
-def _fill(
-    model: Any,
-    staged: Path,
-    texts: Mapping[str, str],
-    processor: Any,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write everything into a staging folder, then move it into the folder around it.
+def _texts(model: Any, extras: Mapping[str, str] | None) -> dict[str, str]:
+    """The text files of a folder: {name: text}."""
+    record = gather_record(model)
+    plan = {} if record is None else {PLAN_FILE: record.plan.to_json() + "\n"}
+    return {**plan, **(extras or {})}
 
-    ``state`` is the model's, where :func:`vlprune.folders.gathered.gather` has made it.
-    """
-    model.save_pretrained(staged, **({} if state is None else {"state_dict": state}))
-    if state is not None:
-        forget(staged)
-    if processor is not None:
-        processor.save_pretrained(staged)
+
+def _finish(staged: Path, texts: Mapping[str, str]) -> None:
+    """Write the text files into a staging folder, then move it into the folder around it."""
     for name, text in texts.items():
         write_text(staged / name, text)
     _seal(staged)
@@ -111,6 +146,8 @@ def _problems_told(folder: Path) -> Iterator[list[Path]]:
     staged_in: list[Path] = []
     try:
         yield staged_in
+    except VerificationError:
+        raise
     except (VlpruneError, OSError, SafetensorError) as error:
         problem = error if isinstance(error, VlpruneError) else reason(error)
         told = _after(staged_in[0] if staged_in else folder, problem)

@@ -93,7 +93,8 @@ def _how(report: Mapping[str, Any]) -> str:
     """The command that made the folder."""
     if report.get("task") or not report.get("command"):
         return "    vlprune compress recipe.yaml -o small\n\nwith the `recipe.yaml` of this folder;"
-    return f"    {as_text(report['command'])}\n\nwith unlabelled samples, and without training;"
+    samples = "with unlabelled samples, and " if report.get("calibration") else ""
+    return f"    {as_text(report['command'])}\n\n{samples}without training;"
 
 
 def _figures(report: Mapping[str, Any]) -> str:
@@ -126,9 +127,11 @@ def _origin(report: Mapping[str, Any]) -> list[str]:
     else:
         limits.append("What it can do was not measured: evaluate it on data of your own.")
     untested = "what was pruned may have mattered for inputs that were not tested."
-    if report.get("calibration") and not any((report.get("history") or {}).values()):
+    untrained = report.get("calibration") or report.get("streamed")
+    if untrained and not any((report.get("history") or {}).values()):
+        chosen = "on unlabelled samples" if report.get("calibration") else "by its weights alone"
         limits.append(
-            "Nothing was trained. The units to prune were chosen on unlabelled samples; the biases "
+            f"Nothing was trained. The units to prune were chosen {chosen}; the biases "
             f"of the dense model are inherited, and {untested}"
         )
     else:

@@ -9,7 +9,7 @@ from .blocks import Block, Column, Sentence, Table
 from .story import calibration, faster, sizes, stages
 from .words import human, percent, summary, where
 
-__all__ = ["description", "exported", "measured", "result", "sensitivity", "timings"]
+__all__ = ["cut", "description", "exported", "measured", "result", "sensitivity", "timings"]
 
 
 def description(body: Mapping[str, Any]) -> list[Block]:
@@ -174,6 +174,38 @@ def _runs(body: Mapping[str, Any]) -> Table:
         Column("macs", "MACs/s", "count"),
     )
     return Table(columns, tuple(rows))
+
+
+def cut(facts: Mapping[str, Any]) -> list[Block]:
+    """``vlprune cut``: the sizes, the memory that was needed, and the proof."""
+    size, proof = facts["weight_bytes"], facts["proof"]
+    left = percent(size["small"] / size["dense"])
+    blocks: list[Block] = [
+        Sentence(
+            f"{facts['model']} cut to {facts['out']}: {human(size['dense'])}B became "
+            f"{human(size['small'])}B ({left}), in {facts['seconds']:.0f} s and "
+            f"{human(facts['peak_bytes'])}B of memory at most."
+        )
+    ]
+    if proof is None:
+        blocks.append(Sentence("The cut was not proved, as asked."))
+        return blocks
+    rows = [{"part": part or "model", **found} for part, found in proof["passes"].items()]
+    columns = (
+        Column("part", "run"),
+        Column("dtype", "in"),
+        Column("difference", "masked and cut differ by", "difference"),
+        Column("scale", "on outputs up to", "difference"),
+    )
+    if rows:
+        blocks.append(Table(columns, tuple(rows)))
+    blocks.append(
+        Sentence(
+            f"{proof['by_passes']} of {facts['structures']} structures were proved by passes of "
+            f"both models, {proof['by_weights']} by their weights."
+        )
+    )
+    return blocks
 
 
 def exported(facts: Mapping[str, Any]) -> list[Block]:

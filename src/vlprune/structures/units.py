@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,14 @@ def plain_name(name: str) -> str:
 
 
 @torch.no_grad()
-def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[str, Tensor]:
+def unit_squares(
+    weights: Callable[[str], Tensor], structures: Sequence[Structure]
+) -> Mapping[str, Tensor]:
     """Sum of squared weights of every unit, float32: {structure: (size,)}.
 
-    Each sum runs over all slots of the unit, biases included. The sums are computed one parameter
-    at a time, so no copy of the model is made; of a sharded model, one is gathered at a time.
+    Each sum runs over all slots of the unit, biases included. ``weights`` gives the parameter of a
+    name; one is looked at (of a sharded model: gathered) at a time, and none is kept.
     """
-    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **named_weights(model)}
     sums: dict[tuple[str, int], Tensor] = {}
     totals = {}
     for structure in structures:
@@ -86,7 +87,7 @@ def unit_squares(model: nn.Module, structures: Sequence[Structure]) -> Mapping[s
         for slot in structure.slots:
             axis_sums = sums.get((slot.param, slot.axis))
             if axis_sums is None:
-                weight = whole(parameters[slot.param].detach())
+                weight = whole(weights(slot.param).detach())
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 others = [axis for axis in range(weight.dim()) if axis != slot.axis]
                 squares = (

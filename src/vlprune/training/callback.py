@@ -17,7 +17,7 @@ from ..cutting.fsdp import is_sharded, reshard
 from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
 from ..processes import all_or_none, summed, world
-from ..structures.shards import copies_of, is_part, local
+from ..structures.shards import copies_of, is_part, local, whole
 
 if TYPE_CHECKING:
     from .compressor import Compressor
@@ -40,6 +40,10 @@ def callback_for(compressor: Compressor) -> CompressorCallback:
     return made
 
 
+LOOKED_AT = 1024
+"""Numbers of a parameter that tell it from another."""
+
+
 class CompressorCallback(TrainerCallback, ExportableState):
     """Feeds a Compressor from a Trainer; its state is a part of the Trainer's checkpoints."""
 
@@ -53,23 +57,36 @@ class CompressorCallback(TrainerCallback, ExportableState):
         packed = base64.b64encode(pack(self.compressor.state())).decode()
         sharded = is_sharded(self.compressor.model)  # then one process alone cannot sum them up
         weights = self._sum if sharded else self._weights()
-        return {"args": {}, "attributes": {"search": packed, "weights": weights}}
+        found = {"search": packed, "weights": weights, "summed_up": sharded}
+        return {"args": {}, "attributes": found}
 
     def _weights(self) -> float:
-        """A figure to recognise the weights by: the sum of their magnitudes.
+        """A figure to recognise the weights by, in the way of this model (see :meth:`_figure`)."""
+        return self._figure(is_sharded(self.compressor.model))
 
-        Of a sharded model every process adds the sum of its parts, so all of them must call this.
+    def _figure(self, summed_up: bool) -> float:
+        """A figure to recognise the weights by.
+
+        It is the sum of the magnitudes of about :data:`LOOKED_AT` numbers of every parameter,
+        evenly spread. A Trainer loads a parameter as a whole or not at all, so more numbers would
+        show no more, and a model of any size is looked at in milliseconds. ``summed_up``: of all
+        numbers, to which every process of a sharded model adds its parts; all must call this.
         """
         model = self.compressor.model
         reshard(model)
-        whole = parts = 0.0
+        own = parts = 0.0
         for parameter in model.parameters():
-            size = float(torch.linalg.vector_norm(local(parameter.detach()), 1, dtype=torch.double))
+            weight = parameter.detach()
+            if not summed_up:
+                flat = whole(weight).reshape(-1)
+                own += float(flat[:: max(1, flat.numel() // LOOKED_AT)].double().abs().sum())
+                continue
+            size = float(torch.linalg.vector_norm(local(weight), 1, dtype=torch.double))
             if is_part(parameter):
                 parts += size / copies_of(parameter)
             else:
-                whole += size
-        return whole + (summed(parts, device_of(model)) if is_sharded(model) else 0.0)
+                own += size
+        return own + (summed(parts, device_of(model)) if is_sharded(model) else 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sum up sharded weights where a checkpoint may follow, which one process writes."""
@@ -130,7 +147,7 @@ class CompressorCallback(TrainerCallback, ExportableState):
 
         If it has not in one process, the error is raised in all.
         """
-        now, wanted = self._weights(), saved["weights"]
+        now, wanted = self._figure(saved["summed_up"]), saved["weights"]
         with all_or_none():
             if wanted is None or isclose(wanted, now, rel_tol=1e-9):
                 return

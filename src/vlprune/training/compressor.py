@@ -390,7 +390,8 @@ class Compressor:
             return self.given
         reshard(self.model)
         inputs: Mapping[str, Any] | None = self.example_inputs or self._gating.first_batch
-        before, attached = dict(self.model.named_parameters()), self._gating.attached
+        before = dict(self.model.named_parameters()) if self._optimizer is not None else {}
+        attached = self._gating.attached
         try:
             plan = self._planned()
             check_same_plan(plan)

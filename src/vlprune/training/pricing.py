@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures import discover
 from ..cutting.fsdp import is_sharded
@@ -150,11 +150,16 @@ def problem_of(
 ) -> Problem:
     """The problem of a method: values, and three functions that look at the model for it."""
     shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+
+    def squares() -> Mapping[str, Tensor]:
+        every = dict(model.named_parameters(remove_duplicate=False))
+        return unit_squares({**every, **named_weights(model)}.__getitem__, structures)
+
     return Problem(
         structures,
         prices,
         fraction,
-        squares=lambda: unit_squares(model, structures),
+        squares=squares,
         shareable=lambda target, source: shareable(target, source, shapes),
         similarity=lambda target, source: similarity(model, target, source),
         groups=groups,

@@ -23,7 +23,7 @@ from ...errors import BudgetError, RecipeError, UnsupportedError
 from ...files import plain
 from ...folders.notes import hashed
 from ...folders.opening import guarded, open_model, open_processor
-from ...folders.save import REPORT_FILE, check_result, save
+from ...folders.save import REPORT_FILE, SHARD, check_result, save
 from ...measuring.memory import peak_memory
 from ...reports.card import model_card
 from ...status import Progress
@@ -36,7 +36,7 @@ from .result import bytes_of, versions
 from .samples import NEUTRAL, Feed, feed_of
 from .workplace import claimed, cleared, disk_errors_told
 
-__all__ = ["Asked", "compress_model"]
+__all__ = ["Asked", "compress_model", "refuse_overwriting"]
 
 BATCH = 8
 
@@ -70,14 +70,19 @@ class Asked:
         ((what, fraction),) = self.budget.items()
         model = "MODEL" if Path(self.model).exists() else self.model
         words = ["vlprune", "compress", model, "--budget", f"{what}={fraction:g}"]
-        words += ["--calibration", "SAMPLES", "--items", str(self.items)]
+        words += ["--calibration", "SAMPLES", "--items", str(self.items)] if self.samples else []
         words += ["--method", self.method["name"]] if self.method["name"] != "obs" else []
         words += ["--rotate"] if self.method.get("rotate") else []
         words += ["--attention", self.attention] if self.attention != "head_dim" else []
         return shlex.join(words)
 
 
-def compress_model(asked: Asked, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def compress_model(
+    asked: Asked,
+    out: Path,
+    progress: Progress | None = None,
+    max_shard_size: int | str = SHARD,
+) -> dict[str, Any]:
     """Cut the model and fill ``out``; returns the report that is saved there.
 
     A run that was stopped goes on from its last finished step, and ends with the same weights.
@@ -88,7 +93,7 @@ def compress_model(asked: Asked, out: Path, progress: Progress | None = None) ->
     progress = progress or Progress()
     transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
-    _refuse_overwriting(asked.model, out)
+    refuse_overwriting(asked.model, out)
     check_result(out)
     prepare(0, 0)
     device = choose(asked.device)
@@ -118,12 +123,12 @@ def compress_model(asked: Asked, out: Path, progress: Progress | None = None) ->
             REPORT_FILE: json.dumps(report, indent=1) + "\n",
             "README.md": model_card(report, type(model).__name__),
         }
-        save(model, out, extras=extras, processor=processor)
+        save(model, out, extras=extras, processor=processor, max_shard_size=max_shard_size)
         cleared(work)
     return report
 
 
-def _refuse_overwriting(model: str, out: Path) -> None:
+def refuse_overwriting(model: str, out: Path) -> None:
     """Raise RecipeError if the result would replace the model that is cut."""
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise RecipeError(

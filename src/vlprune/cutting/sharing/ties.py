@@ -20,6 +20,7 @@ from .rules import slot_pairs
 __all__ = [
     "SharedWeight",
     "Tie",
+    "WholeWeights",
     "is_shared",
     "moved",
     "remember_ties",
@@ -134,12 +135,16 @@ class SharedWeight(nn.Module):
 
     def forward(self, own: Tensor) -> Tensor:
         """The whole weight, from the part that is stored."""
+        return self.put_together(own, [getattr(module, leaf) for module, leaf in self.sources])
+
+    def put_together(self, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        """The whole weight, from the part that is stored and the whole weights of the sources."""
         parts = [own]
-        for number, (module, leaf) in enumerate(self.sources):
-            whole, index = getattr(module, leaf), getattr(self, f"part_{number}")
+        for number, whole in enumerate(sources):
+            index = getattr(self, f"part_{number}")
             part = whole.index_select(self.axis, index.to(whole.device)).to(own.device, own.dtype)
             parts.append(part if self.scales[number] == 1 else part * self.scales[number])
-        return torch.cat(parts, self.axis).index_select(self.axis, self.order)
+        return torch.cat(parts, self.axis).index_select(self.axis, self.order.to(own.device))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The part that is stored, from the whole weight."""
@@ -210,6 +215,30 @@ def ties_in(model: nn.Module) -> list[Tie]:
     return found
 
 
+class WholeWeights:
+    """The weight as a forward pass reads it, by its name, from the tensors that are ``stored``.
+
+    A weight that shares is put together in float64: where a cut has folded a softmax temperature
+    into one of two weights, the product would be rounded in a smaller dtype. The model may be
+    untied afterwards.
+    """
+
+    def __init__(self, model: nn.Module, stored: Callable[[str], Tensor]) -> None:
+        self._stored = stored
+        paths = {id(module): path for path, module in model.named_modules()}
+        self._shared: dict[str, tuple[SharedWeight, str, list[str]]] = {}
+        for path, leaf, one in _shared_weights(model):
+            own = f"{path}.parametrizations.{leaf}.original".lstrip(".")
+            sources = [f"{paths[id(m)]}.{name}".lstrip(".") for m, name in one.sources]
+            self._shared[f"{path}.{leaf}".lstrip(".")] = one, own, sources
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._shared:
+            return self._stored(name)
+        one, own, sources = self._shared[name]
+        return one.put_together(self._stored(own).double(), [self(s).double() for s in sources])
+
+
 def remember_ties(model: nn.Module) -> Callable[[], None]:
     """A function that ties the model again as it is tied now, whatever was untied meanwhile.
 
@@ -238,9 +267,8 @@ def remember_ties(model: nn.Module) -> Callable[[], None]:
     return tie_again
 
 
-def untie(model: nn.Module) -> list[Tie]:
-    """Give every module its whole weight as a parameter of its own; returns the old ties."""
-    ties = ties_in(model)
+def untie(model: nn.Module) -> None:
+    """Give every module its whole weight as a parameter of its own."""
     for path, leaf, shared in _shared_weights(model):
         module = model.get_submodule(path)
         # torch deletes the weight's property from the class, which copies of the module share
@@ -250,7 +278,6 @@ def untie(model: nn.Module) -> list[Tie]:
         for name in shared.later:  # torch appends the weight, but optimizers go by this order
             if name in module._parameters:
                 module._parameters[name] = module._parameters.pop(name)
-    return ties
 
 
 def _shared_weights(model: nn.Module) -> list[tuple[str, str, SharedWeight]]:

@@ -1,0 +1,183 @@
+"""Peak memory and seconds of a cut: in memory, and streamed from folder to folder.
+
+    python benchmarks/streaming.py --layers 10
+
+A LLaVA in bfloat16 with random weights is written file by file to a temporary folder, which is
+removed at the end. Each way to cut it runs in a process of its own. ``anonymous`` is the memory
+that the system cannot take back; pages of mapped files count in ``resident`` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+WAYS = ("imports", "stream", "stream proved", "compress", "memory", "memory proved")
+SIZE = "200MB"
+
+
+def make(folder: Path, layers: int) -> int:
+    """Write the model, one file in memory at a time; returns the bytes of its weights."""
+    import torch
+    import transformers
+
+    from vlprune.streaming.cut import bytes_of_model
+    from vlprune.streaming.shards import Shards
+
+    text = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=8,
+    )  # fmt: skip
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16,
+        image_size=224, patch_size=14,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=31999, dtype="bfloat16"
+    )
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+
+    class Random(Mapping[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            shape = shapes[name]
+            if "norm" in name and name.endswith("weight"):
+                return torch.ones(shape, dtype=torch.bfloat16)
+            count = shape.numel()  # one block over and over: to draw every number takes minutes
+            return block.repeat(-(-count // len(block)))[:count].reshape(shape).clone()
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(shapes)
+
+        def __len__(self) -> int:
+            return len(shapes)
+
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shapes = {n: t.shape for n, t in revert_weight_conversion(model, model.state_dict()).items()}
+    with Shards(folder / "work", "random").instead(Random()):
+        model.save_pretrained(folder / "dense", max_shard_size="500MB")
+    return bytes_of_model(model)
+
+
+def plan_of(folder: Path) -> Any:
+    """Half of the units of every structure."""
+    import vlprune
+    from vlprune.streaming.source import open_source
+
+    description = vlprune.discover(open_source(folder / "dense").model, "head")
+    keep = {s.name: tuple(range(0, s.size, 2)) for s in description}
+    return vlprune.Plan(keep=keep, attention="head", fingerprint=description.fingerprint)
+
+
+def cut(way: str, folder: Path) -> None:
+    """Cut the model in one of the ways."""
+    import vlprune
+    from vlprune.folders.opening import open_model
+    from vlprune.streaming.cut import stream_cut
+
+    dense, out = folder / "dense", folder / way.replace(" ", "-")
+    if way == "imports":
+        return
+    if way == "compress":
+        from vlprune.commands.pipeline import Asked, compress_streaming
+
+        asked = Asked(str(dense), {"params": 0.6}, (), method={"name": "magnitude"})
+        compress_streaming(asked, out, max_shard_size=SIZE)
+        return
+    plan = vlprune.Plan.load(folder / "plan.json")
+    proved = way.endswith("proved")
+    if way.startswith("stream"):
+        stream_cut(dense, plan, out, out / "work", verify=proved, max_shard_size=SIZE)
+        return
+    import torch
+
+    model = open_model(str(dense))
+    inputs = {"input_ids": torch.arange(16)[None]} if proved else None
+    vlprune.rewrite(model, vlprune.discover(model, "head"), plan, inputs)
+    vlprune.save(model, out, max_shard_size=SIZE)
+
+
+def status(key: str) -> int:
+    """Bytes of this process, as /proc/self/status names them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def measured(way: str, folder: Path) -> dict[str, Any]:
+    """Peak resident and anonymous memory, and seconds, of one way to cut."""
+    import torch
+    import transformers
+
+    import vlprune
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    assert vlprune.rewrite
+    assert vlprune.save
+    peak, ended = {"RssAnon": 0}, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            peak["RssAnon"] = max(peak["RssAnon"], status("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started, cpu = time.monotonic(), time.process_time()
+    cut(way, folder)
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    ended.set()
+    watcher.join()
+    return {
+        "way": way,
+        "resident": status("VmHWM"),
+        "anonymous": peak["RssAnon"],
+        "seconds": seconds,
+        "cpu": cpu,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--ways", nargs="*", default=WAYS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measured(given.one[0], Path(given.one[1]))))
+        return
+    with tempfile.TemporaryDirectory(prefix="vlprune-streaming-") as place:
+        folder = Path(place)
+        size = make(folder, given.layers)
+        plan_of(folder).save(folder / "plan.json")
+        print(f"a model of {size / 1e9:.2f} GB, weight files of {SIZE}\n", flush=True)
+        print("| way | peak resident | peak anonymous | seconds | CPU seconds |")
+        print("|---|---:|---:|---:|---:|", flush=True)
+        for way in given.ways:
+            command = [sys.executable, __file__, "--one", way, place]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            if ran.returncode:
+                print(f"| {way} | failed: {ran.stderr.strip().splitlines()[-1][:200]} |")
+                continue
+            row = json.loads(ran.stdout.splitlines()[-1])
+            print(
+                f"| {way} | {row['resident'] / 1e6:,.0f} MB | {row['anonymous'] / 1e6:,.0f} MB "
+                f"| {row['seconds']:.0f} | {row['cpu']:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
