@@ -105,10 +105,12 @@ class JspOptions(Checked):
     mismatch: Annotated[str, OneOf("error", "skip")] = "error"
     turns: Annotated[int, Whole(1, 10**9)] = 60
     every: Annotated[int, Whole(1, 10**9)] = 20
-    reach: Annotated[float, Number(0, MANY, above=True)] = 60.0
-    learning_rate: Annotated[float, Number(0, 1000, above=True)] = 1e-3
+    learning_rate: Annotated[float, Number(0, 1000, above=True)] = 3e-3
     weight_decay: Annotated[float, Number(0, 1000)] = 1e-2
+    budget_weight: Annotated[float, Number(0, MANY)] = 12.0
     alignment: Annotated[float, Number(0, MANY)] = 5e-4
+    temperature: Annotated[float, Number(0.001, 1000)] = 0.4
+    offset: Annotated[float, Number(-100, 100)] = 3.0
     warmup: Annotated[float, Number(0, 1)] = 0.1
     align: Annotated[float, Number(0, 1)] = 0.2
     freeze: Annotated[float, Number(0, 1)] = 0.5

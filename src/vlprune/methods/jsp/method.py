@@ -18,12 +18,11 @@ class JSP(JspOptions, Method):
     of ``other`` may take its weights from the layer of ``base`` at equal depth (``"cross"``), a
     unit of ``base`` from the first layer of its block of ``block`` layers (``"block"``). A
     hypernetwork makes all these vectors, so it sees layers and modalities together; it is trained
-    in turn with the weights, on the task loss of held-out batches by vectors that are drawn from
-    it. Draws cost as much, on average, as a goal that falls from the whole model to the budget on
-    UPop's schedule. The weights are trained whole, and drawn to the wanted structure: ``alignment``
-    times their distance from that structure (:func:`vlprune.methods.vectors.alignment`) joins the
-    loss, and once the structure is frozen the distance also fades on UPop's schedule, to exactly 0
-    at the end. Then the cut removes and shares units for real, which changes no output.
+    in turn with the weights on held-out batches: task loss plus ``budget_weight`` times log(max(P, target) / target), P the cost that the vectors leave.
+    The weights are trained whole, and drawn to the wanted structure: ``alignment`` times their
+    distance from that structure (:func:`vlprune.methods.vectors.alignment`) joins the loss, and
+    once the structure is frozen the distance also fades on UPop's schedule, to exactly 0 at the
+    end. Then the cut removes and shares units for real, which changes no output.
 
     Stated in the source: sharing across backbones and inside blocks, pruning in both, one
     hypernetwork, the alignment term, training in turn. Not from the source, because no code is
@@ -32,10 +31,8 @@ class JSP(JspOptions, Method):
 
     ``families`` switches parts off for comparison. ``group_size`` units decide together.
     ``warmup``, ``align`` and ``freeze`` are points of progress: the hypernetwork learns from
-    ``warmup`` to ``freeze``, weights are aligned from ``align`` on. It takes at least ``turns``
-    turns, as far as there are steps, which are at most ``every`` weight steps apart. A logit on
-    which the pull (the gradient by its unit, divided by what the unit costs) is the mean of all
-    pulls in every turn moves by ``reach`` in all; noise in a draw has a deviation of 1.28.
+    ``warmup`` to ``freeze``, weights are aligned from ``align`` on. There are at least ``turns``
+    turns, as far as there are weight steps, and they are at most ``every`` weight steps apart.
     ``match`` pairs units by the cosine of their weights (Hungarian matching) instead of by number.
     ``mismatch="skip"`` shares only where two layers are alike, ``"error"`` raises UnsupportedError
     where they are not.

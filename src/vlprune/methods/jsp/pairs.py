@@ -15,7 +15,7 @@ from ...structures.structure import Structure
 from ..base import Problem
 from ..vectors import Vectors
 
-__all__ = ["Vector", "assembled", "combined", "structures_of", "vectors_of"]
+__all__ = ["Vector", "assembled", "structures_of", "vectors_of"]
 
 
 @dataclass(frozen=True)
@@ -126,32 +126,21 @@ def structures_of(vectors: Sequence[Vector]) -> list[Structure]:
     return list({v.structure.name: v.structure for v in vectors}.values())
 
 
-def combined(vectors: Sequence[Vector], decided: Sequence[Tensor]) -> Vectors:
-    """m and s from u, which may leave a structure empty; u may also be the odds of a 1."""
+def assembled(
+    vectors: Sequence[Vector], decided: Sequence[Tensor], logits: Sequence[Tensor]
+) -> Vectors:
+    """m and s from u; where nothing of a structure would be alive, its best unit stays."""
     keep = {s.name: torch.ones(s.size) for s in structures_of(vectors)}
     share: dict[str, tuple[str, Tensor, Tensor]] = {}
-    for vector, u in zip(vectors, decided, strict=True):
+    best: dict[str, int] = {}
+    for vector, u, logit in zip(vectors, decided, logits, strict=True):
         name = vector.structure.name
         if vector.source:
             assert vector.units is not None
             there = (vector.units >= 0).to(u)
             share[name] = (vector.source, (1 - u) * there, vector.units.clamp(min=0))
         else:
-            keep[name] = u
-    return Vectors(keep, share)
-
-
-def assembled(
-    vectors: Sequence[Vector], decided: Sequence[Tensor], logits: Sequence[Tensor]
-) -> Vectors:
-    """m and s from u; where nothing of a structure would be alive, its best unit stays."""
-    first = combined(vectors, decided)
-    keep, share = dict(first.keep), dict(first.share)
-    best = {
-        vector.structure.name: int(logit.argmax())
-        for vector, logit in zip(vectors, logits, strict=True)
-        if not vector.source
-    }
+            keep[name], best[name] = u, int(logit.argmax())
     for name, unit in best.items():
         if name not in share and not bool((keep[name] > 0.5).any()):
             keep[name] = _on(keep[name], unit)

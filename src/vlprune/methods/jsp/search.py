@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,17 +14,15 @@ from ...recipe.options import JspOptions
 from ..base import Alignment, Problem, Search, Weights
 from ..schedule import removed_share
 from ..vectors import Vectors
-from .network import MEDIAN, HyperNetwork, drawn, level_for, odds
-from .pairs import assembled, combined, structures_of, vectors_of
+from .network import MEDIAN, HyperNetwork, drawn
+from .pairs import assembled, structures_of, vectors_of
 
 __all__ = ["JspSearch"]
 
-MOST = 3.0
-"""The strongest pull on a logit that counts, in units of the mean."""
 SELDOM = 5
 """Every so many looks the model is compared with and without its vectors."""
 COUNTS = ("weight_steps", "structure_steps", "skipped", "looks", "looked_step")
-LEVELS = ("looked_at", "learnt_at", "usual", "remains")
+LEVELS = ("threshold", "remains", "looked_at")
 
 
 class JspSearch(Search):
@@ -41,15 +39,11 @@ class JspSearch(Search):
         self.method, self.prices = method, problem.prices
         self.target = problem.budget * problem.prices.total
         self.vectors = vectors_of(method, problem)
-        self.savings = self._savings()
         self.generator = torch.Generator().manual_seed(method.seed)
         sizes = [math.ceil(v.structure.size / method.group_size) for v in self.vectors]
         self.network = HyperNetwork(sizes, self.generator)
-        heads = set(self.network.heads.parameters())
         self.optimizer = torch.optim.AdamW(
-            [p for p in self.network.parameters() if p not in heads],
-            lr=method.learning_rate,
-            weight_decay=method.weight_decay,
+            self.network.parameters(), lr=method.learning_rate, weight_decay=method.weight_decay
         )
         lowest = float(self.vectors_at(math.inf).cost(problem.prices))
         if lowest > self.target:
@@ -59,42 +53,26 @@ class JspSearch(Search):
                 f"{method.other}: {lowest / problem.prices.total:.4g} remains; ask for at least "
                 f"{math.ceil(1000 * lowest / problem.prices.total) / 1000:.3f}"
             )
-        self.weight_steps = self.looked_step = self.looks = 0
-        self.structure_steps = self.skipped = 0
-        self.looked_at = self.learnt_at = 0.0
-        self.usual, self.remains = 0.0, 1.0
+        self.weight_steps = self.structure_steps = self.skipped = 0
+        self.looks = self.looked_step = 0
+        self.looked_at = 0.0
         self.frozen: Vectors | None = None
-        self.now = self.vectors_at(-math.inf)
+        self.threshold, self.remains = 0.0, 1.0
+        self.now = self.vectors_at(0.0)
         self.watched: list[dict[str, float]] = []
 
     @property
     def decides_on(self) -> frozenset[str]:
         return frozenset(vector.structure.name for vector in self.vectors)
 
-    def _savings(self) -> list[float]:
-        """The cost of a unit's own weights, for each vector, in that of an average unit."""
-        prices = self.prices
-        own = [
-            prices.unit[v.structure.name]
-            - (prices.borrowed.get(v.structure.name, 0.0) if v.source else 0.0)
-            for v in self.vectors
-        ]
-        sizes = [v.structure.size for v in self.vectors]
-        mean = sum(a * b for a, b in zip(own, sizes, strict=True)) / sum(sizes)
-        return [value / mean if mean > 0 else 0.0 for value in own]
-
     # -- logits to vectors -----------------------------------------------------------------
 
     def _logits(self) -> list[Tensor]:
-        """The network's output for each unit of each vector: (size,) each.
-
-        Where nothing is saved by a 0, such as by sharing under a budget in MACs, it is out of reach
-        of any level.
-        """
+        """The network's output plus ``offset`` for each unit of each vector: (size,) each."""
         group = self.method.group_size
         return [
-            row.repeat_interleave(group)[: vector.structure.size] + (0 if saves > 0 else math.inf)
-            for row, vector, saves in zip(self.network(), self.vectors, self.savings, strict=True)
+            row.repeat_interleave(group)[: vector.structure.size] + self.method.offset
+            for row, vector in zip(self.network(), self.vectors, strict=True)
         ]
 
     @torch.no_grad()
@@ -103,9 +81,7 @@ class JspSearch(Search):
 
         In structures that stay ``whole``, u is 1 everywhere.
         """
-        return self._at(self._logits(), threshold, whole)
-
-    def _at(self, logits: Sequence[Tensor], threshold: float, whole: Collection[str]) -> Vectors:
+        logits = self._logits()
         decided = [
             torch.ones_like(x) if v.structure.name in whole else (x + MEDIAN >= threshold).float()
             for x, v in zip(logits, self.vectors, strict=True)
@@ -113,16 +89,15 @@ class JspSearch(Search):
         return assembled(self.vectors, decided, logits)
 
     @torch.no_grad()
-    def fitted(self, goal: float) -> Vectors:
-        """The vectors without noise at the lowest threshold that costs at most ``goal``.
+    def fitted(self) -> Vectors:
+        """The vectors of the plan, without noise: at the lowest threshold that meets the budget.
 
         Raises BudgetError if no threshold does because structures stay whole.
         """
-        logits = self._logits()
-        levels = torch.cat(logits).add(MEDIAN).unique()  # ascending
+        levels = torch.cat(self._logits()).add(MEDIAN).unique()  # ascending
         low, high = 0, len(levels)  # at levels[low] too much may remain, at +inf the budget is met
-        best = self._at(logits, math.inf, self.whole)
-        if float(best.cost(self.prices)) > goal * (1 + 1e-12):
+        best, self.threshold = self.vectors_at(math.inf, self.whole), math.inf
+        if float(best.cost(self.prices)) > self.target * (1 + 1e-12):
             raise BudgetError(
                 f"the loss on held-out batches does not depend on {min(self.whole)}"
                 + (f" and {len(self.whole) - 1} more structures" if len(self.whole) > 1 else "")
@@ -131,23 +106,12 @@ class JspSearch(Search):
             )
         while low < high:
             middle = (low + high) // 2
-            trial = self._at(logits, float(levels[middle]), self.whole)
-            if float(trial.cost(self.prices)) <= goal * (1 + 1e-12):
-                best, high = trial, middle
+            trial = self.vectors_at(float(levels[middle]), self.whole)
+            if float(trial.cost(self.prices)) <= self.target * (1 + 1e-12):
+                best, self.threshold, high = trial, float(levels[middle]), middle
             else:
                 low = middle + 1
         return best
-
-    @torch.no_grad()
-    def _level(self, logits: Sequence[Tensor], goal: float) -> float:
-        """The level at which draws cost ``goal`` on average, but for last units, which stay."""
-        known = [logit.detach() for logit in logits]
-
-        def cost(level: float) -> float:
-            return float(combined(self.vectors, odds(known, level)).cost(self.prices))
-
-        finite = [logit for logit in known if bool(logit.isfinite().all())]
-        return level_for(cost, goal, finite)
 
     # -- in turn with the weights ------------------------------------------------------------
 
@@ -163,7 +127,7 @@ class JspSearch(Search):
     def turn(self, progress: float, weights: Weights) -> None:
         """Draw the weights near, and learn from a held-out batch when it is due."""
         if progress >= self.method.freeze and self.frozen is None and self.structure_steps:
-            self.frozen = self.now = self.fitted(self.target)
+            self.frozen = self.now = self.fitted()
         wanted = self._alignment(progress)
         if wanted is not None:
             weights.align(wanted)
@@ -171,26 +135,25 @@ class JspSearch(Search):
         learns = self._learns(progress)
         if not self._due(progress, learns):
             return
-        compares = not learns or self.looks % SELDOM == 0
         vectors = self.draw(progress)
-        look = weights.look(vectors, learns, compares)
-        self.looked_step, self.looked_at = self.weight_steps, progress
+        look = weights.look(vectors, learns, compares=not learns or self.looks % SELDOM == 0)
         self.looks += 1
+        self.looked_step, self.looked_at = self.weight_steps, progress
         if look.full is not None:
             losses = {"masked_loss": look.masked, "full_loss": look.full}
             self.watched.append({"progress": progress, **losses, **self._shares(self.now)})
         if learns:
-            self.learn(vectors, look.keep, look.share, progress)
+            self.learn(vectors, look.keep, look.share)
 
     def _due(self, progress: float, learns: bool) -> bool:
         """Whether to look at a held-out batch: seldom, while the search does not learn."""
         method, rarely = self.method, 1 if learns else SELDOM
         if learns and not self.structure_steps + self.skipped:
             return True
+        between = (method.freeze - method.warmup) / method.turns
         return (
             self.weight_steps - self.looked_step >= rarely * method.every
-            or progress - self.looked_at
-            >= rarely * (method.freeze - method.warmup) / method.turns * (1 - 1e-9)
+            or progress - self.looked_at >= rarely * between * (1 - 1e-9)
         )
 
     def _alignment(self, progress: float) -> Alignment | None:
@@ -209,62 +172,33 @@ class JspSearch(Search):
     def _learns(self, progress: float) -> bool:
         return self.method.warmup <= progress < self.method.freeze and self.frozen is None
 
-    def goal(self, progress: float) -> float:
-        """The cost that draws have on average: falls from all to the budget while it learns."""
-        method, total = self.method, self.prices.total
-        passed = (progress - method.warmup) / (method.freeze - method.warmup)
-        return total - (total - self.target) * removed_share(min(1.0, max(0.0, passed)))
-
     def draw(self, progress: float) -> Vectors:
         """The vectors to compute a loss with: a random draw while the search learns."""
         if not self._learns(progress):
             return self.now
         logits = self._logits()
-        level = self._level(logits, self.goal(progress))
-        return assembled(self.vectors, drawn(logits, level, self.generator), logits)
+        decided = drawn(logits, self.method.temperature, self.generator)
+        return assembled(self.vectors, decided, logits)
 
     def learn(
-        self,
-        vectors: Vectors,
-        keep: Mapping[str, Tensor],
-        share: Mapping[str, Tensor],
-        progress: float,
+        self, vectors: Vectors, keep: Mapping[str, Tensor], share: Mapping[str, Tensor]
     ) -> None:
-        """Take a step, with the gradients of the loss by the vectors that were drawn.
-
-        What a unit's weights are worth is how far they lower the loss, divided by their cost, in
-        units of the mean over all units and turns.
-        """
-        pulled = []
-        for vector, saves in zip(self.vectors, self.savings, strict=True):
-            name = vector.structure.name
-            values = vectors.share[name][1] if vector.source else vectors.keep[name]
-            gradient = (share if vector.source else keep).get(name)
-            if gradient is not None and values.requires_grad and saves > 0:
-                pulled.append((values, gradient.to(values) / saves))
-        together = torch.cat([gradient for _, gradient in pulled])
-        if not bool(together.isfinite().all()):
+        """Take a step, with the gradients of the loss by the vectors that were drawn."""
+        pulled = [(vectors.keep[name], g) for name, g in keep.items()]
+        pulled += [(vectors.share[name][1], g) for name, g in share.items()]
+        pulled = [(v, g.to(v)) for v, g in pulled if v.requires_grad]
+        if not all(bool(g.isfinite().all()) for _, g in pulled):
             self.skipped += 1
             return
-        self.structure_steps += 1
-        mean = float(together.abs().mean())
-        self.usual += (mean - self.usual) / min(self.structure_steps, 20)
-        scale = 1 / self.usual if self.usual > 0 else 0.0
-        self.network.zero_grad()
-        torch.autograd.backward(
-            [values for values, _ in pulled],
-            [(scale * gradient).clamp(-MOST, MOST) for _, gradient in pulled],
-        )
+        cost = vectors.cost(self.prices)
+        self.optimizer.zero_grad()
+        if float(cost.detach()) > self.target:  # no pull at or below the target
+            excess = self.method.budget_weight * torch.log(cost / self.target)
+            pulled.append((excess, torch.ones_like(excess)))
+        torch.autograd.backward([v for v, _ in pulled], [g for _, g in pulled])
         self.optimizer.step()
-        method = self.method
-        passed = progress - max(self.learnt_at, method.warmup)
-        step = method.reach * passed / (method.freeze - method.warmup)
-        with torch.no_grad():
-            for head in self.network.heads.parameters():
-                if head.grad is not None:
-                    head.sub_(step * head.grad)
-        self.learnt_at = progress
-        self.now = self.fitted(self.goal(progress))
+        self.structure_steps += 1
+        self.now = self.vectors_at(0.0)
 
     # -- the end ---------------------------------------------------------------------------
 
@@ -277,7 +211,7 @@ class JspSearch(Search):
                 f"them between {self.method.warmup} and {self.method.freeze} of the search"
                 + (f" ({self.skipped} steps were not finite)" if self.skipped else "")
             )
-        return self.frozen if self.frozen is not None else self.fitted(self.target)
+        return self.frozen if self.frozen is not None else self.fitted()
 
     def keep(self) -> dict[str, tuple[int, ...]]:
         plan = self.chosen().plan(self.problem.structures, "", "")
@@ -319,7 +253,7 @@ class JspSearch(Search):
         for known, key in ((COUNTS, "counts"), (LEVELS, "levels")):
             for name, value in zip(known, state[key].tolist(), strict=True):
                 setattr(self, name, value)
-        template = self.vectors_at(-math.inf).share
+        template = self.vectors_at(0.0).share
         restored = {}
         for name in ("now", "frozen"):
             keep = {n: t.clone() for n, t in _below(f"{name}/keep/", state).items()}
@@ -339,7 +273,7 @@ class JspSearch(Search):
             "steps": self.weight_steps,
             "structure_steps": self.structure_steps,
             "skipped_steps": self.skipped,
-            "spread": self._spread(),
+            "threshold": self.threshold,
             **self._shares(self.now),
         }
         if self.watched:
@@ -350,11 +284,6 @@ class JspSearch(Search):
 
     def history(self) -> list[dict[str, float]]:
         return [{**e, "gap": e["masked_loss"] - e["full_loss"]} for e in self.watched]
-
-    @torch.no_grad()
-    def _spread(self) -> float:
-        """The standard deviation of the logits, against that of the noise in a draw (1.28)."""
-        return float(torch.cat(self.network()).std(correction=0))
 
     def _shares(self, vectors: Vectors) -> dict[str, float]:
         """Fractions: of the cost that remains; per tower, of units kept, shared and pruned."""
