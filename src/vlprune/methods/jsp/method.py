@@ -18,11 +18,11 @@ class JSP(JspOptions, Method):
     of ``other`` may take its weights from the layer of ``base`` at equal depth (``"cross"``), a
     unit of ``base`` from the first layer of its block of ``block`` layers (``"block"``). A
     hypernetwork makes all these vectors, so it sees layers and modalities together; it is trained
-    in turn with the weights on held-out batches: task loss plus ``budget_weight`` times log(max(P, target) / target), P the cost that the vectors leave.
-    The weights are trained whole, and drawn to the wanted structure: ``alignment`` times their
-    distance from that structure (:func:`vlprune.methods.vectors.alignment`) joins the loss, and
-    once the structure is frozen the distance also fades on UPop's schedule, to exactly 0 at the
-    end. Then the cut removes and shares units for real, which changes no output.
+    in turn with the weights on held-out batches: task loss plus ``budget_weight`` times
+    log(max(P, target) / target), P the cost that the vectors leave. The weights are trained whole,
+    and drawn to the wanted structure: ``alignment`` times their distance from that structure
+    (:func:`vlprune.methods.vectors.alignment`) joins the loss, and once the structure is frozen the
+    distance also fades on UPop's schedule, to exactly 0 at the end. Then the cut removes and shares units for real, which changes no output.
 
     Stated in the source: sharing across backbones and inside blocks, pruning in both, one
     hypernetwork, the alignment term, training in turn. Not from the source, because no code is
