@@ -22,7 +22,8 @@ class JSP(JspOptions, Method):
     log(max(P, target) / target), P the cost that the vectors leave. The weights are trained whole,
     and drawn to the wanted structure: ``alignment`` times their distance from that structure
     (:func:`vlprune.methods.vectors.alignment`) joins the loss, and once the structure is frozen the
-    distance also fades on UPop's schedule, to exactly 0 at the end. Then the cut removes and shares units for real, which changes no output.
+    distance also fades on UPop's schedule, to exactly 0 at the end. Then the cut removes and shares
+    units for real, which changes no output.
 
     Stated in the source: sharing across backbones and inside blocks, pruning in both, one
     hypernetwork, the alignment term, training in turn. Not from the source, because no code is
