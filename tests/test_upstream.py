@@ -590,3 +590,38 @@ def test_modules_keep_their_hooks_where_we_look_for_another_search() -> None:
     hook = module.register_forward_pre_hook(lambda *_: None)
     assert len(module._forward_pre_hooks) == 1
     hook.remove()
+
+
+def test_fsdp2_keeps_units_and_entries_where_a_cut_looks_for_them() -> None:
+    """fsdp: a cut gives each entry of a unit a successor, and tells both what has changed."""
+    import inspect
+
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
+
+    entry = inspect.getsource(_fsdp_param.FSDPParam)
+    for name in (
+        "_module_info", "_param_fqn", "_post_load_hook_handle", "_setattr_on_modules",
+        "_unsharded_param", "all_gather_outputs", "reset_sharded_param",
+    ):  # fmt: skip
+        assert name in entry, name
+    assert "_init_mp_dtypes" in inspect.getsource(_fsdp_param_group.FSDPParamGroup)
+    state = inspect.getsource(_fsdp_state)
+    for name in ("_state_ctx", "_is_root", "_mp_policy", "_fsdp_param_group", "all_states"):
+        assert name in state, name
+
+
+def test_a_module_keeps_buffers_where_they_are_emptied_and_filled() -> None:
+    """layerwise, streaming: a model without weights still holds its buffers by these names."""
+    module = torch.nn.BatchNorm1d(2)
+    assert "running_mean" in module._buffers
+    module.register_buffer("made", torch.zeros(1), persistent=False)
+    assert "made" in module._non_persistent_buffers_set
+
+
+def test_a_loaded_model_keeps_the_conversions_of_its_weights() -> None:
+    """streaming: a small model is written under the names that the large one was read from."""
+    import inspect
+
+    import transformers.core_model_loading as loading
+
+    assert "_weight_conversions" in inspect.getsource(loading)

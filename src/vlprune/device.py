@@ -121,6 +121,11 @@ def moved_to(model: Any, inputs: Any) -> Any:
     return _in_dtype_of(model, moved)
 
 
+def on_the_cpu(inputs: Any) -> Any:
+    """Inputs with every tensor, at any depth of lists and mappings, on the CPU."""
+    return send_to_device(inputs, "cpu")
+
+
 def _in_dtype_of(model: Any, value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value

@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_old_folder(
     model = small(seed=1)
     full = OSError(errno.ENOSPC, "No space left on device")
     if when == "weights":
-        monkeypatch.setattr(model, "save_pretrained", lambda *_a: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(model, "save_pretrained", lambda *_a, **_k: (_ for _ in ()).throw(full))
     else:
 
         def refuse(self: Path, *args: Any, **kwargs: Any) -> int:
@@ -201,10 +201,7 @@ for moment in range(10_000):
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(watch)
         try:
-            if options.get("shards"):
-                save_pretrained = model.save_pretrained
-                model.save_pretrained = lambda path: save_pretrained(path, max_shard_size="20KB")
-            vlprune.save(model, folder)
+            vlprune.save(model, folder, max_shard_size="20KB" if options.get("shards") else "2GB")
             os._exit(0)
         except BaseException as error:
             print(error, file=sys.stderr)

@@ -27,10 +27,12 @@ def test_the_unbroken_code_passes() -> None:
 def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = surgery.narrow
 
-    def forgetful(model: Any, name: str, axes: Any, scale: float, log: Any) -> None:
+    def forgetful(model: Any, name: str, slices: Any, *args: Any) -> None:
         if name.endswith(".bias"):
-            axes = {axis: (torch.arange(len(index)), n) for axis, (index, n) in axes.items()}
-        cut(model, name, axes, scale, log)
+            axes = slices.index[name]
+            wrong = {axis: (torch.arange(len(index)), n) for axis, (index, n) in axes.items()}
+            slices = surgery.Slices({name: wrong}, slices.scale)
+        cut(model, name, slices, *args)
 
     monkeypatch.setattr(surgery, "narrow", forgetful)
     with pytest.raises(AssertionError, match="apart"):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from accelerate.utils import send_to_device
 from torch import nn
 
+from ..device import on_the_cpu
 from ..errors import UnsupportedError
 from ..processes import all_or_none, first_value
 from ..structures.plan import Plan
@@ -72,7 +72,7 @@ def perform(
         if cut.plan.share:
             raise UnsupportedError(f"{NO_SHARING}, so nothing was cut: {HOW_TO_SHARE}")
         # one forward pass in all processes, or they would wait for each other
-        verify = first_value(send_to_device(verify, "cpu"))
+        verify = first_value(on_the_cpu(verify))
     try:
         return _performed(model, cut, verify, all_or_none if sharded else nullcontext)
     finally:
