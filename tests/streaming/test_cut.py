@@ -323,4 +323,13 @@ def test_mistakes_of_the_command(
     assert says in stderr
     assert stderr.count("vlprune:") == 1
     assert not (tmp_path / "small").exists()
+
+
+def test_all_mistakes_of_the_command_at_once(run: Any, tmp_path: Path) -> None:
+    nothing, missing, out = (str(tmp_path / name) for name in ("nothing", "plan.json", "o"))
+    code, _, stderr = run("cut", nothing, missing, "--max-shard-size", "huge", "-o", out)
+    assert code == 2
+    assert all(says in stderr for says in ("no folder", "cannot read the plan", "such as 2GB"))
+    assert "torch" not in stderr
+    assert not (tmp_path / "o").exists()
     assert streaming.BESIDE.fullmatch("tokenizer_config.json")

@@ -34,6 +34,8 @@ __all__ = [
     "check_folder",
     "check_name",
     "check_output",
+    "check_plan",
+    "check_size",
     "check_timing",
     "check_untrained",
     "check_whole",
@@ -106,6 +108,21 @@ def check_file(path: Path | None) -> None:
     """Raise CheckpointError if a file is asked for but cannot be written."""
     if path is not None:
         place.check_file(path)
+
+
+def check_plan(path: Path) -> None:
+    """Raise PlanError unless the file holds a plan."""
+    from ..structures.plan import Plan
+
+    Plan.load(path)
+
+
+def check_size(size: str) -> None:
+    """Raise UnsupportedError if a text is given that is no size of a weight file."""
+    if size:  # accelerate, which knows the words, takes seconds to import
+        from ..folders.save import check_shard_size
+
+        check_shard_size(size)
 
 
 def check_device(name: str) -> None:

@@ -30,6 +30,8 @@ from .arguments import (
     check_folder,
     check_name,
     check_output,
+    check_plan,
+    check_size,
     check_timing,
     check_untrained,
     check_whole,
@@ -185,14 +187,14 @@ def compress(
                 [*(overrides or []), *given(toy=toy)],
                 "cannot be given with a model, only with a recipe",
             ),
+            lambda: check_size(max_shard_size),
             lambda: check_device(device),
             lambda: check_output(output),
         )
         err.print("loading torch and transformers", style="dim")
-        from ..folders.save import SHARD, check_shard_size
+        from ..folders.save import SHARD
         from .pipeline import Asked, compress_model, compress_streaming
 
-        check_shard_size(max_shard_size or SHARD)
         asked = Asked(
             model=source,
             budget=asked_budget,
@@ -229,8 +231,9 @@ def cut(
     plan: Annotated[Path, typer.Argument(help="A plan.json: which units stay, which are shared.")],
     output: Output = Path("vlprune-output"),
     max_shard_size: Annotated[
-        str, typer.Option(help="The largest weight file; about as much memory is needed.")
-    ] = "2GB",
+        str,
+        typer.Option(help="The largest weight file; about as much memory is needed. Default: 2GB."),
+    ] = "",
     verify: Annotated[
         bool,
         typer.Option("--verify/--no-verify", help="Compare the masked and the cut model first."),
@@ -241,14 +244,18 @@ def cut(
 
     Example: vlprune cut llava-7b plan.json -o small
     """
-    each(lambda: check_folder(model), lambda: check_output(output))
+    each(
+        lambda: check_folder(model),
+        lambda: check_plan(plan),
+        lambda: check_size(max_shard_size),
+        lambda: check_output(output),
+    )
     err.print("loading torch and transformers", style="dim")
-    from ..folders.save import check_shard_size
+    from ..folders.save import SHARD
     from .pipeline import cut_folder
 
-    check_shard_size(max_shard_size)
     body = cut_folder(
-        model, plan, output, max_shard_size=max_shard_size, verify=verify, progress=Bars()
+        model, plan, output, max_shard_size=max_shard_size or SHARD, verify=verify, progress=Bars()
     )
     _show(body, screens.cut(body), as_json)
 
