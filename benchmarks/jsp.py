@@ -54,6 +54,7 @@ class Experiment:
     search: int = 300
     retrain: int = 200
     rate: float = 5e-4
+    after: float = 5e-4  # the learning rate of what follows, for every method
     batch: int = 64
     test: int = 500
     mismatch: str = "error"
@@ -72,9 +73,12 @@ DINO = {
 }  # fmt: skip
 EXPERIMENTS = {
     "rec": Experiment("grounding", options=MDETR),
-    "gqa": Experiment("gqa", options=MDETR, start="rec", dense=2400, search=200, retrain=100),
+    "gqa": Experiment(
+        "gqa", options=MDETR, start="rec", dense=2400, search=200, retrain=100, after=2e-4
+    ),
     "detection": Experiment(
-        "detection", options=DINO, dense=8000, search=300, retrain=200, batch=16, test=500,
+        "detection", options=DINO, dense=5000, search=300, retrain=200, after=2e-4,
+        batch=16, test=500,
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
     ),
 }  # fmt: skip
@@ -197,7 +201,7 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
     whole = Training(
         steps=what.search + what.retrain,
         batch_size=what.batch,
-        learning_rate=what.rate,
+        learning_rate=what.after,
         save_steps=0,
     )
     quiet = lambda done: None  # noqa: E731

@@ -243,8 +243,7 @@ def _product(weight: Tensor, gate: Gate, values: Tensor) -> Tensor:
     """The rows of a weight times the gates, in the weight's shape."""
     scale = _like(weight, spread(values, gate, weight.shape[0]))
     product = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        # torch's matmul picks its kernel by this flag; without it the last bit differs
+    if not torch.is_grad_enabled() and _flag_counts():
         product.requires_grad_(weight.requires_grad)
     return product
 
@@ -287,8 +286,7 @@ class _GatedLinear(torch.autograd.Function):
         columns: Tensor | None,
     ) -> Tensor:
         gated_weight = _gated_weight(weight, rows, columns)
-        if weight.requires_grad and not torch.is_inference_mode_enabled():
-            # torch's matmul picks its kernel by this flag; without it the last bit differs
+        if weight.requires_grad and _flag_counts():
             gated_weight.requires_grad_()
         gated_bias = bias if bias is None or rows is None else (rows * bias).to(bias.dtype)
         return nn.functional.linear(inputs, gated_weight, gated_bias)
@@ -325,6 +323,15 @@ class _GatedLinear(torch.autograd.Function):
                     to_rows = to_rows + (to_bias * bias).to(rows.dtype)
                 to_bias = (to_bias * rows).to(bias.dtype)
         return to_inputs, to_weight, to_bias, to_rows, to_columns
+
+
+def _flag_counts() -> bool:
+    """Whether a gated weight must require gradients as the weight does.
+
+    torch's matmul picks its kernel by this flag; without it the last bit differs. Tensors of the
+    inference mode cannot have it, and a compiled graph has kernels of its own.
+    """
+    return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
 
 
 def _gated_weight(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -30,14 +30,15 @@ class Remains:
         self._rest = list[tuple[int, Tensor, Tensor, Tensor]]()
         self._more = dict(old.__dict__)
         self._like = old.requires_grad
-        part = old.detach()
-        for axis, (stays, length) in axes.items() if self._old is None else ():
+        part, axes = old.detach(), axes if self._old is None else {}
+        for number, (axis, (stays, length)) in enumerate(axes.items(), 1):
             goes = torch.ones(length, dtype=torch.bool)
             goes[stays.cpu()] = False
             gone = goes.nonzero()[:, 0].to(part.device)
             stays = stays.to(part.device)
             self._rest.append((axis, stays, gone, part.index_select(axis, gone)))
-            part = part.index_select(axis, stays)
+            if number < len(axes):
+                part = part.index_select(axis, stays)
 
     @torch.no_grad()
     def put_together(self, small: Tensor) -> nn.Parameter:
