@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
-from vlprune.commands.pipeline import compress, evaluate_folder, export_folder, make_task
+from vlprune.commands.pipeline.compress import compress
+from vlprune.commands.pipeline.evaluate import evaluate_folder
+from vlprune.commands.pipeline.exports import export_folder
+from vlprune.commands.pipeline.make import make_task
 from vlprune.folders.exported.model import Exported
 from vlprune.measuring.bench import seconds_exported
 from vlprune.prices.clock import seconds_of, take_turns

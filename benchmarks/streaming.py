@@ -89,7 +89,8 @@ def cut(way: str, folder: Path) -> None:
     if way == "imports":
         return
     if way == "compress":
-        from vlprune.commands.pipeline import Asked, compress_streaming
+        from vlprune.commands.pipeline.streamed import compress_streaming
+        from vlprune.commands.pipeline.untrained import Asked
 
         asked = Asked(str(dense), {"params": 0.6}, (), method={"name": "magnitude"})
         compress_streaming(asked, out, max_shard_size=SIZE)

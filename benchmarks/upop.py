@@ -28,7 +28,9 @@ from typing import Any
 import torch
 
 import vlprune
-from vlprune.commands.pipeline import compress, evaluate_folder, make_task
+from vlprune.commands.pipeline.compress import compress
+from vlprune.commands.pipeline.evaluate import evaluate_folder
+from vlprune.commands.pipeline.make import make_task
 from vlprune.commands.pipeline.notes import DENSE_NOTE, basis_of, remember
 from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe, Training
 from vlprune.status import Progress

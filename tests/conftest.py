@@ -127,7 +127,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `vlprune compress` made of a tiny BLIP, with its dense model inside."""
     from small_runs import DEMO, TINY
-    from vlprune.commands.pipeline import compress
+    from vlprune.commands.pipeline.compress import compress
     from vlprune.recipe.spec import load_recipe
 
     out = tmp_path_factory.mktemp("tiny") / "small"

@@ -78,6 +78,21 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["inspect ./no", "compress no.yaml", "compress ./no --budget x", "cut no no.json", "bench no",
+     "evaluate no", "sensitivity no", "export no --to x", "report no", "demo a=b"],
+)  # fmt: skip
+def test_mistakes_are_told_before_torch_is_loaded(line: str) -> None:
+    code = (
+        "import sys\nfrom vlprune.commands import main\n"
+        f"sys.argv = ['vlprune', *{line!r}.split()]\n"
+        "try: main.main()\nexcept SystemExit as stop: assert stop.code == 2, stop.code\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_exist_and_are_documented() -> None:
     assert dir(vlprune) == sorted(vlprune.__all__)  # ruff keeps the order of the list itself
     for name in vlprune.__all__:

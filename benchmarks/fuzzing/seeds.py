@@ -166,7 +166,7 @@ def sharded(folder: Path) -> None:
 
 def exported(folder: Path) -> None:
     """A model's folder with its ONNX export inside."""
-    from vlprune.commands.pipeline import export_folder
+    from vlprune.commands.pipeline.exports import export_folder
 
     _compressed("classification", "image-folder", folder, {"params": 0.6})
     export_folder(folder, "onnx")
@@ -207,7 +207,7 @@ def _start(folder: Path) -> None:
 
 
 def _went(folder: Path) -> None:
-    from vlprune.commands.pipeline import compress
+    from vlprune.commands.pipeline.compress import compress
     from vlprune.recipe.spec import load_recipe
 
     with contextlib.chdir(folder):
@@ -215,7 +215,7 @@ def _went(folder: Path) -> None:
 
 
 def _compressed(task: str, form: str, folder: Path, budget: dict[str, float]) -> None:
-    from vlprune.commands.pipeline import compress
+    from vlprune.commands.pipeline.compress import compress
     from vlprune.recipe.spec import load_recipe
 
     path = folder.with_suffix(".yaml")

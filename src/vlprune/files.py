@@ -23,6 +23,7 @@ from typing import Any
 from .errors import CheckpointError, VlpruneError
 
 __all__ = [
+    "HUB_NAME",
     "MiB",
     "digest",
     "is_full",
@@ -37,6 +38,8 @@ __all__ = [
     "write_text",
 ]
 
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+"""What a name on the hub looks like: OWNER/NAME or NAME."""
 MiB = 2**20
 LARGEST = 64 * MiB
 """More than any config, plan or report needs: a plan of a million units takes about 8 MiB."""

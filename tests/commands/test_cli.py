@@ -46,14 +46,14 @@ def test_the_whole_thing_from_recipe_to_answers(run: Any, tmp_path: Path, python
         f"recipe = load_recipe({str(out / 'recipe.yaml')!r})\n"
         "import vlprune, transformers\n"
         "from pathlib import Path\n"
-        "from vlprune.commands.pipeline import make_task\n"
+        "from vlprune.commands.pipeline.make import make_task\n"
         f"out = Path({str(out)!r})\n"
         "task = make_task(recipe, out / 'data')\n"
         "model = transformers.BlipForQuestionAnswering.from_pretrained(out)\n"
         "print(task.predict(model, list(task.test[:8])))"
     )
     done = python.run(question)
-    from vlprune.commands.pipeline import make_task
+    from vlprune.commands.pipeline.make import make_task
     from vlprune.recipe.spec import load_recipe
 
     task = make_task(load_recipe(out / "recipe.yaml"), out / "data")

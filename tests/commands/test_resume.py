@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from alike import same_results
-from vlprune.commands.pipeline import compress, fingerprint, make_task, notes
+from vlprune.commands.pipeline import fingerprint, notes
+from vlprune.commands.pipeline.compress import compress
+from vlprune.commands.pipeline.make import make_task
 from vlprune.commands.pipeline.workplace import claimed, cleared
 from vlprune.errors import CheckpointError
 from vlprune.files import is_full

@@ -13,7 +13,7 @@ from vlprune.cutting.gates import gated, ones
 from vlprune.testing import build
 
 WHOLE = ("siglip", "gpt2", "bert", "llava")
-"""Gates on linear layers, on Conv1D, on grouped keys, and on weights that a forward reads itself."""
+"""Gates on linear layers, Conv1D and grouped keys, and on weights that a forward reads itself."""
 
 
 @pytest.mark.parametrize("family", WHOLE)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import vlprune
 from mutations import check_message, mutated
 from small_models import small
-from vlprune.commands.pipeline import compress
+from vlprune.commands.pipeline.compress import compress
 from vlprune.errors import CheckpointError, UnsupportedError, VlpruneError
 from vlprune.folders.opening import guarded, open_config, open_model, open_processor
 from vlprune.folders.place import check_file, check_place, staging, swap

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vlprune
-from vlprune.commands.pipeline import compress
+from vlprune.commands.pipeline.compress import compress
 from vlprune.recipe.spec import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import vlprune
-from vlprune.commands.pipeline import compress
+from vlprune.commands.pipeline.compress import compress
 from vlprune.data.regions import (
     Phrase,
     read_coco_instances,

@@ -13,7 +13,7 @@ from test_conformance import QUICK
 
 from lanes import quick_lane
 from small_runs import DEMO, TINY
-from vlprune.commands.pipeline import compress
+from vlprune.commands.pipeline.compress import compress
 from vlprune.folders.exported.write import export
 from vlprune.recipe.spec import load_recipe
 from vlprune.testing import FAMILIES, build

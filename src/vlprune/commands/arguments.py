@@ -16,7 +16,7 @@ from ..errors import (
     VlpruneError,
     did_you_mean,
 )
-from ..files import plain, shown
+from ..files import HUB_NAME, plain, shown
 from ..folders import place
 from ..structures.structure import AttentionUnit
 
@@ -92,8 +92,6 @@ def check_folder(folder: Path | None) -> None:
 
 def check_name(name: str) -> None:
     """Raise CheckpointError for a name that is neither an existing path nor a possible hub name."""
-    from ..folders.opening import HUB_NAME
-
     if not Path(name).exists() and not HUB_NAME.fullmatch(name):
         raise CheckpointError(f"there is no folder {plain(name)}")
 
@@ -155,8 +153,6 @@ def is_recipe(source: str, for_models: Sequence[str] = ()) -> bool:
         return True
     if Path(source).is_dir() or for_models:
         return False
-    from ..folders.opening import HUB_NAME
-
     return not HUB_NAME.fullmatch(source)
 
 

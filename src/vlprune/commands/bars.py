@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,12 @@ from .console import err
 
 __all__ = ["Bars"]
 
+SILENCE = 60.0
+"""Seconds without a word, at most, where stderr is no terminal."""
+
 
 class Bars(Progress):
-    """Phases and bars on stderr; plain lines, a few per phase, where stderr is no terminal."""
+    """Phases and bars on stderr; where that is no terminal, plain lines, at least one a minute."""
 
     def phase(self, title: str) -> None:
         """Print a line for the phase that begins."""
@@ -52,15 +56,25 @@ class Bars(Progress):
 
 
 def _plain_lines(title: str, total: int) -> Any:
-    """An advance function that prints a line at every quarter."""
+    """An advance function that prints a line at every quarter, and at least every minute."""
     so_far, said, quarter = 0, "", 1
+    began = told = time.monotonic()
 
     def advance(done: int, note: str = "") -> None:
-        nonlocal so_far, said, quarter
+        nonlocal so_far, said, quarter, told
         so_far += done
         said = note or said
-        if done and so_far * 4 >= total * quarter:
-            quarter = so_far * 4 // total + 1
-            err.print(f"  {title} {so_far}/{total} {said}".rstrip())
+        now = time.monotonic()
+        if not done or not (so_far * 4 >= total * quarter or now - told >= SILENCE):
+            return
+        quarter, told = so_far * 4 // total + 1, now
+        left = (now - began) * (total - so_far) / so_far
+        more = f"about {_span(left)} left" if left >= SILENCE else ""
+        err.print(" ".join(filter(None, [f"  {title} {so_far}/{total}", said, more])))
 
     return advance
+
+
+def _span(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"

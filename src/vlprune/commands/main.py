@@ -96,12 +96,11 @@ def inspect(
 
     Example: vlprune inspect openai/clip-vit-base-patch32
     """
-
+    each(lambda: check_name(model), lambda: check_attention(attention))
     from ..folders.opening import open_model
     from ..measuring.inputs import made_up_inputs
-    from .pipeline import describe
+    from .pipeline.describe import describe
 
-    each(lambda: check_name(model), lambda: check_attention(attention))
     loaded = open_model(model, config_only)
     try:
         inputs, problem = made_up_inputs(loaded), ""
@@ -193,7 +192,8 @@ def compress(
         )
         err.print("loading torch and transformers", style="dim")
         from ..folders.save import SHARD
-        from .pipeline import Asked, compress_model, compress_streaming
+        from .pipeline.streamed import compress_streaming
+        from .pipeline.untrained import Asked, compress_model
 
         asked = Asked(
             model=source,
@@ -252,7 +252,7 @@ def cut(
     )
     err.print("loading torch and transformers", style="dim")
     from ..folders.save import SHARD
-    from .pipeline import cut_folder
+    from .pipeline.cut import cut_folder
 
     body = cut_folder(
         model, plan, output, max_shard_size=max_shard_size or SHARD, verify=verify, progress=Bars()
@@ -285,7 +285,7 @@ def evaluate(
         lambda: check_device(device),
         lambda: check_file(results),
     )
-    from .pipeline import evaluate_folder
+    from .pipeline.evaluate import evaluate_folder
 
     metrics = evaluate_folder(folder, on(device, chosen), Bars(), results, trust_remote_code)
     _show(metrics, screens.measured(metrics), as_json)
@@ -312,7 +312,7 @@ def sensitivity(
         lambda: check_folder(folder),
         lambda: check_device(device),
     )
-    from .pipeline import scan_folder
+    from .pipeline.evaluate import scan_folder
 
     body = scan_folder(folder, on(device, chosen), Bars())
     _show(body, screens.sensitivity(body), as_json)
@@ -399,17 +399,16 @@ def export(
     Example: vlprune export demo-output --to onnx
     """
     found = recipe or (folder / "recipe.yaml" if (folder / "recipe.yaml").is_file() else None)
+    from ..folders.exported import FORMATS as EXPORTS
     from ..recipe.spec import load_recipe
-
-    err.print("loading torch and transformers", style="dim")
-    from ..folders.exported.runtimes import FORMATS as EXPORTS
-    from .pipeline import export_folder
 
     chosen, *_ = each(
         lambda: load_recipe(found) if found else None,
         lambda: check_name(str(folder)),
         lambda: check_choice(to, EXPORTS, "a model is exported to {}, not to {}."),
     )
+    err.print("loading torch and transformers", style="dim")
+    from .pipeline.exports import export_folder
 
     facts = export_folder(
         folder,
@@ -504,7 +503,7 @@ def _show(body: Mapping[str, Any], blocks: Sequence[Block], as_json: bool) -> No
 
 def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
     err.print("loading torch and transformers", style="dim")
-    from .pipeline import compress as run_recipe
+    from .pipeline.compress import compress as run_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
     report = run_recipe(recipe, output, Bars() if main_process else Progress())

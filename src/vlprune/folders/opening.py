@@ -21,7 +21,7 @@ import transformers
 from transformers import dynamic_module_utils
 
 from ..errors import CheckpointError, UnsupportedError, VlpruneError
-from ..files import MiB, plain, read_json
+from ..files import HUB_NAME, MiB, plain, read_json
 from ..models import MODELS, PREFIX
 from ..structures.record import METHOD
 from .configs import check_config, read_config
@@ -40,10 +40,6 @@ __all__ = [
 
 SPARE = 2**28
 """Elements that a model may have beyond what its files hold: a new head, tables of positions."""
-
-
-HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-"""OWNER/NAME or NAME."""
 
 
 @contextlib.contextmanager

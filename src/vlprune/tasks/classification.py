@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.files import Left
 from ..data.pictures import LabelledImage, read_image_folder
@@ -104,6 +103,8 @@ class ClassificationTask(Task):
 
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
+        from torchmetrics.classification import MulticlassAccuracy  # takes seconds
+
         model.eval()
         count = len(self.classes)
         tops = {

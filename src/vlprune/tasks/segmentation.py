@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchmetrics.classification import MulticlassJaccardIndex
 
 from ..data.files import Left, open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
@@ -152,6 +151,8 @@ class SegmentationTask(Task):
 
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
+        from torchmetrics.classification import MulticlassJaccardIndex  # takes seconds
+
         model.eval()
         metrics: dict[str, tuple[float, ...]] = {"miou": (1.0,)}
         if self.options["multi_scale"]:

@@ -17,7 +17,6 @@ from ...errors import UnsupportedError
 
 __all__ = [
     "EXPORTERS",
-    "FORMATS",
     "QUANTIZERS",
     "denormals",
     "needs",
@@ -27,10 +26,6 @@ __all__ = [
     "silence",
     "transformers_exporters",
 ]
-
-
-FORMATS = ("onnx", "torch-export", "openvino")
-"""The formats that ``--to`` accepts."""
 
 
 class Exporter(NamedTuple):

@@ -17,11 +17,11 @@ from ...errors import CheckpointError, IncomparableError, UnsupportedError, Veri
 from ...files import plain, read_json, reason, write_text
 from ..place import MARK, check_place, is_being_saved, staging, swap
 from ..save import EXPORT_FILE, MANIFEST, files_of_export
+from . import FORMATS
 from .compared import TOLERANCE, compared, compared_stages
 from .model import Exported, is_export
 from .runtimes import (
     EXPORTERS,
-    FORMATS,
     needs,
     own_forwards,
     quantizer,
