@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,19 @@ WAYS = ("imports", "stream", "stream proved", "compress", "memory", "memory prov
 SIZE = "200MB"
 
 
-def make(folder: Path, layers: int) -> int:
+@dataclass(frozen=True)
+class Size:
+    """A LLaVA: its language model, and its vision tower of ``tower`` layers (heads of 64)."""
+
+    layers: int
+    width: int = 2048
+    hidden: int = 5632
+    vocabulary: int = 32000
+    tower: int = 12
+    tower_width: int = 1024
+
+
+def make(folder: Path, size: Size) -> int:
     """Write the model, one file in memory at a time; returns the bytes of its weights."""
     import torch
     import transformers
@@ -32,16 +45,20 @@ def make(folder: Path, layers: int) -> int:
     from vlprune.streaming.cut import bytes_of_model
     from vlprune.streaming.shards import Shards
 
+    heads = max(2, size.width // 128)
     text = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=8,
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.hidden,
+        num_hidden_layers=size.layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
     )  # fmt: skip
     vision = transformers.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16,
-        image_size=224, patch_size=14,
+        hidden_size=size.tower_width, intermediate_size=4 * size.tower_width, image_size=224,
+        num_hidden_layers=size.tower, num_attention_heads=size.tower_width // 64, patch_size=14,
     )  # fmt: skip
     config = transformers.LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=31999, dtype="bfloat16"
+        text_config=text,
+        vision_config=vision,
+        image_token_index=size.vocabulary - 1,
+        dtype="bfloat16",
     )
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
@@ -161,7 +178,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="vlprune-streaming-") as place:
         folder = Path(place)
-        size = make(folder, given.layers)
+        size = make(folder, Size(given.layers))
         plan_of(folder).save(folder / "plan.json")
         print(f"a model of {size / 1e9:.2f} GB, weight files of {SIZE}\n", flush=True)
         print("| way | peak resident | peak anonymous | seconds | CPU seconds |")
