@@ -7,7 +7,7 @@ model's weights are, and moves its inputs with :func:`moved_to`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import RecipeError
 
 __all__ = [
+    "all_finite",
     "available",
     "choose",
     "device_name",
@@ -29,6 +30,12 @@ __all__ = [
     "same_random_numbers",
     "use",
 ]
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number of every tensor is finite; the host waits once for all of them."""
+    each = [tensor.isfinite().all() for tensor in tensors]
+    return not each or bool(torch.stack([one.to(each[0].device) for one in each]).all())
 
 
 def available() -> tuple[str, ...]:

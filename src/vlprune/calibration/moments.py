@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..device import all_finite
 from ..errors import DataError
 
 __all__ = ["Moments", "check_finite", "first_of_all", "flat", "of_all_processes", "summed"]
@@ -120,7 +121,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 def check_finite(*activations: Tensor) -> None:
     """Raise DataError if a number in the activations is not finite."""
-    if not all(bool(tensor.isfinite().all()) for tensor in activations):
+    if not all_finite(activations):
         raise DataError(
             "with these calibration batches an activation is NaN or infinite: check the batches, "
             "and for float16 weights use model.float() or bfloat16"

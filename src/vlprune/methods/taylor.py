@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..device import all_finite
 from ..errors import VlpruneError
 from .base import OneShot, Problem, Search
 
@@ -37,11 +38,11 @@ class _TaylorSearch(Search):
         self.sums = {s.name: torch.zeros(s.size) for s in problem.structures}
 
     def after_backward(self, progress: float, gradients: Mapping[str, Tensor]) -> None:
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        if not all_finite(gradients.values()):
             return
         self.steps += 1
         for name, gradient in gradients.items():
-            self.sums[name] += gradient.abs().float().cpu()
+            self.sums[name] = self.sums[name].to(gradient.device) + gradient.abs().float()
 
     def state(self) -> dict[str, Tensor]:
         return {**self.sums, "": torch.tensor(self.steps)}
@@ -60,5 +61,5 @@ class _TaylorSearch(Search):
                 "compressor.callback(), or call compressor.step(progress) after each backward"
             )
         problem = self.open
-        scores = {s.name: self.sums[s.name] / self.steps for s in problem.structures}
+        scores = {s.name: self.sums[s.name].cpu() / self.steps for s in problem.structures}
         return self.method.best(problem, scores)

@@ -266,8 +266,9 @@ class Compressor:
                 "no gate has a gradient: call compressor.step after loss.backward(), with the "
                 "model that the compressor was made for"
             )
-        waiting = self._reach.unreached & gradients.keys()
-        self._reach.note({name for name in waiting if gradients[name].any()}, progress)
+        waiting = sorted(self._reach.unreached & gradients.keys())
+        seen = torch.stack([gradients[n].any() for n in waiting]).tolist() if waiting else []
+        self._reach.note({name for name, any_ in zip(waiting, seen, strict=True) if any_}, progress)
         self.search.after_backward(progress, gradients)
 
     def state(self) -> dict[str, Tensor]:

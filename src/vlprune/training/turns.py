@@ -136,7 +136,8 @@ class Turns:
                 for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
             }
         )
-        self.reached |= {name.partition("/")[2] for name, grad in pulls.items() if grad.any()}
+        seen = torch.stack([grad.any() for grad in pulls.values()]).tolist()
+        self.reached |= {n.partition("/")[2] for n, any_ in zip(pulls, seen, strict=True) if any_}
         return Look(
             float(loss.detach()),
             full,

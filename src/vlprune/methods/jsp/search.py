@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...device import all_finite
 from ...errors import BudgetError, RecipeError, VlpruneError
 from ...recipe.options import JspOptions
 from ..base import Alignment, Problem, Search, Weights
@@ -187,7 +188,7 @@ class JspSearch(Search):
         pulled = [(vectors.keep[name], g) for name, g in keep.items()]
         pulled += [(vectors.share[name][1], g) for name, g in share.items()]
         pulled = [(v, g.to(v)) for v, g in pulled if v.requires_grad]
-        if not all(bool(g.isfinite().all()) for _, g in pulled):
+        if not all_finite(g for _, g in pulled):
             self.skipped += 1
             return
         cost = vectors.cost(self.prices)
