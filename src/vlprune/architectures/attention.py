@@ -7,6 +7,8 @@ measured block into structures.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from ..cutting.wrappers import stock_class
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
+from .fused import row_order
 from .layouts import NATIVE, PADDED, Native
 
 __all__ = ["UNITS", "Block", "Leave", "Part", "join", "measure_multihead", "measure_projected"]
@@ -63,7 +66,9 @@ class Block:
 
     The block has ``heads`` query heads and ``kv`` key-value heads of ``size`` dimensions;
     value heads have ``value_size``. ``columns`` are the (parameter, axis) pairs of o. ``core`` is
-    the module that computes the scores; ``native`` says what its forward accepts.
+    the module that computes the scores; ``native`` says what its forward accepts. Each head has
+    ``wide`` times ``size`` rows in ``q``: 2 where a gate of its output lies behind its query, 3
+    where its key and its value do (``k`` and ``v`` are empty then).
     """
 
     path: str
@@ -81,6 +86,7 @@ class Block:
     v: tuple[Part, ...]
     columns: tuple[tuple[str, int], ...]
     folds: tuple[str, ...] = ()
+    wide: int = 1
 
     def structure(
         self,
@@ -145,12 +151,12 @@ class Block:
 def whole_heads(block: Block) -> list[Structure]:
     """One structure; a unit is a head, or a KV group with all query heads that read it."""
     group = block.heads // block.kv
-    queries = [(part, 1, group * block.size) for part in block.q]
+    queries = [(part, 1, group * block.wide * block.size) for part in block.q]
     keys = [(part, 1, block.size) for part in block.k]
     values = [(part, 1, block.value_size) for part in block.v]
     # Attention is linear in its values, so gating them gates the head. Only a norm across
     # heads must also see the missing queries and keys as zeros.
-    gates = values + queries + keys if block.across_heads else values
+    gates = values + queries + keys if block.across_heads or not values else values
     native = block.native.head and not block.across_heads
     per_head = [
         Slot(join(block.core_path, leaf), axis)
@@ -180,7 +186,7 @@ def head_dims(block: Block) -> list[Structure]:
     """
     if block.value_size != block.size and block.q:
         raise Leave("its value heads have another size than its query heads")
-    parts = [(part, block.heads, 1) for part in block.q]
+    parts = [(part, block.heads * block.wide, 1) for part in block.q]
     parts += [(part, block.kv, 1) for part in (*block.k, *block.v)]
     attrs = block.attrs(layouts.HEAD_SIZES, 1)
     attrs += block.attrs(layouts.WIDTHS + block.native.widths, block.heads)
@@ -204,6 +210,8 @@ def qk_and_vo(block: Block) -> list[Structure]:
     """Two structures: dimensions of q and k, and dimensions of v and o."""
     if not block.q:
         return head_dims(block)
+    if block.wide > 1:
+        raise Leave("its query rows also hold gates or keys and values: take head_dim or head")
     native = block.native.qk_vo and not block.across_heads
     both = block.size + block.value_size
     qk = block.structure(
@@ -297,17 +305,25 @@ def _measure_fused(
 ) -> Measured:
     """Measure q, k and v stacked in one projection. Raises Leave if its rows are not known."""
     name, rows = stock_name(core), _rows(path, row.qkv, modules)
-    timm = type(core).__module__.startswith("timm.") and name == "Attention"
-    if not timm and name not in layouts.FUSED_ORDER_KNOWN:
+    order = row_order(core)
+    if not order:
         raise Leave(f"the row order of the fused projection in {name} is not known")
     value_size = getattr(core, "value_dim", None)
-    heads = _number(core, layouts.HEAD_COUNTS)
-    size = _number(core, layouts.HEAD_SIZES) or (rows // 3 // heads if heads else 0)
-    if not heads or not size or heads * (2 * size + (value_size or size)) != rows:
+    heads, size = _number(core, layouts.HEAD_COUNTS), _number(core, layouts.HEAD_SIZES)
+    kv = _number(core, layouts.KV_COUNTS)
+    if size and not heads:  # only its config says how many
+        heads = rows // size - 2 * kv if kv else rows // size // 3
+    size, kv = size or (rows // 3 // heads if heads else 0), kv or heads
+    value_size = value_size or size
+    if not heads or not size or heads * size + kv * (size + value_size) != rows:
         raise Leave(f"its fused projection has {rows} rows, not q, k and v of its heads")
-    starts = (0, heads * size, 2 * heads * size)
+    numbers = {"heads": heads, "kv": kv, "size": size, "value_size": value_size}
+    if order == "heads":
+        if kv != heads or value_size != size:
+            raise Leave(f"the row order of the fused projection in {name} is not known")
+        return (_part(path, row.qkv, modules),), (), (), {**numbers, "wide": 3}
+    starts = (0, heads * size, (heads + kv) * size)
     q, k, v = ((_part(path, row.qkv, modules, start),) for start in starts)
-    numbers = {"heads": heads, "kv": heads, "size": size, "value_size": value_size or size}
     return q, k, v, numbers
 
 
@@ -322,15 +338,48 @@ def _measure_apart(
         if not counted or rows % counted:
             raise Leave(f"{name} does not say how many heads it has")
         size = rows // counted
-    value_rows = _rows(path, row.v[0], modules)
-    if rows % size or value_rows % size or rows % value_rows:
+    value_rows, out = _rows(path, row.v[0], modules), modules[join(path, row.o[0])]
+    columns = int(out.weight.shape[linear_axes(out)[1]])  # type: ignore[arg-type, index]
+    heads, kv = rows // size, (_rows(path, row.k, modules) if row.k else value_rows) // size
+    wide = 2 if row.k and rows == 2 * columns and _gates_itself(core) else 1
+    heads //= wide
+    if not kv or rows % (wide * size) or value_rows % kv or heads % kv:
         raise Leave(f"{rows} query and {value_rows} value rows are not heads of {size}")
+    value_size = value_rows // kv
+    if heads * value_size != columns:
+        raise Leave(
+            f"its {heads} heads give {heads * value_size} values, and its output takes {columns}"
+        )
+    _check_between(core, columns, (row.q, row.k, *row.v, *row.o))
     q, k, v = (
         tuple(_part(path, child, modules) for child in children if child)
         for children in ((row.q,), (row.k,), row.v)
     )
-    numbers = {"heads": rows // size, "kv": value_rows // size, "size": size, "value_size": size}
+    numbers = {"heads": heads, "kv": kv, "size": size, "value_size": value_size, "wide": wide}
     return q, k, v, numbers
+
+
+def _gates_itself(core: nn.Module) -> bool:
+    """Whether the query projection also gives a gate of the output: (heads, [query | gate])."""
+    try:
+        text = inspect.getsource(stock_class(core))
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(r"-1,\s*self\.head_dim \* 2\), 2, dim=-1", text))
+
+
+def _check_between(core: nn.Module, width: int, projections: tuple[str, ...]) -> None:
+    """Raise Leave if a module between values and output has one number per column of the output.
+
+    A norm there mixes all heads, so that a head that is zero is not a head that is absent.
+    """
+    names = {name.rpartition(".")[2] for name in projections}
+    for child, layer in core.named_children():
+        own = any(p.dim() == 1 and len(p) == width for p in layer.parameters(recurse=False))
+        of_queries = child.startswith(("q_", "k_", "query", "key"))
+        if own and child not in names and not of_queries and not is_linear(layer):
+            kind = stock_class(layer).__name__
+            raise Leave(f"{child} ({kind}) sits between its values and its output projection")
 
 
 def measure_multihead(path: str, module: Any, tower: str) -> Block:

@@ -14,7 +14,7 @@ from ..cutting.padded import PaddedLinear, is_linear, linear_axes
 from ..cutting.wrappers import stock_class, uncompiled
 from ..errors import UnsupportedError, did_you_mean
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
-from ..structures.units import owner_of
+from ..structures.units import owner_of, span
 from .attention import UNITS, Leave, join, measure_multihead, measure_projected
 from .layouts import ATTENTION, FFN
 from .towers import child_of, default_tower, in_order, tower_of
@@ -107,6 +107,7 @@ class _Discovery:
                     raise Leave("cut before with padded projections")
             found: list[Structure] = build()
             for structure in found:
+                self._check_places(structure)
                 for slot in structure.slots:
                     if slot.param in self.shared:
                         raise Leave(f"shares its weights with {self.shared[slot.param]}")
@@ -117,6 +118,16 @@ class _Discovery:
         finally:
             self.taken.update(blocks)
         return found
+
+    def _check_places(self, structure: Structure) -> None:
+        """Raise Leave if the structure claims rows or columns that a parameter does not have."""
+        for slot in structure.slots:
+            path, leaf = owner_of(slot.param)
+            shape = getattr(self.modules[path], leaf).shape
+            if slot.start + span(slot, structure.size) > shape[slot.axis]:
+                raise Leave(
+                    f"{slot.param} has the shape {tuple(shape)}, too few for {structure.size} units"
+                )
 
     # -- FFN ---------------------------------------------------------------------------
 
@@ -179,7 +190,11 @@ class _Discovery:
                 continue
             own = any(p.dim() and p.shape[0] == size > 1 for p in layer.parameters(False))
             norm = own and _is_residual_norm(layer, self.modules, path, names)
-            if (own and not norm and not is_linear(layer)) or _convolves(layer, size):
+            deep = isinstance(layer, nn.ModuleList) and any(
+                is_linear(inner) and inner.weight.shape[linear_axes(inner)[1]] == size
+                for inner in layer.modules()
+            )
+            if (own and not norm and not is_linear(layer)) or deep or _convolves(layer, size):
                 return f"{child} ({stock_class(layer).__name__})"
         return ""
 

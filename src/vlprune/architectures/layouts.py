@@ -57,6 +57,9 @@ ATTENTION = (
     Attention("q_proj", "k_proj", ("v_proj",), ("out_proj",)),  # CLIP, SigLIP, OPT, Bart
     Attention("q_proj", "k_proj", ("v_proj",), ("o_proj",)),  # ViT, DETR, Swin, LLaMA, Qwen
     Attention("q_proj", "k_proj", ("v_proj",), ("projection_layer",)),  # InternVL
+    Attention("q_proj", "k_proj", ("v_proj",), ("proj",)),  # Kimi vision
+    Attention("q", "k", ("v",), ("o",)),  # T5
+    Attention("query", "key", ("value",), ("output",)),  # Pix2Struct
     Attention("q_lin", "k_lin", ("v_lin",), ("out_lin",)),  # DistilBERT
     Attention("query", "key", ("value",), ("out_proj",)),  # Grounding DINO
     Attention("self.query", "self.key", ("self.value",), ("output.dense",)),  # BERT, BLIP text
@@ -71,14 +74,22 @@ ATTENTION = (
     Attention(qkv="qkv", o=("projection",)),  # BLIP
     Attention(qkv="qkv", o=("proj",)),  # Qwen-VL vision, Florence-2, timm
     Attention(qkv="c_attn", o=("c_proj",)),  # GPT-2 (Conv1D)
+    Attention(qkv="qkv_proj", o=("o_proj",)),  # Phi-3
+    Attention(qkv="Wqkv", o=("Wo",)),  # ModernBERT
+    Attention(qkv="query_key_value", o=("dense",)),  # GPT-NeoX, Fuyu
 )
 
 FFN = (
     Ffn("up_proj", "down_proj", gate="gate_proj"),  # LLaMA, Qwen, Gemma
+    Ffn("up_proj", "down_proj"),  # DINOv3, Nemotron, Arcee
     Ffn("gate_up_proj", "down_proj", fused=True),  # Phi-3
     Ffn("weights_in", "weights_out", fused=True),  # DINOv2 SwiGLU
     Ffn("wi_1", "wo", gate="wi_0"),  # T5 v1.1
     Ffn("wi", "wo"),  # T5
+    Ffn("w3", "w2", gate="w1"),  # LFM2
+    Ffn("Wi", "Wo", fused=True),  # ModernBERT
+    Ffn("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Fuyu
+    Ffn("proj_in", "proj_out"),  # SAM 2
     Ffn("fc1", "fc2"),
     Ffn("lin1", "lin2"),
     Ffn("linear1", "linear2"),
@@ -89,7 +100,7 @@ FFN = (
 )
 
 # Attributes that stock modules read in their forward, by meaning.
-HEAD_SIZES = ("head_dim", "attention_head_size")
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads",)
 WIDTHS = ("all_head_size", "split_size")
@@ -135,6 +146,17 @@ NATIVE: dict[str, Native] = {
         SiglipAttention="siglip",
         Siglip2Attention="siglip2",
         AltCLIPAttention="altclip",
+        AltRobertaSelfAttention="altclip",
+        Aimv2Attention="aimv2",
+        ChineseCLIPTextSelfAttention="chinese_clip",
+        ChineseCLIPVisionAttention="chinese_clip",
+        MetaClip2Attention="metaclip2",
+        GitVisionAttention="git",
+        DPTSelfAttention="dpt",
+        YolosSelfAttention="yolos",
+        ViTMSNAttention="vit_msn",
+        IJepaAttention="ijepa",
+        SamAttention="sam",
         CLIPSegAttention="clipseg",
         OwlViTAttention="owlvit",
         Owlv2Attention="owlv2",
@@ -174,6 +196,7 @@ NATIVE: dict[str, Native] = {
         ViltSelfAttention="vilt",
         FlavaSelfAttention="flava",
     ),
+    **_rows(partial(Native, fold=True), GitSelfAttention="git"),
     # the same temperature, but callers build masks for all heads, which would broadcast
     **_rows(
         partial(Native, head=False, fold=True),
@@ -196,6 +219,8 @@ NATIVE: dict[str, Native] = {
         VisionAttention="qwen2_vl",
         Qwen2_5_VLVisionAttention="qwen2_5_vl",
         Qwen3VLVisionAttention="qwen3_vl",
+        DINOv3ViTAttention="dinov3",
+        PixtralAttention="pixtral",
     ),
     # the forward fixes its shapes: vlprune's subclass takes them from its head sizes
     **_rows(
@@ -207,11 +232,8 @@ NATIVE: dict[str, Native] = {
     **_rows(partial(Native, qk_vo=True, swap="multihead"), MultiheadAttention="siglip"),
 }
 
-# A fused projection is split only where its row order is known.
-FUSED_ORDER_KNOWN = frozenset(
-    "BlipAttention Blip2Attention InstructBlipAttention VisionAttention Qwen2_5_VLVisionAttention "
-    "Qwen3VLVisionAttention Florence2VisionWindowAttention GPT2Attention".split()
-)
+# Fused projections whose rows are [q | k | v], though no shape in their source says so.
+FUSED_ORDER_KNOWN = frozenset(["GPT2Attention"])
 
 # Blocks that match a row of the table but are something else.
 DENSE = {

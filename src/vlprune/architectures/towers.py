@@ -49,6 +49,7 @@ _ORDER = {
     "SiglipModel": ("vision_model", "text_model"),
     "Siglip2Model": ("vision_model", "text_model"),
     "FlavaModel": ("image_model", "text_model", "multimodal_model"),
+    "PixtralAttentionLayer": ("attention", "feed_forward"),
     "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
 }
 

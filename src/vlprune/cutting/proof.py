@@ -100,7 +100,8 @@ def run_masked(
 
     The first attempt uses the wide dtype and the model's own kernels. If it fails, the proof is
     tried without labels (a loss may hold numbers of another dtype), then with other kernels that
-    may support the wide dtype (flash attention does not), and last in the model's own dtype.
+    may support the wide dtype (flash attention does not), then in float32, and last in the model's
+    own dtype.
     ``stored`` gives the weights of a model that has none in memory; ``part`` is the path of a
     sub-model that runs alone.
 
@@ -256,8 +257,9 @@ def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
         yield wide, "sdpa", "layers"
         yield wide, "eager", "layers"
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), wide)
-    if own != wide:
-        yield own, "", "layers"
+    for dtype in dict.fromkeys((torch.float32, own)):  # some forwards make float32 tensors
+        if dtype != wide:
+            yield dtype, "", "layers"
 
 
 @contextmanager

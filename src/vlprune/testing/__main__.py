@@ -25,7 +25,9 @@ def table(families: Iterable[str]) -> str:
         for unit in units:
             layouts = [s.layout for s in discover(model, unit) if s.kind != "ffn"]
             padded = layouts.count("padded")
-            if not padded:
+            if not layouts:
+                cells.append("dense")
+            elif not padded:
                 cells.append("native")
             elif padded == len(layouts):
                 cells.append("padded")

@@ -256,8 +256,9 @@ def order_is_execution_order(make: Make, attention: AttentionUnit) -> None:
     first = {name: i for i, name in reversed(list(enumerate(reached)))}
     never = {s.name for s in busy} - first.keys()
     assert not never, f"never reached: {sorted(never)[0]}"
+    of_core = {s.core: first[s.name] for s in reversed(busy)}  # its values may come before its keys
     for tower in {s.tower for s in busy}:
-        seen = [first[s.name] for s in busy if s.tower == tower]
+        seen = [of_core[s.core] if s.core else first[s.name] for s in busy if s.tower == tower]
         assert seen == sorted(seen), f"the structures of {tower} are out of order"
 
 

@@ -1,0 +1,36 @@
+"""The order of the rows of a fused query-key-value projection, as its forward takes them apart."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from torch import nn
+
+from ..cutting.wrappers import stock_class
+from . import layouts
+
+__all__ = ["row_order"]
+
+HEADS = r"(?:self\.)?(?:config\.)?(?:num_|n_)(?:attention_)?heads?"
+BLOCKS = re.compile(rf"\b3,\s*(?:{HEADS}|-1,\s*(?:self\.)?head_(?:dim|size))|\bquery_pos\b")
+BY_HEAD = re.compile(rf"{HEADS},\s*3\b|\b3 \* (?:self\.)?head_(?:dim|size)\)")
+
+
+def row_order(core: nn.Module) -> str:
+    """``"blocks"`` for rows [q | k | v], ``"heads"`` for [q | k | v] of each head; "" if not known.
+
+    Where the class is not in the table, the shapes in its source decide: (..., 3, heads, size) or
+    (..., heads, 3, size). A wrong guess would be caught by the proof of the cut.
+    """
+    cls = stock_class(core)
+    if cls.__name__ in layouts.FUSED_ORDER_KNOWN:
+        return "blocks"
+    if cls.__module__.partition(".")[0] not in ("transformers", "timm"):
+        return ""
+    try:
+        text = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+    found = {order for order, one in (("blocks", BLOCKS), ("heads", BY_HEAD)) if one.search(text)}
+    return found.pop() if len(found) == 1 else ""

@@ -1,0 +1,126 @@
+"""Attention blocks that match a row of the layout table and are not quite what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from torch import nn
+
+import vlprune
+from vlprune.architectures.fused import row_order
+from vlprune.testing import build
+
+ORDERS = {
+    "blip": "blocks", "qwen2_vl": "blocks", "instructblip": "blocks", "sam": "blocks",
+    "modernbert": "blocks", "phi3": "blocks", "gpt2": "blocks", "fuyu": "heads",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ORDERS)
+def test_the_source_says_how_a_fused_projection_is_taken_apart(family: str) -> None:
+    names = ("qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn")
+    cores = [
+        module
+        for module in build(family).model.modules()
+        if any(isinstance(getattr(module, name, None), nn.Module) for name in names)
+    ]
+    assert cores
+    assert {row_order(core) for core in cores} == {ORDERS[family]}
+
+
+def test_a_class_of_ones_own_says_nothing() -> None:
+    class Attention(nn.Module):
+        """qkv.reshape(batch, length, 3, self.num_heads, -1)"""
+
+    assert row_order(Attention()) == ""
+
+
+def kosmos2(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "embed_dim": 24, "layers": 2, "ffn_dim": 40, "attention_heads": 3}
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = T.Kosmos2Config(
+        text_config={**text, "max_position_embeddings": 64}, vision_config=vision,
+        latent_query_num=3,
+    )  # fmt: skip
+    mask = torch.zeros(2, 6, dtype=torch.long)
+    mask[:, 1:4] = 1
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 16, 16), "input_ids": torch.arange(12).reshape(2, 6) + 3,
+        "attention_mask": torch.ones(2, 6).long(), "image_embeds_position_mask": mask,
+    }  # fmt: skip
+    return T.Kosmos2Model(config).to(dtype).eval(), inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_not_run_in_float64_is_proved_in_float32(dtype: torch.dtype) -> None:
+    """Its masks hold float32's smallest number. Norms behind its values leave attention dense."""
+    model, inputs = kosmos2(dtype)
+    description = vlprune.discover(model)
+    reasons = {r for name, r in description.dense.items() if ".self_attn." in name}
+    assert "inner_attn_ln (LayerNorm) sits between its values and its output projection" in reasons
+    compressor = vlprune.Compressor(
+        model, vlprune.Magnitude(), {"params": 0.8}, example_inputs=inputs
+    )
+    compressor.finish()
+    assert compressor.verification.dtype == "float32"
+
+
+def test_a_query_that_holds_its_gate_is_cut_with_it() -> None:
+    """Qwen3.5 and Qwen3-Next: half of the rows of q_proj are a gate of the output."""
+    model = build("qwen3_5").model
+    (block,) = [s for s in vlprune.discover(model, "head") if s.kind == "attention"]
+    (query,) = [s for s in block.slots if s.param.endswith("q_proj.weight")]
+    assert block.size == 2  # KV groups of two heads, each with 8 query rows and 8 of its gate
+    assert query.inner == 2 * 2 * 8
+
+
+def block(query: int, key: int, value: int, out: int, heads: int = 4) -> nn.Module:
+    """A module with the projections of attention, of these widths, around a residual stream."""
+    module = nn.Module()
+    module.q_proj, module.k_proj = nn.Linear(16, query), nn.Linear(16, key)
+    module.v_proj, module.o_proj = nn.Linear(16, value), nn.Linear(out, 16)
+    module.head_dim, module.num_heads = query // heads, heads
+    return nn.ModuleDict({"attention": module, "mlp": ffn()})
+
+
+def ffn() -> nn.Module:
+    module = nn.Module()
+    module.fc1, module.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+    return module
+
+
+def test_value_heads_of_another_size() -> None:
+    """MiMo: four heads of 8, two of which share a value head of 4."""
+    model = block(32, 16, 8, 16)
+    (found,) = [s for s in vlprune.discover(model, "head") if s.kind == "attention"]
+    widths = {s.param.split(".")[1]: s.inner for s in found.slots if s.param.endswith("weight")}
+    assert found.size == 2
+    assert widths == {"q_proj": 16, "k_proj": 8, "v_proj": 4, "o_proj": 8}
+    assert "another size" in vlprune.discover(model).dense["attention.q_proj"]
+
+
+@pytest.mark.parametrize(
+    "widths", [(32, 16, 16, 16), (32, 16, 12, 32), (32, 24, 16, 32)], ids=["o", "v", "k"]
+)
+def test_what_does_not_fit_stays_dense_and_nothing_else(widths: tuple[int, ...]) -> None:
+    for unit in ("head_dim", "qk_vo", "head"):
+        found = vlprune.discover(block(*widths), unit)  # type: ignore[arg-type]
+        assert [s.kind for s in found] == ["ffn"]
+        assert found.dense["attention.q_proj"]
+
+
+def test_layers_inside_an_ffn_are_no_ffn() -> None:
+    """SAM 2 has FFNs of three and more layers: the hidden width is theirs, too."""
+    module: Any = nn.Module()
+    module.proj_in, module.proj_out = nn.Linear(16, 24), nn.Linear(24, 16)
+    module.layers = nn.ModuleList([nn.Linear(24, 24)])
+    found = vlprune.discover(nn.ModuleDict({"mlp": module}))
+    assert not found.structures
+    assert "layers (ModuleList) sits between" in found.dense["mlp.proj_in"]
