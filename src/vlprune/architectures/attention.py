@@ -7,6 +7,7 @@ measured block into structures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..cutting.padded import is_linear, linear_axes, stock_name
 from ..cutting.wrappers import stock_class
+from ..structures.shards import shape_of
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
@@ -134,7 +136,7 @@ class Block:
         """Whether queries or keys are normalised over all heads together."""
         for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
             weight = getattr(getattr(self.core, name, None), "weight", None)
-            if isinstance(weight, Tensor) and weight.numel() not in (0, self.size):
+            if isinstance(weight, Tensor) and math.prod(shape_of(weight)) not in (0, self.size):
                 return True
         return False
 
@@ -289,7 +291,7 @@ def _part(path: str, child: str, modules: Mapping[str, nn.Module], start: int = 
 
 def _rows(path: str, child: str, modules: Mapping[str, nn.Module]) -> int:
     module: Any = modules[join(path, child)]
-    return int(module.weight.shape[linear_axes(module)[0]])
+    return shape_of(module.weight)[linear_axes(module)[0]]
 
 
 def _measure_fused(

@@ -17,6 +17,7 @@ from ..cutting.sharing.mixed import (
 from ..cutting.sharing.ties import (
     is_shared,
 )
+from ..cutting.zero import is_split
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
@@ -25,7 +26,7 @@ from ..processes import world
 from ..structures.structure import Structure
 from .ranks import averaged
 
-__all__ = ["Turns", "turns_of"]
+__all__ = ["Turns", "refuse_split", "turns_of"]
 
 
 def turns_of(
@@ -38,16 +39,28 @@ def turns_of(
 ) -> Turns | None:
     """The search's half of each step; None if the search does not learn in turn.
 
-    Raises UnsupportedError if the model shares weights, which such a search cannot go on from.
+    Raises UnsupportedError if the model shares weights, which such a search cannot go on from, or
+    if DeepSpeed ZeRO-3 has split them.
     """
     if not method.uses_held_out:
         return None
+    refuse_split(model, method)
     if is_shared(model):
         raise UnsupportedError(
             "this model shares weights already: call vlprune.materialize on it before it is "
             f"searched by {type(method).__name__} again"
         )
     return Turns(model, structures, search, held_out, loss)
+
+
+def refuse_split(model: nn.Module, method: Method) -> None:
+    """Raise UnsupportedError if DeepSpeed ZeRO-3 has split the weights over processes."""
+    if is_split(model):
+        raise UnsupportedError(
+            f"{type(method).__name__} changes weights in turn with training and shares them "
+            "between layers, which DeepSpeed ZeRO-3 allows for neither: train with ZeRO stage 2, "
+            "or shard by FSDP2 (fully_shard)"
+        )
 
 
 class Turns:
