@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..structures.shards import shape_of, whole
+from ..structures.shards import is_part, shape_of, whole
 
 __all__ = ["Pieces", "Weights", "held_weights", "layerwise"]
 
@@ -42,7 +42,7 @@ def held_weights(model: nn.Module) -> Weights:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    held = dict(named)
+    held = {name: tensor if is_part(tensor) else tensor.detach() for name, tensor in named}
     return lambda name: whole(held[name]).detach()
 
 

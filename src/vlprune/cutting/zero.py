@@ -60,12 +60,7 @@ def _owner(function: Any, depth: int = 3) -> Any:
 
 def loss_scale(model: nn.Module) -> float:
     """The factor that DeepSpeed multiplies the loss by before its next backward pass."""
-    optimizer = optimizer_of(model)
-    if optimizer is None:
-        return 1.0
-    if getattr(optimizer, "custom_loss_scaler", False):
-        return float(optimizer.external_loss_scale)
-    return float(getattr(getattr(optimizer, "loss_scaler", None), "loss_scale", 1.0))
+    return float(getattr(optimizer_of(model), "loss_scale", 1.0))
 
 
 def split_again(old: nn.Parameter, new: nn.Parameter) -> bool:

@@ -118,8 +118,9 @@ def part_of(full: Tensor, like: Any) -> Tensor:
 def changing(weight: Any) -> Iterator[Tensor]:
     """The whole weight, to be changed in place, in all processes alike.
 
-    Each process then keeps its part of the result. The optimizer of ZeRO-1 and ZeRO-2 has a copy of
-    every weight, which follows, because its next step would undo the change.
+    Each process then keeps its part of the result. The optimizer of a DeepSpeed engine (ZeRO-1 and
+    ZeRO-2) has a copy of every weight in float32, from which it makes the weight anew at each step:
+    that copy is changed then, and the weight becomes what it is rounded to.
     """
     if is_dtensor(weight):
         full = whole(weight.detach())
@@ -130,11 +131,16 @@ def changing(weight: Any) -> Iterator[Tensor]:
         with _gathered(weight, changed=True):
             yield weight.detach()
         return
-    yield weight.detach()
-    if hasattr(weight, "_hp_mapping"):
-        from deepspeed.utils import safe_set_full_fp32_param
+    hooks = getattr(weight, "_post_accumulate_grad_hooks", None)  # gone once the engine has ended
+    if not (hooks and hasattr(weight, "_hp_mapping")):
+        yield weight.detach()
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(weight, weight.detach().float())
+    copy = safe_get_full_fp32_param(weight)
+    yield copy
+    safe_set_full_fp32_param(weight, copy)
+    weight.copy_(copy)
 
 
 @torch.no_grad()
@@ -147,4 +153,4 @@ def scale_(weight: Tensor, axis: int, factors: Tensor) -> None:
         weight.mul_(part_of(factors.expand(weight.shape).contiguous(), weight))
         return
     with changing(weight) as full:
-        full.mul_(factors)
+        full.mul_(factors.to(full.dtype))

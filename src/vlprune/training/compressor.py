@@ -104,6 +104,7 @@ class Compressor:
         self.budget = parse_budget(budget)
         self.given, self.model, self.method = model, unwrapped(model), method
         model = self.model
+        refuse_split(model, method)
         self.description = described(model, attention)
         self.example_inputs = dict(example_inputs) if example_inputs else None
         self.structures = without(self.description.structures, skip)
@@ -163,8 +164,7 @@ class Compressor:
         if not self.finished:
             check_plain(self.model, self.structures)
             refuse_other_shards(self.model)
-            if self.turns is not None:
-                refuse_split(self.model, self.method)
+            refuse_split(self.model, self.method)
             if self.turns is not None and is_sharded(self.model) and self.progress == 0:
                 warnings.warn(
                     f"{NO_SHARING}: the search itself runs, and finish() works where its plan "
@@ -176,6 +176,8 @@ class Compressor:
     def detach(self) -> None:
         """Remove gates and hooks; the search keeps what it has learnt."""
         self._gating.detach()
+        if self.turns is not None:
+            self.turns.let_go()
 
     def begin(self, steps: int) -> None:
         """Get ready for a search of ``steps`` steps; :meth:`callback` does this.

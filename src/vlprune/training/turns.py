@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..cutting.sharing.mixed import (
 from ..cutting.sharing.ties import (
     is_shared,
 )
-from ..cutting.zero import is_split
+from ..cutting.zero import is_split, loss_scale, optimizer_of
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
@@ -39,12 +40,10 @@ def turns_of(
 ) -> Turns | None:
     """The search's half of each step; None if the search does not learn in turn.
 
-    Raises UnsupportedError if the model shares weights, which such a search cannot go on from, or
-    if DeepSpeed ZeRO-3 has split them.
+    Raises UnsupportedError if the model shares weights, which such a search cannot go on from.
     """
     if not method.uses_held_out:
         return None
-    refuse_split(model, method)
     if is_shared(model):
         raise UnsupportedError(
             "this model shares weights already: call vlprune.materialize on it before it is "
@@ -54,13 +53,25 @@ def turns_of(
 
 
 def refuse_split(model: nn.Module, method: Method) -> None:
-    """Raise UnsupportedError if DeepSpeed ZeRO-3 has split the weights over processes."""
-    if is_split(model):
+    """Raise UnsupportedError if a search that changes weights meets those of DeepSpeed ZeRO-3."""
+    if method.uses_held_out and is_split(model):
         raise UnsupportedError(
             f"{type(method).__name__} changes weights in turn with training and shares them "
             "between layers, which DeepSpeed ZeRO-3 allows for neither: train with ZeRO stage 2, "
             "or shard by FSDP2 (fully_shard)"
         )
+
+
+class _Pull:
+    """A gradient that joins that of the next backward pass of its weight, once."""
+
+    def __init__(self, weight: Tensor, pull: Tensor, scale: Callable[[], float]) -> None:
+        self.pull, self.scale = pull, scale
+        self.hook = weight.register_hook(self)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        self.hook.remove()
+        return gradient + (self.scale() * self.pull).to(gradient.dtype)
 
 
 class Turns:
@@ -85,6 +96,7 @@ class Turns:
         self.weight_scale = 1.0
         self.seen = 0
         self.reached: set[str] = set()
+        self._waiting: list[_Pull] = []
 
     def restart(self, search: Search) -> None:
         """Go on with a new search, from the first held-out batch."""
@@ -105,9 +117,32 @@ class Turns:
         elif strength:
             distance = alignment(self.model, self.structures, wanted.vectors)
             if distance.requires_grad:
-                (strength * distance).backward()
+                self._pull(strength * distance)
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
+
+    def _pull(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, the same in all processes, to those of the weights.
+
+        DeepSpeed takes gradients away as the backward pass makes them, and accelerate lets it step
+        right after. There they join those of the next backward pass, multiplied as its loss is.
+        """
+        self.let_go()
+        if optimizer_of(self.model) is None:
+            loss.backward()
+            return
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        for weight, pull in zip(
+            weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
+        ):
+            if pull is not None:
+                self._waiting.append(_Pull(weight, pull, partial(loss_scale, self.model)))
+
+    def let_go(self) -> None:
+        """Drop gradients that wait for the next backward pass."""
+        for pull in self._waiting:
+            pull.hook.remove()
+        self._waiting.clear()
 
     def look(self, vectors: Vectors, learns: bool, compares: bool) -> Look:
         """The loss of the next held-out batch with the vectors, and without if it ``compares``.
