@@ -205,9 +205,15 @@ def test_a_search_takes_no_average() -> None:
     assert load_recipe(DEMO, ["train.ema=0.2"]).toy().train.ema == 0.2
 
 
-@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("is_fsdp_enabled", "ema keeps the average of whole weights"),
+        ("is_deepspeed_enabled", "use DeepSpeed in a Trainer of your own"),
+    ],
+)
 def test_sharded_weights_are_refused_before_the_first_step(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vlprune.training import fit as training
 
@@ -219,6 +225,6 @@ def test_sharded_weights_are_refused_before_the_first_step(
 
     monkeypatch.setattr(training._Trainer, "__init__", sharded)
     model = Slope()
-    with pytest.raises(UnsupportedError, match="ema keeps the average of whole weights"):
+    with pytest.raises(UnsupportedError, match=said):
         train(model)
     assert float(model.weight) == 1

@@ -163,8 +163,8 @@ for again in (False, True):  # the second time from the checkpoint in the middle
     loss = trainer.evaluate(items)["eval_loss"]
     assert compressor.finish() is model
     result[f"{again}"] = {
-        "engine": type(trainer.model_wrapped).__name__, "plan": compressor.plan().to_json(), "loss": loss, "dtype": compressor.verification.dtype,
-        "old": refused(trainer.train)}
+        "engine": type(trainer.model_wrapped).__name__, "plan": compressor.plan().to_json(),
+        "loss": loss, "dtype": compressor.verification.dtype, "old": refused(trainer.train)}
 trainer = trainer_of(model)
 before = [gathered(p).detach().clone() for p in model.parameters()]
 trainer.train()
