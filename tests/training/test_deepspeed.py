@@ -109,6 +109,8 @@ def search(method, stage, first, parts=1, scale=1.0):
         gates = float(compressor.search.total.sum()) if method == "upop" else 0.0
         assert compressor.finish() is model
     split = sum(hasattr(p, "ds_id") for p in model.parameters())
+    left = sum(bool(p._post_accumulate_grad_hooks) for p in model.parameters())
+    left += sum("pre_bwd_fn" in module.__dict__ for module in model.modules())
     old, new, optimizer = "", None, None
     if world > 1:
         batch = next(batches(1))
@@ -125,7 +127,7 @@ def search(method, stage, first, parts=1, scale=1.0):
         "plan": compressor.plan().to_json(), "loss": loss, "split": split, "folder": out,
         "params": sum(gathered(p).numel() for p in model.parameters()), "dtype": proof.dtype,
         "report": compressor.report()["params"], "difference": proof.difference, "old": old,
-        "gates": gates,
+        "gates": gates, "left": left,
     }
 
 search("upop", STAGE, False, scale=512.0)
@@ -392,6 +394,7 @@ def test_an_engines_model_is_searched_cut_and_trained_on_as_in_one_process(
     assert first["difference"] < 1e-12
     assert first["gates"] == pytest.approx(alone["gates"], rel=1e-4)  # not times the loss scale
     assert "give the small model to a new engine" in first["old"]
+    assert first["left"] == 0  # of the old engine's hooks
     assert (first["loss"] + second["loss"]) / 2 == pytest.approx(alone["loss"], rel=1e-4)
     models = [vlprune.load(result["folder"]) for result in (alone, first)]
     for one, two in zip(*(model.parameters() for model in models), strict=True):

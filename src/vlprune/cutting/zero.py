@@ -148,9 +148,11 @@ def _take_hooks(model: nn.Module) -> Callable[[], None]:
 
 
 def _forget_engine(model: nn.Module) -> None:
-    """Take away what an ended ZeRO-3 engine has left in the modules: a new one would use it."""
+    """Take away what an ended ZeRO-3 engine has left in a model, and a new one would use."""
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"):
             module.__dict__.pop(name, None)
         if type(module._parameters).__name__ == "ZeROOrderedDict":
             module._parameters = dict(module._parameters)
+    for parameter in model.parameters():
+        parameter.__dict__.pop("_z3_optimizer", None)

@@ -174,8 +174,9 @@ class _BeforeForward(_Hook):
         owner.follow()
         if not torch.is_grad_enabled():  # generate() and evaluations are no training
             return
-        # before the backward pass: accelerate lets DeepSpeed step, and change it, right after
-        owner.loss_scale = loss_scale(module)
+        if not torch.compiler.is_compiling():
+            # before the backward pass: accelerate lets DeepSpeed step, and change it, right after
+            owner.loss_scale = loss_scale(module)
         if owner.first_batch is None:
             owner.first_batch = copied(module, args, kwargs)
 
