@@ -13,7 +13,8 @@ import ranks
 from ranks import launch
 
 pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install deepspeed)"
+    find_spec("deepspeed") is None,
+    reason="deepspeed is not installed (pip install 'vlprune[deepspeed]')",
 )
 
 HEAD = (

@@ -39,14 +39,11 @@ __all__ = [
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
 
-
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative difference between masked and cut model that counts as rounding."""
 
-
 HALF_TOLERANCE = 5e-2
 """The same for any other dtype, where a kernel supports only half precision."""
-
 
 ADVICE = (
     "the model was put back as it was: report this architecture, or, if you know better, "
@@ -142,13 +139,12 @@ def _pieces(model: nn.Module) -> tuple[Pieces, ...]:
     """What of the model to give its weights at a time, best first."""
     if by_fsdp(model):  # which gathers by its own units
         return PIECES[-1:]
-    if is_split(model) and _count(model) > SMALL_ENOUGH_FOR_FLOAT64:
-        return PIECES[:-1]  # not the whole of it in every process
-    return PIECES
+    # never all of a large split model in every process
+    return PIECES[:-1] if is_split(model) and not _is_small(model) else PIECES
 
 
-def _count(model: nn.Module) -> int:
-    return sum(math.prod(shape_of(p)) for p in model.parameters())
+def _is_small(model: nn.Module) -> bool:
+    return sum(math.prod(shape_of(p)) for p in model.parameters()) <= SMALL_ENOUGH_FOR_FLOAT64
 
 
 class MaskedWeights:
@@ -264,7 +260,7 @@ def _first_line(error: BaseException) -> str:
 
 def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
     """The dtypes and kernels to try the proof with, best first."""
-    wide = torch.float64 if _count(model) <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
+    wide = torch.float64 if _is_small(model) else torch.float32
     yield wide, "", "layers"
     if hasattr(model, "set_attn_implementation"):
         yield wide, "sdpa", "layers"

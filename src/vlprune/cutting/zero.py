@@ -5,8 +5,9 @@ gather its weights while it runs. A cut takes these hooks off, gathers one weigh
 DeepSpeed split its smaller successor. The engine itself cannot go on: its optimizer owns copies of
 the old weights. So a cut ends it, and leaves the model ready for a new one.
 
-Only DeepSpeed's public calls are used (``GatheredParameters``, ``convert_to_zero_parameters``,
-``destroy``), and the names under which it leaves things in a model, which this file takes away.
+The calls are DeepSpeed's own (``GatheredParameters``, ``convert_to_zero_parameters``, ``destroy``).
+What is found by the way it is built are its optimizer, through the hooks on gradients, and the
+names under which it leaves things in a model.
 """
 
 from __future__ import annotations
