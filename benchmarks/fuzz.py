@@ -208,7 +208,11 @@ def prepare(folder: Path, chosen: Sequence[str], count: int = 10) -> None:
     import transformers
 
     import vlprune.commands.main
-    import vlprune.commands.pipeline
+    import vlprune.commands.pipeline.compress
+    import vlprune.commands.pipeline.cut
+    import vlprune.commands.pipeline.describe
+    import vlprune.commands.pipeline.exports
+    import vlprune.commands.pipeline.streamed
     import vlprune.measuring.bench
     import vlprune.reports.page
 

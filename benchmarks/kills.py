@@ -38,7 +38,7 @@ import transformers.trainer  # noqa: F401
 
 from alike import same_results
 from vlprune.commands import main as cli
-from vlprune.commands import pipeline as _run  # noqa: F401
+from vlprune.commands.pipeline import compress as _run  # noqa: F401
 from vlprune.commands.pipeline.workplace import WORK
 from vlprune.testing import build
 

@@ -15,7 +15,7 @@ import ctypes, json, os, pickle, random, subprocess, sys, time
 from pathlib import Path
 import fuzz
 from fuzzing import cases, cell, recipes
-from vlprune.commands import pipeline as run
+from vlprune.commands.pipeline import compress as run
 from vlprune.errors import RecipeError
 
 work = Path(sys.argv[1])

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 import vlprune
 from small_models import small
 from small_runs import DEMO, TINY
-from vlprune.commands import pipeline
+from vlprune.commands.pipeline.compress import compress
 from vlprune.cutting.padded import PaddedLinear
 from vlprune.cutting.sharing.ties import is_shared
 from vlprune.errors import RecipeError, UnsupportedError
@@ -186,11 +186,11 @@ def test_a_training_that_was_stopped_ends_with_the_same_average(tmp_path: Path) 
 def test_what_is_evaluated_and_saved_is_the_average(tmp_path: Path) -> None:
     """An average that hardly moves: retraining ends where it began."""
     recipe = load_recipe(DEMO, [*TINY, "retrain.ema=0.99999999", "retrain.save_steps=0"])
-    report = pipeline.compress(recipe, tmp_path / "slow")
+    report = compress(recipe, tmp_path / "slow")
     metrics = report["metrics"]
     assert metrics["retrained"] == metrics["cut"]
     at_once = load_recipe(DEMO, [*TINY, "retrain.steps=0"])
-    pipeline.compress(at_once, tmp_path / "cut")
+    compress(at_once, tmp_path / "cut")
     saved, cut = (load_file(tmp_path / n / "model.safetensors") for n in ("slow", "cut"))
     assert saved.keys() == cut.keys()
     for name, tensor in cut.items():
@@ -205,9 +205,15 @@ def test_a_search_takes_no_average() -> None:
     assert load_recipe(DEMO, ["train.ema=0.2"]).toy().train.ema == 0.2
 
 
-@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("is_fsdp_enabled", "ema keeps the average of whole weights"),
+        ("is_deepspeed_enabled", "use DeepSpeed in a Trainer of your own"),
+    ],
+)
 def test_sharded_weights_are_refused_before_the_first_step(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vlprune.training import fit as training
 
@@ -219,6 +225,6 @@ def test_sharded_weights_are_refused_before_the_first_step(
 
     monkeypatch.setattr(training._Trainer, "__init__", sharded)
     model = Slope()
-    with pytest.raises(UnsupportedError, match="ema keeps the average of whole weights"):
+    with pytest.raises(UnsupportedError, match=said):
         train(model)
     assert float(model.weight) == 1

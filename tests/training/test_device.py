@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 import vlprune
 from small_runs import DEMO, TINY
 from vlprune import device
-from vlprune.commands import pipeline as pipeline
+from vlprune.commands.pipeline import make, search
+from vlprune.commands.pipeline.compress import compress
+from vlprune.commands.pipeline.evaluate import evaluate_folder, scan_folder
 from vlprune.device import available, choose, device_of, moved_to, placed
 from vlprune.errors import RecipeError, UnsupportedError, VlpruneError
 from vlprune.folders.exported.write import export
@@ -116,7 +118,7 @@ def test_fp16_needs_a_gpu_that_the_recipe_uses(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     recipe = load_recipe(DEMO, [*TINY, "device=cpu", "train.fp16=true"])
     with pytest.raises(RecipeError, match="fp16 needs a GPU"):
-        pipeline.compress(recipe, tmp_path / "out")
+        compress(recipe, tmp_path / "out")
 
 
 # -- inputs follow the model -----------------------------------------------------------
@@ -240,9 +242,9 @@ def test_every_input_of_a_run_is_moved_to_the_model(
     out = tmp_path / "out"
     more = ["teacher={logits: 1}", f"method={method}", "budget={macs: 0.6}", "device=cpu"]
     recipe = load_recipe(DEMO, [*TINY, *more])
-    pipeline.compress(recipe, out)
-    pipeline.evaluate_folder(out, recipe)
-    pipeline.scan_folder(out / "dense", recipe)
+    compress(recipe, out)
+    evaluate_folder(out, recipe)
+    scan_folder(out / "dense", recipe)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -254,17 +256,17 @@ def test_every_model_of_a_run_is_placed_once_made(
     if stopped:
         stop = pytest.raises(RuntimeError, match="pulled the plug")
         with monkeypatch.context() as patch, stop:
-            real = pipeline.search.run_phase
+            real = search.run_phase
 
             def until_retraining(problem: Any, phase: Any, *args: Any) -> Any:
                 if phase.name == "retrain":
                     raise RuntimeError("pulled the plug")
                 return real(problem, phase, *args)
 
-            patch.setattr(pipeline.search, "run_phase", until_retraining)
-            pipeline.compress(recipe, tmp_path / "out")
+            patch.setattr(search, "run_phase", until_retraining)
+            compress(recipe, tmp_path / "out")
     where: list[torch.device] = []
-    place = pipeline.make.place
+    place = make.place
 
     def noted(model: Any, device: torch.device) -> Any:
         where.append(device)
@@ -279,10 +281,10 @@ def test_every_model_of_a_run_is_placed_once_made(
             seen += 1
             assert getattr(module, "placed", False), "a model runs that was never placed"
 
-    monkeypatch.setattr(pipeline.make, "place", noted)
+    monkeypatch.setattr(make, "place", noted)
     handle = nn.modules.module.register_module_forward_pre_hook(check)
     try:
-        pipeline.compress(recipe, tmp_path / "out")
+        compress(recipe, tmp_path / "out")
     finally:
         handle.remove()
     assert seen > 10
@@ -296,10 +298,10 @@ def test_nothing_touches_a_gpu_that_the_recipe_does_not_use(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     steps = ["train.save_steps=0", "search.save_steps=0", "retrain.save_steps=0"]
     recipe = load_recipe(DEMO, [*TINY, *steps, "device=cpu"])
-    report = pipeline.compress(recipe, tmp_path / "out")
+    report = compress(recipe, tmp_path / "out")
     assert report["device"] == "cpu"
-    pipeline.evaluate_folder(tmp_path / "out", recipe)
-    pipeline.scan_folder(tmp_path / "out", recipe)
+    evaluate_folder(tmp_path / "out", recipe)
+    scan_folder(tmp_path / "out", recipe)
 
 
 def test_the_trainer_trains_where_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:

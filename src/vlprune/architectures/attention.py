@@ -8,6 +8,7 @@ measured block into structures.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..cutting.padded import is_linear, linear_axes, stock_name
 from ..cutting.wrappers import stock_class
+from ..structures.shards import shape_of
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
@@ -140,7 +142,7 @@ class Block:
         """Whether queries or keys are normalised over all heads together."""
         for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
             weight = getattr(getattr(self.core, name, None), "weight", None)
-            if isinstance(weight, Tensor) and weight.numel() not in (0, self.size):
+            if isinstance(weight, Tensor) and math.prod(shape_of(weight)) not in (0, self.size):
                 return True
         return False
 
@@ -297,7 +299,7 @@ def _part(path: str, child: str, modules: Mapping[str, nn.Module], start: int = 
 
 def _rows(path: str, child: str, modules: Mapping[str, nn.Module]) -> int:
     module: Any = modules[join(path, child)]
-    return int(module.weight.shape[linear_axes(module)[0]])
+    return shape_of(module.weight)[linear_axes(module)[0]]
 
 
 def _measure_fused(
@@ -339,7 +341,7 @@ def _measure_apart(
             raise Leave(f"{name} does not say how many heads it has")
         size = rows // counted
     value_rows, out = _rows(path, row.v[0], modules), modules[join(path, row.o[0])]
-    columns = int(out.weight.shape[linear_axes(out)[1]])  # type: ignore[arg-type, index]
+    columns = int(shape_of(out.weight)[linear_axes(out)[1]])  # type: ignore[arg-type]
     heads, kv = rows // size, (_rows(path, row.k, modules) if row.k else value_rows) // size
     wide = 2 if row.k and rows == 2 * columns and _gates_itself(core) else 1
     heads //= wide
@@ -375,7 +377,7 @@ def _check_between(core: nn.Module, width: int, projections: tuple[str, ...]) ->
     """
     names = {name.rpartition(".")[2] for name in projections}
     for child, layer in core.named_children():
-        own = any(p.dim() == 1 and len(p) == width for p in layer.parameters(recurse=False))
+        own = any(shape_of(p) == (width,) for p in layer.parameters(recurse=False))
         of_queries = child.startswith(("q_", "k_", "query", "key"))
         if own and child not in names and not of_queries and not is_linear(layer):
             kind = stock_class(layer).__name__

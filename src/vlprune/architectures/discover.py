@@ -13,6 +13,7 @@ from ..architectures import layouts
 from ..cutting.padded import PaddedLinear, is_linear, linear_axes
 from ..cutting.wrappers import stock_class, uncompiled
 from ..errors import UnsupportedError, did_you_mean
+from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of, span
 from .attention import UNITS, Leave, join, measure_multihead, measure_projected
@@ -123,7 +124,7 @@ class _Discovery:
         """Raise Leave if the structure claims rows or columns that a parameter does not have."""
         for slot in structure.slots:
             path, leaf = owner_of(slot.param)
-            shape = getattr(self.modules[path], leaf).shape
+            shape = shape_of(getattr(self.modules[path], leaf))
             if slot.start + span(slot, structure.size) > shape[slot.axis]:
                 raise Leave(
                     f"{slot.param} has the shape {tuple(shape)}, too few for {structure.size} units"
@@ -152,8 +153,8 @@ class _Discovery:
                     f"its projection {child} is a {stock_class(layer).__name__}, not a Linear"
                 )
         up, down = layers[-2], layers[-1]
-        up_out, up_in = (up.weight.shape[axis] for axis in linear_axes(up))
-        down_out, down_in = (down.weight.shape[a] for a in linear_axes(down))
+        up_out, up_in = (shape_of(up.weight)[axis] for axis in linear_axes(up))
+        down_out, down_in = (shape_of(down.weight)[a] for a in linear_axes(down))
         size = up_out // 2 if row.fused else up_out
         if down_in != size:
             raise Leave(f"{row.up} gives {up_out} values, {row.down} takes {down_in}")
@@ -188,10 +189,10 @@ class _Discovery:
         for child, layer in nearby.named_children():
             if child in inside or (holder and join(holder, child) in names):
                 continue
-            own = any(p.dim() and p.shape[0] == size > 1 for p in layer.parameters(False))
+            own = any(shape_of(p)[:1] == (size,) for p in layer.parameters(False)) and size > 1
             norm = own and _is_residual_norm(layer, self.modules, path, names)
             deep = isinstance(layer, nn.ModuleList) and any(
-                is_linear(inner) and inner.weight.shape[linear_axes(inner)[1]] == size
+                is_linear(inner) and shape_of(inner.weight)[linear_axes(inner)[1]] == size
                 for inner in layer.modules()
             )
             if (own and not norm and not is_linear(layer)) or deep or _convolves(layer, size):
@@ -263,8 +264,8 @@ def _is_residual_norm(
 ) -> bool:
     """Whether ``layer`` is as wide as the residual stream: a norm beside an FFN of equal width."""
     down = modules[join(path, names[-1])]
-    width = down.weight.shape[linear_axes(down)[0]]  # type: ignore[index]
-    return all(p.shape[0] == width for p in layer.parameters(False))
+    width = shape_of(down.weight)[linear_axes(down)[0]]
+    return all(shape_of(p)[0] == width for p in layer.parameters(False))
 
 
 def _reason(module: nn.Module) -> str:

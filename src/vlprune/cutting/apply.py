@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..structures.plan import Plan
-from ..structures.shards import whole
+from ..structures.shards import shape_of, whole
 from ..structures.structure import Structure
 from ..structures.units import owner_of, positions, span
 from .fsdp import Units, class_in_unit, is_sharded, is_unit, reshard
@@ -28,6 +28,7 @@ from .sharing.ties import (
     ties_of,
     untie,
 )
+from .zero import split_again
 
 __all__ = ["Slices", "apply_plan", "slices_of"]
 
@@ -50,14 +51,14 @@ def apply_plan(
     kept = {s.name: plan.kept(s) for s in structures}
     cut = [s for s in structures if len(kept[s.name]) < s.size]
     every = model.named_parameters(remove_duplicate=False)
-    shapes = {name: tuple(p.shape) for name, p in every}
+    shapes = {name: shape_of(p) for name, p in every}
     ties = [*ties, *ties_of(structures, plan, shapes)]
     slices = slices_of(structures, plan, shapes)
     swap_forwards(model, cut, undo)
     if is_sharded(model):
         reshard(model)
     units = Units(model)
-    for name in slices.index:
+    for name in slices.index:  # in the same order in all processes, which gather together
         narrow(model, name, slices, undo, units)
     pad(model, cut, slices.index, undo, units)
     follow(model, cut, kept, undo)
@@ -158,9 +159,14 @@ def narrow(model: nn.Module, name: str, slices: Slices, undo: ExitStack, units: 
     old = module._parameters[leaf]
     if old is None:
         raise PlanError(f"the model has no parameter {name!r}")
-    data = slices.of(name, whole(old.detach()))
+    data = slices.of(name, whole(old).detach())
     new = nn.Parameter(data, requires_grad=old.requires_grad)
-    if not units.replace(old, new, undo):
+    if units.replace(old, new, undo):
+        pass
+    elif split_again(old, new):
+        undo.callback(module._parameters.__setitem__, leaf, old)
+        module._parameters[leaf] = new
+    else:
         if not isinstance(undo, _Forget):
             remains = Remains(old, slices.index[name], name in slices.scale)
             undo.callback(_put_back, module, leaf, remains, new)
@@ -201,8 +207,8 @@ def pad(
             module.bias,
             rows[0].to(device) if rows else None,
             columns[0].to(device) if columns else None,
-            full_out=rows[1] if rows else module.weight.shape[out_axis],
-            full_in=columns[1] if columns else module.weight.shape[in_axis],
+            full_out=rows[1] if rows else shape_of(module.weight)[out_axis],
+            full_in=columns[1] if columns else shape_of(module.weight)[in_axis],
             transposed=out_axis == 1,
         )
         if device.type == "meta":

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..structures.shards import is_part
+from ..structures.shards import is_dtensor, is_part
 
 __all__ = [
     "Units",
+    "by_fsdp",
     "class_in_unit",
     "computing_in",
     "is_sharded",
@@ -32,8 +33,13 @@ __all__ = [
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes share the model's weights out among them."""
-    return bool(_states(model)) or any(map(is_part, model.parameters()))
+    """Whether processes share the model's weights out among them, by FSDP2 or DeepSpeed ZeRO-3."""
+    return by_fsdp(model) or any(map(is_part, model.parameters()))
+
+
+def by_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP2 shares the model's weights out, and gathers them in a forward pass."""
+    return bool(_states(model)) or any(map(is_dtensor, model.parameters()))
 
 
 def _states(model: nn.Module) -> list[Any]:
@@ -76,12 +82,12 @@ def refuse_other_shards(model: nn.Module) -> None:
     Those are weights of tensor parallelism, and weights that are sharded by a module around the
     model that has not run yet.
     """
-    if not is_sharded(model):
+    if not by_fsdp(model):
         return
     reshard(model)
     entries = Units(model).places
     for name, parameter in model.named_parameters():
-        if not is_part(parameter):
+        if not is_dtensor(parameter):
             continue
         if id(parameter) not in entries:
             raise UnsupportedError(

@@ -7,6 +7,7 @@ of the model, and a pass of a model that is larger than memory needs one layer o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from ..structures.shards import is_part, shape_of, whole
 
 __all__ = ["Pieces", "Weights", "held_weights", "layerwise"]
 
@@ -31,12 +34,16 @@ LARGE = 2**20
 
 
 def held_weights(model: nn.Module) -> Weights:
-    """The weights that the model holds now, also after its modules have lost them."""
+    """The weights that the model holds now, also after its modules have lost them.
+
+    Those that lie in parts are gathered when they are asked for.
+    """
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    return {name: tensor.detach() for name, tensor in named}.__getitem__
+    held = {name: tensor if is_part(tensor) else tensor.detach() for name, tensor in named}
+    return lambda name: whole(held[name]).detach()
 
 
 @contextmanager
@@ -85,7 +92,7 @@ def _layers(model: nn.Module, pieces: Pieces) -> Iterator[tuple[str, nn.Module]]
             if id(child) in seen:
                 continue
             seen.add(id(child))
-            large = sum(p.numel() for p in child.parameters(recurse=False)) >= LARGE
+            large = sum(math.prod(shape_of(p)) for p in child.parameters(recurse=False)) >= LARGE
             if is_list or (large and isinstance(child, nn.Embedding | nn.Linear)):
                 yield place, child
             else:
@@ -105,7 +112,7 @@ def _empty(
     for leaf, parameter in list(_floating(module)):
         undo.callback(module._parameters.__setitem__, leaf, parameter)
         device = "cpu" if parameter.is_meta else parameter.device
-        nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(parameter.shape)
+        nothing = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape_of(parameter))
         module._parameters[leaf] = nn.Parameter(nothing, parameter.requires_grad)
     for leaf, buffer in list(module._buffers.items()):
         if buffer is None:

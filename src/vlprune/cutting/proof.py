@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -13,16 +14,17 @@ from torch import Tensor, nn
 
 from ..device import device_of, same_random_numbers
 from ..errors import IncomparableError, VerificationError
-from ..structures.shards import is_part
+from ..structures.shards import is_dtensor, shape_of
 from ..structures.units import plain_name
 from .apply import slices_of
 from .difference import Difference, difference, tensors_of
 from .first_batch import run_inputs
-from .fsdp import computing_in, is_sharded, recover
+from .fsdp import by_fsdp, computing_in, recover
 from .gates import gated
 from .layerwise import Pieces, Weights, held_weights, layerwise
 from .settle import Cut
 from .sharing.ties import Tie, WholeWeights, remember_ties, ties_of, untie
+from .zero import is_split
 
 __all__ = [
     "MaskedWeights",
@@ -37,14 +39,11 @@ __all__ = [
 
 SMALL_ENOUGH_FOR_FLOAT64 = 100_000_000
 
-
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative difference between masked and cut model that counts as rounding."""
 
-
 HALF_TOLERANCE = 5e-2
 """The same for any other dtype, where a kernel supports only half precision."""
-
 
 ADVICE = (
     "the model was put back as it was: report this architecture, or, if you know better, "
@@ -113,7 +112,7 @@ def run_masked(
     (first, *others) = [(inputs, *setting) for setting in _settings(model)]
     labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
     for one in (Setting(*values) for values in (first, *labelled, *others)):
-        for pieces in PIECES[-1:] if is_sharded(model) else PIECES:
+        for pieces in _pieces(model):
             setting = replace(one, pieces=pieces)
             try:
                 with _untied(model), gated(model, cut.description.structures, cut.plan):
@@ -137,6 +136,18 @@ def run_masked(
 PIECES: tuple[Pieces, ...] = ("layers", "modules", "model")
 
 
+def _pieces(model: nn.Module) -> tuple[Pieces, ...]:
+    """What of the model to give its weights at a time, best first."""
+    if by_fsdp(model):  # which gathers by its own units
+        return PIECES[-1:]
+    # never all of a large split model in every process
+    return PIECES[:-1] if is_split(model) and not _is_small(model) else PIECES
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(math.prod(shape_of(p)) for p in model.parameters()) <= SMALL_ENOUGH_FOR_FLOAT64
+
+
 class MaskedWeights:
     """The weights of the masked model: those that the plan shares taken from their sources.
 
@@ -151,7 +162,7 @@ class MaskedWeights:
     def __init__(self, model: nn.Module, cut: Cut, stored: Weights) -> None:
         with _untied(model):
             every = model.named_parameters(remove_duplicate=False)
-            shapes = {name: tuple(parameter.shape) for name, parameter in every}
+            shapes = {name: shape_of(parameter) for name, parameter in every}
         self._scale = slices_of(cut.structures, cut.plan, shapes).scale
         self._ties: dict[str, list[Tie]] = defaultdict(list)
         for tie in ties_of(cut.structures, cut.plan, shapes):
@@ -222,10 +233,10 @@ def compare(
 def _rounding(model: nn.Module) -> float:
     """The relative difference that a cut of a sharded model may make by rounding; else 0.
 
-    Weights in parts keep their dtype during the proof. A softmax temperature that is folded into
+    FSDP2's weights keep their dtype during the proof. A softmax temperature that is folded into
     them is rounded to it, and so are activations that a forward casts to the dtype of a weight.
     """
-    dtypes = {p.dtype for p in model.parameters() if is_part(p) and p.is_floating_point()}
+    dtypes = {p.dtype for p in model.parameters() if is_dtensor(p) and p.is_floating_point()}
     return max((min(HALF_TOLERANCE, 16 * torch.finfo(d).eps) for d in dtypes), default=0.0)
 
 
@@ -237,7 +248,7 @@ def _pass(model: nn.Module, setting: Setting, part: str, weights: Weights) -> li
     with ExitStack() as entered:
         if setting.kernel:
             entered.enter_context(_kernels(model, setting.kernel))
-        if is_sharded(model):
+        if by_fsdp(model):
             entered.enter_context(in_dtype(model, setting.dtype))
         else:
             entered.enter_context(layerwise(model, setting.dtype, weights, setting.pieces))
@@ -250,8 +261,7 @@ def _first_line(error: BaseException) -> str:
 
 def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
     """The dtypes and kernels to try the proof with, best first."""
-    count = sum(p.numel() for p in model.parameters())
-    wide = torch.float64 if count <= SMALL_ENOUGH_FOR_FLOAT64 else torch.float32
+    wide = torch.float64 if _is_small(model) else torch.float32
     yield wide, "", "layers"
     if hasattr(model, "set_attn_implementation"):
         yield wide, "sdpa", "layers"
@@ -312,7 +322,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Parameters cut inside the block come back in the dtype they had. Those that lie in parts keep
     theirs, and are gathered in the other.
     """
-    sharded = is_sharded(model)
+    sharded = by_fsdp(model)
     with computing_in(model, dtype) if sharded else nullcontext():
         before = {plain_name(name): t.dtype for name, t in _floating(model) if t.dtype != dtype}
         try:
@@ -330,7 +340,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, t) for name, t in named if t.is_floating_point() and not is_part(t)]
+    return [(name, t) for name, t in named if t.is_floating_point() and not is_dtensor(t)]
 
 
 @torch.no_grad()

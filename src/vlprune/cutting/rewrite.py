@@ -21,10 +21,11 @@ from .proof import Verification, compare, run_masked, verification
 from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
 from .wrappers import unwrapped
+from .zero import engine_aside
 
 __all__ = ["HOW_TO_SHARE", "NO_SHARING", "carry_out", "perform", "rewrite"]
 
-NO_SHARING = "layers cannot share weights that FSDP has spread over processes"
+NO_SHARING = "layers cannot share weights that are spread over processes"
 HOW_TO_SHARE = (
     "save the searched model from all processes by vlprune.save(model, FOLDER, "
     "extras={'searched.json': compressor.plan().to_json()}), and apply that plan in one process "
@@ -47,10 +48,11 @@ def rewrite(
     support no wider one. If they differ, or anything else ends the cut early (Ctrl-C, out of
     memory), the model is put back as it was, so the old weights are held until the cut is done.
 
-    A model whose weights FSDP2 has spread over processes is cut parameter by parameter, each
-    gathered on its own, and stays spread. All processes must call this; the proof runs on the
-    inputs of the first, and a cut that fails in one of them is undone in all. Such a model cannot
-    share weights: UnsupportedError says how to apply the plan after gathering.
+    A model whose weights FSDP2 or DeepSpeed ZeRO-3 has spread over processes is cut parameter by
+    parameter, each gathered on its own, and stays spread. All processes must call this; the proof
+    runs on the inputs of the first, and a cut that fails in one of them is undone in all. Such a
+    model cannot share weights: UnsupportedError says how to apply the plan after gathering. A cut
+    ends the DeepSpeed engine that trained the model (:mod:`vlprune.cutting.zero`).
 
     Raises PlanError for a plan that does not fit, UnsupportedError for a model that carries
     another quantizer, adapters, gates, weights that are not ordinary parameters or a wrapper for
@@ -74,7 +76,8 @@ def perform(
         # one forward pass in all processes, or they would wait for each other
         verify = first_value(on_the_cpu(verify))
     try:
-        return _performed(model, cut, verify, all_or_none if sharded else nullcontext)
+        with engine_aside(model):
+            return _performed(model, cut, verify, all_or_none if sharded else nullcontext)
     finally:
         if sharded:
             reshard(model)

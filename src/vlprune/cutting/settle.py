@@ -16,7 +16,6 @@ from ..structures.units import owner_of
 from .gates import has_gates
 from .sharing.rules import check_shares, settled
 from .sharing.ties import ties_in
-from .wrappers import refuse_zero_3
 
 __all__ = ["Cut", "settle"]
 
@@ -75,9 +74,8 @@ def check_plain(model: nn.Module, structures: Sequence[Structure]) -> None:
 
     Except for vlprune's own sharing, a weight that is computed from others (adapters,
     ``weight_norm``, ``torch.nn.utils.prune``) cannot be cut: the tensors behind it would keep their
-    size. Weights that DeepSpeed ZeRO-3 has split are refused, too.
+    size.
     """
-    refuse_zero_3(model)
     shared = {one.target for one in ties_in(model)}
     for structure in structures:
         for slot in structure.slots:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 
-__all__ = ["refuse_zero_3", "stock_class", "uncompiled", "unwrapped"]
+__all__ = ["stock_class", "uncompiled", "unwrapped"]
 
 _REFUSED = {
     "DistributedDataParallel": "its buckets hold the old weights after a cut",
@@ -45,7 +45,6 @@ def unwrapped(model: Any) -> Any:
             f"this is a {name}, and {_REFUSED[name]}: give {inside}, and wrap the small model anew "
             "after finish()"
         )
-    refuse_zero_3(model)
     if _has_adapters(model):
         raise UnsupportedError(
             "this model carries PEFT adapters, whose part of the output no gate reaches: compress "
@@ -53,18 +52,6 @@ def unwrapped(model: Any) -> Any:
             "model.merge_and_unload() and compress what it returns"
         )
     return model
-
-
-def refuse_zero_3(model: nn.Module) -> None:
-    """Raise UnsupportedError if DeepSpeed ZeRO-3 has split the weights over processes."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") and hasattr(parameter, "ds_status"):
-            raise UnsupportedError(
-                f"{name} is split over processes by DeepSpeed ZeRO-3, whose weights cannot be "
-                "described or cut: use FSDP2 (torch.distributed.fsdp.fully_shard, or accelerate "
-                "with fsdp_version: 2), or ZeRO stage 2 with the engine's module, then give the "
-                "small model to a new engine"
-            )
 
 
 def _has_adapters(model: nn.Module) -> bool:

@@ -33,7 +33,7 @@ def gather(model: Any, folder: Path | None) -> dict[str, Tensor]:
         if id(tensor) in seen:  # a tied weight
             state[name] = seen[id(tensor)]
             continue
-        full = whole(tensor.detach())
+        full = whole(tensor).detach()
         if folder is None or problem is not None:  # goes on, because the others wait for its part
             continue
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..cutting.gates import Gates, evaluating
 from ..cutting.padded import is_linear
+from ..cutting.zero import running
 from ..device import moved_to
 from ..structures.plan import Plan
+from ..structures.shards import shape_of
 from ..structures.structure import Structure
 from ..structures.units import named_weights
 from .params import kept_of
@@ -134,13 +137,13 @@ def measure_macs(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), counter:
+        with running(model), evaluating(model), counter:
             model(**moved_to(model, example_inputs))
     by_core = {
         core: done - sum(n for path, n in by_projection.items() if path.startswith(core + "."))
         for core, done in counter.core.items()
     }
-    shapes = {name: tuple(p.shape) for name, p in named_weights(model).items()}
+    shapes = {name: shape_of(p) for name, p in named_weights(model).items()}
     unit = {s.name: _macs_per_unit(s, shapes, by_projection, by_core) for s in structures}
     sizes = {s.name: s.size for s in structures}
     return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))
@@ -160,17 +163,19 @@ def _projection_hooks(model: nn.Module, macs: dict[str, int]) -> Iterator[Remova
         def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _o: Any) -> None:
             given = [*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :])]
             tokens = [x.numel() // x.shape[-1] for x in given[:3]]
-            third = module.in_proj_weight.shape[0] // 3
+            third = shape_of(module.in_proj_weight)[0] // 3
             for part, count in enumerate(tokens):  # q, k and v may see different lengths
                 key = f"{path}.in_proj_weight@{part * third}"
-                macs[key] += count * module.in_proj_weight.numel() // 3
-            macs[f"{path}.out_proj.weight"] += tokens[0] * module.out_proj.weight.numel()
+                macs[key] += count * math.prod(shape_of(module.in_proj_weight)) // 3
+            macs[f"{path}.out_proj.weight"] += tokens[0] * math.prod(
+                shape_of(module.out_proj.weight)
+            )
 
         return hook
 
     for path, module in model.named_modules():
         if is_linear(module):
-            rows, columns = module.weight.shape
+            rows, columns = shape_of(module.weight)
             yield module.register_forward_hook(linear(f"{path}.weight", rows, columns))
         elif isinstance(module, nn.MultiheadAttention):
             yield module.register_forward_hook(multihead(path, module), with_kwargs=True)

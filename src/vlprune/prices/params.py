@@ -13,6 +13,7 @@ from ..cutting.gates import Gates
 from ..cutting.sharing.rules import settled
 from ..cutting.sharing.ties import ties_in, ties_of
 from ..structures.plan import Plan
+from ..structures.shards import shape_of
 from ..structures.structure import Structure
 from ..structures.units import named_weights, positions
 from .prices import Prices
@@ -40,7 +41,7 @@ def params(
     """
     if isinstance(plan_or_gates, Plan):
         plan_or_gates = settled(model, structures, plan_or_gates)
-    shapes = {name: list(p.shape) for name, p in named_weights(model).items()}
+    shapes = {name: list(shape_of(p)) for name, p in named_weights(model).items()}
     removed: dict[str, dict[int, Any]] = defaultdict(dict)
     for structure in structures:
         gone = structure.size - kept_of(structure, plan_or_gates)
@@ -94,7 +95,7 @@ def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
     unit whose weights are stored elsewhere costs its bias alone (``Prices.borrowed``).
     """
     weights = named_weights(model)
-    shapes = {name: tuple(p.shape) for name, p in weights.items()}
+    shapes = {name: shape_of(p) for name, p in weights.items()}
     unit, borrowed = {}, {}
     for structure in structures:
         costs = [

@@ -87,7 +87,7 @@ def unit_squares(
         for slot in structure.slots:
             axis_sums = sums.get((slot.param, slot.axis))
             if axis_sums is None:
-                weight = whole(weights(slot.param).detach())
+                weight = whole(weights(slot.param)).detach()
                 squares = weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
                 others = [axis for axis in range(weight.dim()) if axis != slot.axis]
                 if others:  # a vector_norm over rows takes ten times as long

@@ -43,9 +43,9 @@ def refuse_sharded(model: nn.Module) -> None:
     """Raise UnsupportedError if processes share the weights out among them."""
     if is_sharded(model):
         raise UnsupportedError(
-            "calibration works on whole weights, and these are spread over processes (FSDP): "
-            "compress before fully_shard (each process may bring its own part of the batches), "
-            "then shard the small model"
+            "calibration works on whole weights, and these are spread over processes (FSDP or "
+            "DeepSpeed ZeRO-3): compress before fully_shard or deepspeed.initialize (each process "
+            "may bring its own part of the batches), then spread the small model"
         )
 
 

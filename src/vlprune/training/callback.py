@@ -76,12 +76,11 @@ class CompressorCallback(TrainerCallback, ExportableState):
         reshard(model)
         own = parts = 0.0
         for parameter in model.parameters():
-            weight = parameter.detach()
             if not summed_up:
-                flat = whole(weight).reshape(-1)
+                flat = whole(parameter).detach().reshape(-1)
                 own += float(flat[:: max(1, flat.numel() // LOOKED_AT)].double().abs().sum())
                 continue
-            size = float(torch.linalg.vector_norm(local(weight), 1, dtype=torch.double))
+            size = float(torch.linalg.vector_norm(local(parameter).detach(), 1, dtype=torch.double))
             if is_part(parameter):
                 parts += size / copies_of(parameter)
             else:

@@ -20,6 +20,7 @@ from ..cutting.settle import check_plain, settle
 from ..cutting.sharing.rules import settled, with_followers
 from ..cutting.sharing.ties import is_shared
 from ..cutting.wrappers import unwrapped
+from ..cutting.zero import optimizer_of
 from ..device import device_of
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Method, Search
@@ -38,7 +39,7 @@ from .ranks import check_same_plan, mean_gradients
 from .reach import Reach
 from .state import SearchState, priced_again, seconds_of_prices
 from .summary import figures, summary
-from .turns import turns_of
+from .turns import refuse_split, turns_of
 
 __all__ = ["Compressor", "CompressorCallback"]
 
@@ -103,6 +104,7 @@ class Compressor:
         self.budget = parse_budget(budget)
         self.given, self.model, self.method = model, unwrapped(model), method
         model = self.model
+        refuse_split(model, method)
         self.description = described(model, attention)
         self.example_inputs = dict(example_inputs) if example_inputs else None
         self.structures = without(self.description.structures, skip)
@@ -162,6 +164,7 @@ class Compressor:
         if not self.finished:
             check_plain(self.model, self.structures)
             refuse_other_shards(self.model)
+            refuse_split(self.model, self.method)
             if self.turns is not None and is_sharded(self.model) and self.progress == 0:
                 warnings.warn(
                     f"{NO_SHARING}: the search itself runs, and finish() works where its plan "
@@ -173,6 +176,8 @@ class Compressor:
     def detach(self) -> None:
         """Remove gates and hooks; the search keeps what it has learnt."""
         self._gating.detach()
+        if self.turns is not None:
+            self.turns.let_go()
 
     def begin(self, steps: int) -> None:
         """Get ready for a search of ``steps`` steps; :meth:`callback` does this.
@@ -326,8 +331,11 @@ class Compressor:
         return callback
 
     def remember_optimizer(self, optimizer: Any) -> None:
-        """Note the optimizer that trains the model, so that it can go on after the cut."""
-        if optimizer is not None:
+        """Note the optimizer that trains the model, so that it can go on after the cut.
+
+        That of a DeepSpeed engine cannot.
+        """
+        if optimizer is not None and optimizer_of(self.model) is None:
             self._optimizer = optimizer
 
     def figures(self) -> dict[str, float]:
@@ -384,8 +392,9 @@ class Compressor:
         Raises VerificationError if masked and cut model differ, VlpruneError if processes disagree
         on the plan.
 
-        Where FSDP2 has spread the weights over processes, all of them must call this. Weights are
-        gathered and cut one at a time, and the small model stays spread, ready to train on.
+        Where FSDP2 or DeepSpeed ZeRO-3 has spread the weights over processes, all of them must
+        call this. Weights are gathered and cut one at a time, and the small model stays spread:
+        with FSDP2 ready to train on, with DeepSpeed ready for a new engine.
         """
         if self.finished:
             return self.given

@@ -215,8 +215,8 @@ def fit(
     training. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there, and
     training goes on from the last one that is whole; ``say`` gets a line for every other. Raises
     CheckpointError where a checkpoint cannot be written, VlpruneError where the loss is no longer
-    finite, UnsupportedError where weights to average are sharded. TensorBoard's files, where
-    ``report_to`` asks for them, go to ``logs``.
+    finite, UnsupportedError under DeepSpeed, and where weights to average are sharded.
+    TensorBoard's files, where ``report_to`` asks for them, go to ``logs``.
     """
     if not spec.on:
         return []
@@ -244,10 +244,16 @@ def fit(
         )
         first(trainer, callbacks)
         watch.trainer, trainer.rates, trainer.average = trainer, spec.rates, average
-        if spec.ema and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        if trainer.is_deepspeed_enabled:
             raise UnsupportedError(
-                "ema keeps the average of whole weights, and FSDP and DeepSpeed divide them among "
-                "the processes: leave ema out, or train with torchrun alone"
+                "a recipe measures, cuts and trains one model in turn, and an engine of DeepSpeed "
+                "trains the model that it was made for only: start the recipe by torchrun alone, "
+                "or use DeepSpeed in a Trainer of your own, with compressor.callback()"
+            )
+        if spec.ema and trainer.is_fsdp_enabled:
+            raise UnsupportedError(
+                "ema keeps the average of whole weights, and FSDP divides them among the "
+                "processes: leave ema out, or train with torchrun alone"
             )
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go

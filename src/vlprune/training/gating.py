@@ -14,9 +14,10 @@ from ..cutting.first_batch import copied
 from ..cutting.fsdp import reshard
 from ..cutting.gates import gated
 from ..cutting.padded import stock_name
+from ..cutting.zero import loss_scale
 from ..device import device_of
 from ..errors import UnsupportedError
-from ..structures.shards import scale_
+from ..structures.shards import scale_, shape_of
 from ..structures.structure import Gate, Structure
 from ..structures.units import spread
 from .saved_names import in_own_names
@@ -27,15 +28,17 @@ __all__ = ["Gating"]
 class Gating:
     """The gates of a search, and two hooks on the root of the model, from attach to detach.
 
-    One hook keeps the first training batch, which the cut is proved on, and lets gates follow the
-    model to another device; the other lets a Trainer find the weights that transformers saves under
-    other names. Copies and pickles of the model have neither gates nor working hooks.
+    One hook keeps the first training batch, which the cut is proved on, lets gates follow the model
+    to another device, and notes the factor by which a DeepSpeed engine scales the loss; the other
+    lets a Trainer find the weights that transformers saves under other names. Copies and pickles
+    of the model have neither gates nor working hooks.
     """
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure], with_gates: bool) -> None:
         self.model, self.structures = model, structures if with_gates else ()
         self.gates = {s.name: torch.ones(s.size, requires_grad=True) for s in self.structures}
         self.first_batch: dict[str, Any] | None = None
+        self.loss_scale = 1.0
         self.attached = self._translates = False
         self._hooks, self._in_place = ExitStack(), ExitStack()
 
@@ -99,8 +102,9 @@ class Gating:
     def take_gradients(self, scale: float = 1.0) -> dict[str, Tensor]:
         """The gates' gradients {structure: (size,)}, which start from zero again afterwards.
 
-        ``scale`` is the factor that the loss was multiplied by.
+        ``scale`` is the factor that the loss was multiplied by, beside that of a DeepSpeed engine.
         """
+        scale *= self.loss_scale
         taken = {n: g.grad.detach() for n, g in self.gates.items() if g.grad is not None}
         for gate in self.gates.values():
             gate.grad = None
@@ -117,7 +121,7 @@ class Gating:
             stays = (self.gates[structure.name].detach() != 0).float()
             for gate in structure.gates if not bool(stays.all()) else ():
                 for _name, weight, axis in self._gated_weights(gate):
-                    scale_(weight, axis, spread(stays, gate, weight.shape[axis]))
+                    scale_(weight, axis, spread(stays, gate, shape_of(weight)[axis]))
 
     @torch.no_grad()
     def write_into_weights(self, originals: Originals) -> None:
@@ -131,7 +135,7 @@ class Gating:
             for gate in structure.gates if bool((values != 1).any()) else ():
                 for name, weight, axis in self._gated_weights(gate):
                     originals.keep([f"{gate.module}.{name}"])
-                    scale_(weight, axis, spread(values, gate, weight.shape[axis]))
+                    scale_(weight, axis, spread(values, gate, shape_of(weight)[axis]))
 
     def _gated_weights(self, gate: Gate) -> Iterator[tuple[str, Tensor, int]]:
         """The parameters that a gate acts on: name in its module, tensor, axis."""
@@ -141,8 +145,9 @@ class Gating:
             weight = module._parameters.get(name)
             if weight is None:
                 continue
-            transposed = weight.dim() == 2 and stock_name(module) == "Conv1D"
-            axis = int((gate.at == "input") != transposed) if weight.dim() > 1 else 0
+            dims = len(shape_of(weight))
+            transposed = dims == 2 and stock_name(module) == "Conv1D"
+            axis = int((gate.at == "input") != transposed) if dims > 1 else 0
             yield name, weight, axis
 
 
@@ -167,8 +172,12 @@ class _BeforeForward(_Hook):
         if owner is None or module is not owner.model:
             return
         owner.follow()
-        # generate() and evaluations are no training
-        if owner.first_batch is None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # generate() and evaluations are no training
+            return
+        if not torch.compiler.is_compiling():
+            # before the backward pass: accelerate lets DeepSpeed step, and change it, right after
+            owner.loss_scale = loss_scale(module)
+        if owner.first_batch is None:
             owner.first_batch = copied(module, args, kwargs)
 
 

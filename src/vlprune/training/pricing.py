@@ -37,6 +37,7 @@ from ..prices.select import (
     select,
 )
 from ..structures.record import read_record
+from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Structure
 from ..structures.units import named_weights, unit_squares
 
@@ -134,7 +135,8 @@ def costs_of(
     if measured is None and is_sharded(model):
         raise BudgetError(
             "a latency is measured on copies of the whole model, and here the weights are spread "
-            "over processes (FSDP): make the Compressor before fully_shard, or give it prices="
+            "over processes: make the Compressor before fully_shard or deepspeed.initialize, or "
+            "give it prices="
         )
     where = conditions(model, inputs)
     prices = measured or latency_prices(model, structures, inputs, attention)
@@ -149,7 +151,7 @@ def problem_of(
     groups: Mapping[str, str],
 ) -> Problem:
     """The problem of a method: values, and three functions that look at the model for it."""
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+    shapes = {name: shape_of(weight) for name, weight in named_weights(model).items()}
 
     def squares() -> Mapping[str, Tensor]:
         every = dict(model.named_parameters(remove_duplicate=False))

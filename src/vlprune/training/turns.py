@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..cutting.sharing.mixed import (
 from ..cutting.sharing.ties import (
     is_shared,
 )
+from ..cutting.zero import is_split, loss_scale, optimizer_of
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
@@ -25,7 +27,7 @@ from ..processes import world
 from ..structures.structure import Structure
 from .ranks import averaged
 
-__all__ = ["Turns", "turns_of"]
+__all__ = ["Turns", "refuse_split", "turns_of"]
 
 
 def turns_of(
@@ -50,6 +52,28 @@ def turns_of(
     return Turns(model, structures, search, held_out, loss)
 
 
+def refuse_split(model: nn.Module, method: Method) -> None:
+    """Raise UnsupportedError if a search that changes weights meets those of DeepSpeed ZeRO-3."""
+    if method.uses_held_out and is_split(model):
+        raise UnsupportedError(
+            f"{type(method).__name__} changes weights in turn with training and shares them "
+            "between layers, which DeepSpeed ZeRO-3 allows for neither: train with ZeRO stage 2, "
+            "or shard by FSDP2 (fully_shard)"
+        )
+
+
+class _Pull:
+    """A gradient that joins that of the next backward pass of its weight, once."""
+
+    def __init__(self, weight: Tensor, pull: Tensor, scale: Callable[[], float]) -> None:
+        self.pull, self.scale = pull, scale
+        self.hook = weight.register_hook(self)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        self.hook.remove()
+        return gradient + (self.scale() * self.pull).to(gradient.dtype)
+
+
 class Turns:
     """Access to the weights that a search takes turns with (:class:`vlprune.methods.Weights`).
 
@@ -72,6 +96,7 @@ class Turns:
         self.weight_scale = 1.0
         self.seen = 0
         self.reached: set[str] = set()
+        self._waiting: list[_Pull] = []
 
     def restart(self, search: Search) -> None:
         """Go on with a new search, from the first held-out batch."""
@@ -92,9 +117,32 @@ class Turns:
         elif strength:
             distance = alignment(self.model, self.structures, wanted.vectors)
             if distance.requires_grad:
-                (strength * distance).backward()
+                self._pull(strength * distance)
         if wanted.factor < 1:
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
+
+    def _pull(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, the same in all processes, to those of the weights.
+
+        DeepSpeed takes gradients away as the backward pass makes them, and accelerate lets it step
+        right after. There they join those of the next backward pass, multiplied as its loss is.
+        """
+        self.let_go()
+        if optimizer_of(self.model) is None:
+            loss.backward()
+            return
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        for weight, pull in zip(
+            weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
+        ):
+            if pull is not None:
+                self._waiting.append(_Pull(weight, pull, partial(loss_scale, self.model)))
+
+    def let_go(self) -> None:
+        """Drop gradients that wait for the next backward pass."""
+        for pull in self._waiting:
+            pull.hook.remove()
+        self._waiting.clear()
 
     def look(self, vectors: Vectors, learns: bool, compares: bool) -> Look:
         """The loss of the next held-out batch with the vectors, and without if it ``compares``.

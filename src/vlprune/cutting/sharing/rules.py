@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import PlanError
 from ...structures.plan import Plan
 from ...structures.record import Record, read_record
-from ...structures.shards import whole
+from ...structures.shards import shape_of, whole
 from ...structures.structure import Slot, Structure
 from ...structures.units import named_weights, positions
 
@@ -55,7 +55,7 @@ def check_shares(model: nn.Module, structures: Sequence[Structure], plan: Plan) 
     """Raise PlanError unless all units that the plan shares can be shared."""
     if not plan.share:
         return
-    shapes = {name: tuple(weight.shape) for name, weight in named_weights(model).items()}
+    shapes = {name: shape_of(weight) for name, weight in named_weights(model).items()}
     by_name = {s.name: s for s in structures}
     record = read_record(model)
     known = _shared_now(record) if record is not None else {}
