@@ -30,7 +30,7 @@ from .landing import Landing, Replay, landing_of, value_at
 from .moments import Moments, flat
 from .passes import calls_of, ready, weight_of
 from .solve import Repair, repair
-from .store import Originals, Parked, Shelf, Steps, put
+from .store import Originals, Parked, Shelf, Steps, lies_in, put
 from .streams import Stream, streams
 
 __all__ = ["fold_layers"]
@@ -124,7 +124,7 @@ def _fold_block(
         for n in here:
             dense[n].resume()
         tensors, facts = known
-        put(model, tensors)
+        put(model, tensors, steps.file(f"folded-{number}"))
         bare = torch.zeros(0)
         return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
     module = model.get_submodule(block.path)
@@ -151,6 +151,7 @@ def _fold_block(
     facts = {name: (r.before, r.after, r.damping) for name, r in done.items()}
     changed = {name: model.get_parameter(name) for name in _changing(model, block, plan)}
     steps.remember(f"folded-{number}", changed, {"repairs": facts})
+    lies_in(model, changed, steps.file(f"folded-{number}"))
     return done
 
 

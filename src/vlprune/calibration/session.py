@@ -28,7 +28,7 @@ from .influence import Influence, influence_of, main_outputs, small_enough
 from .moments import of_all_processes
 from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
 from .rotate import rotate_heads
-from .store import Originals, Steps, put
+from .store import Originals, Steps, lies_in, put
 
 __all__ = ["Calibration", "OutputError", "Session", "fold", "rotate", "session_of"]
 
@@ -142,7 +142,7 @@ class Session:
             tensors, facts = done
             if given:
                 originals.keep(tensors)
-            put(self.model, tensors)
+            put(self.model, tensors, self.steps.file("rotated"))
             self.refused, self.rotated = facts["refused"], True
             return
         try:
@@ -162,6 +162,7 @@ class Session:
             {name: self.model.get_parameter(name) for name in names},
             {"refused": self.refused},
         )
+        lies_in(self.model, names, self.steps.file("rotated"))
 
     @property
     def influence(self) -> Influence:
