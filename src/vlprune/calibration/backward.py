@@ -30,14 +30,14 @@ LINE = 64
 
 
 @contextmanager
-def set_aside(model: nn.Module, room: int = IN_MEMORY) -> Iterator[None]:
-    """What graphs save meanwhile takes ``room`` bytes, and no weights, if the model is paged."""
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Graphs of a model on pages hold no weights, and at most ``IN_MEMORY`` bytes of the rest."""
     pages = pages_of(model)
     if pages is None:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="vlprune-") as place:
-        saved = _Saved(pages, room, Path(place))
+        saved = _Saved(pages, IN_MEMORY, Path(place))
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             yield
 

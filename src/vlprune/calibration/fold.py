@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -62,7 +62,7 @@ def fold_layers(
     steps: Steps,
     advance: Callable[..., None] = lambda done: None,
 ) -> dict[str, Repair]:
-    """Fold the plan into the weights in place; returns the repair of each layer, {module: repair}.
+    """Fold the plan into the weights in place; returns {module: repair}, without its weights.
 
     Afterwards the model computes, with all of its units, what the cut model will compute: the
     columns of units that go are 0. ``originals`` gets every parameter before it changes, ``steps``
@@ -158,7 +158,7 @@ def _fold_block(
 def _repaired(
     model: nn.Module, consumer: Consumer, sums: tuple[Moments, Moments], units: Sequence[int]
 ) -> Repair:
-    """The repair of one layer, written into it."""
+    """The repair of one layer, written into it and then dropped: its errors are returned."""
     layer: Any = model.get_submodule(consumer.module)
     weight = weight_of(layer)
     kept = consumer.kept(units).to(weight.device)
@@ -169,7 +169,7 @@ def _repaired(
     else:
         made = repair(fitted, held_out, weight, layer.bias, kept)
     _write(layer, made, kept)
-    return made
+    return replace(made, weight=made.weight.new_zeros(0), bias=None)
 
 
 def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) -> dict[str, Repair]:

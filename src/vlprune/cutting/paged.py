@@ -104,9 +104,7 @@ class Pages:
         for name, place in places.items():
             first = self._first[name]
             self._drop(first)
-            self._files.pop(first, None)
-            if place is not None:
-                self._files[first] = place
+            self._move(first, place)
 
     def flush(self) -> None:
         """Write every change, and drop all weights from memory."""
@@ -160,10 +158,16 @@ class Pages:
             save_file({name: parameter.detach().cpu().contiguous()}, path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write {plain(path)}: {reason(error)}") from error
-        old = self._files.get(name)
+        self._move(name, (path, name))
+        self._versions[name] = parameter._version
+
+    def _move(self, name: str, place: Place | None) -> None:
+        """Note where a weight lies now; its last file goes, unless somebody may want it back."""
+        old = self._files.pop(name, None)
         if old is not None and old[0].parent == self.folder and old[0] not in self._asked:
             old[0].unlink(missing_ok=True)
-        self._files[name], self._versions[name] = (path, name), parameter._version
+        if place is not None:
+            self._files[name] = place
 
 
 class _Paged(dict[str, Any]):
