@@ -1,10 +1,12 @@
 """Peak memory and seconds of a cut: in memory, and streamed from folder to folder.
 
     python benchmarks/streaming.py --layers 10
+    python benchmarks/streaming.py --layers 32 --ways imports "samples stream" "samples memory"
 
 A LLaVA in bfloat16 with random weights is written file by file to a temporary folder, which is
-removed at the end. Each way to cut it runs in a process of its own. ``anonymous`` is the memory
-that the system cannot take back; pages of mapped files count in ``resident`` only.
+removed at the end; the ways on samples cut a ViT in float32. Each way to cut it runs in a process
+of its own. ``anonymous`` is the memory that the system cannot take back; pages of mapped files
+count in ``resident`` only.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("imports", "stream", "stream proved", "compress", "memory", "memory proved")
+ON_SAMPLES = ("samples stream", "samples memory")
 SIZE = "200MB"
 
 
@@ -86,6 +89,41 @@ def make(folder: Path, size: Size) -> int:
     return bytes_of_model(model)
 
 
+def make_classifier(folder: Path, layers: int, count: int = 16) -> int:
+    """Write a ViT with its processor, and pictures; returns the bytes of the weights."""
+    import torch
+    import transformers
+    from PIL import Image
+
+    config = transformers.ViTConfig(
+        hidden_size=768, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=12,
+        image_size=96, patch_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(folder / "vit", max_shard_size="200MB")
+    transformers.ViTImageProcessor(size={"height": 96, "width": 96}).save_pretrained(folder / "vit")
+    (folder / "pictures").mkdir()
+    for number in range(count):
+        pixels = torch.randint(0, 255, (96, 96, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{number}.png")
+    return sum(p.nbytes for p in model.parameters())
+
+
+def on_samples(folder: Path, stream: bool) -> None:
+    """Cut the ViT by its calibration batches."""
+    from collections import Counter
+
+    from vlprune.commands.pipeline.on_samples import compress_on_samples
+    from vlprune.commands.pipeline.untrained import Asked
+    from vlprune.data.samples import read_samples
+
+    samples = read_samples(folder / "pictures", Counter())
+    asked = Asked(str(folder / "vit"), {"params": 0.7}, samples, device="cpu")
+    out = folder / f"small-{stream}"
+    compress_on_samples(asked, out, max_shard_size=SIZE, stream=stream)
+
+
 def plan_of(folder: Path) -> Any:
     """Half of the units of every structure."""
     import vlprune
@@ -104,6 +142,9 @@ def cut(way: str, folder: Path) -> None:
 
     dense, out = folder / "dense", folder / way.replace(" ", "-")
     if way == "imports":
+        return
+    if way in ON_SAMPLES:
+        on_samples(folder, way.endswith("stream"))
         return
     if way == "compress":
         from vlprune.commands.pipeline.streamed import compress_streaming
@@ -178,8 +219,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="vlprune-streaming-") as place:
         folder = Path(place)
-        size = make(folder, Size(given.layers))
-        plan_of(folder).save(folder / "plan.json")
+        if set(given.ways) & set(ON_SAMPLES):
+            size = make_classifier(folder, given.layers)
+        else:
+            size = make(folder, Size(given.layers))
+            plan_of(folder).save(folder / "plan.json")
         print(f"a model of {size / 1e9:.2f} GB, weight files of {SIZE}\n", flush=True)
         print("| way | peak resident | peak anonymous | seconds | CPU seconds |")
         print("|---|---:|---:|---:|---:|", flush=True)

@@ -341,7 +341,7 @@ def _measure_apart(
             raise Leave(f"{name} does not say how many heads it has")
         size = rows // counted
     value_rows, out = _rows(path, row.v[0], modules), modules[join(path, row.o[0])]
-    columns = int(shape_of(out.weight)[linear_axes(out)[1]])  # type: ignore[arg-type]
+    columns = int(shape_of(out.weight)[linear_axes(out)[1]])
     heads, kv = rows // size, (_rows(path, row.k, modules) if row.k else value_rows) // size
     wide = 2 if row.k and rows == 2 * columns and _gates_itself(core) else 1
     heads //= wide

@@ -22,7 +22,7 @@ from ..structures.units import owner_of
 from .consumers import Consumer, consumers_of
 from .moments import of_all_processes
 
-__all__ = ["Block", "blocks_of", "callable_projections", "hooked"]
+__all__ = ["Block", "blocks_of", "callable_projections", "hooked", "members_of"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,7 @@ def blocks_of(
     ``calls`` are forward passes, which together reach whatever the batches reach. Blocks that none
     of them reaches, in any process, are left out.
     """
-    members: dict[str, list[Structure]] = defaultdict(list)
-    for structure in structures:
-        members[_block_of(model, structure)].append(structure)
-    for path in sorted(members, key=len):  # a block inside another one belongs to it
-        outer = next((p for p in members if p != path and _inside(path, p)), None)
-        if outer is not None:
-            members[outer] += members.pop(path)
+    members = members_of(model, structures)
     consumers = {s.name: consumers_of(model, s) for s in structures}
     called: Counter[str] = Counter()  # keeps the order of first calls
     again: set[str] = set()
@@ -79,6 +73,18 @@ def blocks_of(
         own.sort(key=lambda c: order[c.module])
         blocks.append(Block(path, tuple(members[path]), tuple(own), path in again))
     return blocks
+
+
+def members_of(model: nn.Module, structures: Sequence[Structure]) -> dict[str, list[Structure]]:
+    """The structures of every block, {path of the block: structures}, in no order of execution."""
+    members: dict[str, list[Structure]] = defaultdict(list)
+    for structure in structures:
+        members[_block_of(model, structure)].append(structure)
+    for path in sorted(members, key=len):  # a block inside another one belongs to it
+        outer = next((p for p in members if p != path and _inside(path, p)), None)
+        if outer is not None:
+            members[outer] += members.pop(path)
+    return members
 
 
 def _merged(orders: Sequence[Sequence[str]]) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from .landing import Landing, Replay, landing_of, value_at
 from .moments import Moments, flat
 from .passes import calls_of, ready, weight_of
 from .solve import Repair, repair
-from .store import Originals, Parked, Shelf, Steps, put
+from .store import Originals, Parked, Shelf, Steps, lies_in, put
 from .streams import Stream, streams
 
 __all__ = ["fold_layers"]
@@ -62,7 +62,7 @@ def fold_layers(
     steps: Steps,
     advance: Callable[..., None] = lambda done: None,
 ) -> dict[str, Repair]:
-    """Fold the plan into the weights in place; returns the repair of each layer, {module: repair}.
+    """Fold the plan into the weights in place; returns {module: repair}, without its weights.
 
     Afterwards the model computes, with all of its units, what the cut model will compute: the
     columns of units that go are 0. ``originals`` gets every parameter before it changes, ``steps``
@@ -124,7 +124,7 @@ def _fold_block(
         for n in here:
             dense[n].resume()
         tensors, facts = known
-        put(model, tensors)
+        put(model, tensors, steps.file(f"folded-{number}"))
         bare = torch.zeros(0)
         return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
     module = model.get_submodule(block.path)
@@ -151,13 +151,14 @@ def _fold_block(
     facts = {name: (r.before, r.after, r.damping) for name, r in done.items()}
     changed = {name: model.get_parameter(name) for name in _changing(model, block, plan)}
     steps.remember(f"folded-{number}", changed, {"repairs": facts})
+    lies_in(model, changed, steps.file(f"folded-{number}"))
     return done
 
 
 def _repaired(
     model: nn.Module, consumer: Consumer, sums: tuple[Moments, Moments], units: Sequence[int]
 ) -> Repair:
-    """The repair of one layer, written into it."""
+    """The repair of one layer, written into it and then dropped: its errors are returned."""
     layer: Any = model.get_submodule(consumer.module)
     weight = weight_of(layer)
     kept = consumer.kept(units).to(weight.device)
@@ -168,7 +169,7 @@ def _repaired(
     else:
         made = repair(fitted, held_out, weight, layer.bias, kept)
     _write(layer, made, kept)
-    return made
+    return replace(made, weight=made.weight.new_zeros(0), bias=None)
 
 
 def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) -> dict[str, Repair]:

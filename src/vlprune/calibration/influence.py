@@ -23,6 +23,7 @@ from ..cutting.gates import evaluating
 from ..errors import DataError
 from ..structures.structure import Structure
 from ..structures.units import owner_of
+from .backward import set_aside
 from .batches import Batches
 from .blocks import callable_projections, hooked
 from .consumers import Rows, consumers_of, rows_of
@@ -86,20 +87,22 @@ def influence_of(
         stack.enter_context(callable_projections(model, structures))
         stack.enter_context(_frozen(model))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(set_aside(model))
 
         def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            output.register_hook(partial(note, path, output.detach()))
+            values = output.detach() if path in asked else None
+            output.register_hook(partial(note, path, values))
             return output.clone()  # what comes next may change its input in place
 
-        def note(name: str, values: Tensor, grad: Tensor) -> None:
+        def note(name: str, values: Tensor | None, grad: Tensor) -> None:
             check_finite(grad)
             if name in consumers:
                 found = flat(grad).double().square().sum(0)
                 squares[name] = squares.get(name, 0) + found
             for structure, rows in queries.items():
-                if rows.weight == name:
+                if rows.weight == name and values is not None:
                     pairs = (flat(values) * flat(grad)).double()
                     change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
                     scores[structure] = scores.get(structure, 0) + change
@@ -109,6 +112,7 @@ def influence_of(
             for s in structures
             if s.kind in ("attention", "attention_qk") and len(rows_of(model, s)) > 1
         }
+        asked = {rows.weight for rows in queries.values()}
         hooks = [
             (model.get_submodule(path).register_forward_hook, partial(watch, path))
             for path in consumers
@@ -180,10 +184,9 @@ def small_enough(
         return batches
     held = 0
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
         nonlocal held
         held += tensor.numel() * tensor.element_size()
-        return tensor
 
     with evaluating(model), _frozen(model), torch.enable_grad():
         inputs = one.inputs(model, 0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..architectures import discover
 from ..cutting.difference import difference, tensors_of
 from ..cutting.padded import linear_axes
+from ..cutting.paged import resident
 from ..cutting.proof import in_dtype
 from ..device import device_of
 from ..errors import VerificationError
@@ -202,15 +203,16 @@ def rotate_heads(
                 reached.add(turn.structure.name)
                 changed = _parameters_of(model, turn)
                 originals.keep(changed)
-                before = {n: model.get_parameter(n).detach().clone() for n in changed}
-                with at.awake() if at is not None else nullcontext():
-                    why = _turned(model, module, replay, turn, moments)
-                refusals = [reason for reason in of_all_processes(why) if reason]
-                if refusals:
-                    refused[turn.structure.name] = refusals[0]
-                    put(model, before)
-                else:
-                    names += changed
+                with resident(module):
+                    before = {n: model.get_parameter(n).detach().clone() for n in changed}
+                    with at.awake() if at is not None else nullcontext():
+                        why = _turned(model, module, replay, turn, moments)
+                    refusals = [reason for reason in of_all_processes(why) if reason]
+                    if refusals:
+                        refused[turn.structure.name] = refusals[0]
+                        put(model, before)
+                    else:
+                        names += changed
     fixed -= reached | refused.keys()
     refused |= dict.fromkeys(fixed, "no calibration batch reaches it")
     return list(dict.fromkeys(names)), dict(sorted(refused.items()))

@@ -28,7 +28,7 @@ from .influence import Influence, influence_of, main_outputs, small_enough
 from .moments import of_all_processes
 from .passes import calls_of, kinds_of_calls, moments_by_block, weight_of
 from .rotate import rotate_heads
-from .store import Originals, Steps, put
+from .store import Originals, Steps, lies_in, put
 
 __all__ = ["Calibration", "OutputError", "Session", "fold", "rotate", "session_of"]
 
@@ -137,13 +137,7 @@ class Session:
             return
         given = originals is not None
         originals = originals if originals is not None else Originals(self.model)
-        done = self.steps.known("rotated")
-        if done is not None:
-            tensors, facts = done
-            if given:
-                originals.keep(tensors)
-            put(self.model, tensors)
-            self.refused, self.rotated = facts["refused"], True
+        if self._rotated_before(originals if given else None):
             return
         try:
             with self.progress.count("rotating", len(self.batches)) as advance:
@@ -157,11 +151,28 @@ class Session:
             if not given:
                 originals.forget()
         self.rotated = True
-        self.steps.remember(
-            "rotated",
-            {name: self.model.get_parameter(name) for name in names},
-            {"refused": self.refused},
-        )
+        for number, name in enumerate(names):  # one by one: they may be more than memory holds
+            step = f"rotated-{number}"
+            self.steps.remember(step, {name: self.model.get_parameter(name)})
+            lies_in(self.model, [name], self.steps.file(step))
+        self.steps.remember("rotated", {}, {"refused": self.refused, "parts": len(names)})
+
+    def _rotated_before(self, originals: Originals | None) -> bool:
+        """Take over the heads that an earlier run has turned, if it has turned all of them."""
+        done = self.steps.known("rotated")
+        if done is None:
+            return False
+        parts = [f"rotated-{number}" for number in range(done[1]["parts"])]
+        if any(self.steps.known(step) is None for step in parts):
+            return False
+        for step in parts:
+            known = self.steps.known(step)
+            assert known is not None
+            if originals is not None:
+                originals.keep(known[0])
+            put(self.model, known[0], self.steps.file(step))
+        self.refused, self.rotated = done[1]["refused"], True
+        return True
 
     @property
     def influence(self) -> Influence:

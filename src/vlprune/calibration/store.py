@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -17,20 +17,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..cutting.paged import Place, pages_of
 from ..errors import CheckpointError
 from ..files import plain, reason
 
-__all__ = ["IN_MEMORY", "Originals", "Parked", "Shelf", "Steps", "put"]
+__all__ = ["IN_MEMORY", "Originals", "Parked", "Shelf", "Steps", "lies_in", "put"]
 
 IN_MEMORY = 256 * 2**20
 """Bytes that may be held in memory whatever the size of the model; more lies in a file."""
 
 
 @torch.no_grad()
-def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names."""
+def put(model: nn.Module, tensors: Mapping[str, Tensor], file: Path | None = None) -> None:
+    """Copy tensors into the parameters of the same names.
+
+    A model that is not in memory notes that they lie in ``file``, if that is given.
+    """
+    if file is not None and pages_of(model) is not None:
+        lies_in(model, tensors, file)
+        return
     for name, tensor in tensors.items():
         model.get_parameter(name).copy_(tensor)
+
+
+def lies_in(model: nn.Module, names: Iterable[str], file: Path | None) -> None:
+    """Tell a model that is not in memory that ``file``, if there is one, holds these weights."""
+    pages = pages_of(model)
+    if pages is not None and file is not None:
+        pages.put_back({name: (file, name) for name in names})
 
 
 class Steps:
@@ -78,23 +92,36 @@ class Steps:
         finally:
             part.unlink(missing_ok=True)
 
+    def file(self, name: str) -> Path | None:
+        """The file of a step, if steps are kept."""
+        return None if self.folder is None else self._path(name)
+
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
 
 
 class Originals:
-    """The parameters of a model as they were, to be put back if anything fails."""
+    """The parameters of a model as they were, to be put back if anything fails.
+
+    Of a model that is not in memory only the places are noted where its weights lie.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._held: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
+        self._places: dict[str, Place | None] = {}
         self._bytes = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def keep(self, names: Iterable[str]) -> None:
         """Note these parameters, unless they are noted already."""
+        pages = pages_of(self.model)
+        if pages is not None:
+            new = [name for name in names if name not in self._places]
+            self._places |= {name: pages.place(name) for name in new}
+            return
         new = [n for n in dict.fromkeys(names) if n not in self._held and n not in self._files]
         tensors = {name: self.model.get_parameter(name).detach().cpu().clone() for name in new}
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -108,11 +135,14 @@ class Originals:
         self._files |= dict.fromkeys(tensors, path)
 
     def __bool__(self) -> bool:
-        return bool(self._held or self._files)
+        return bool(self._held or self._files or self._places)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Restore every noted parameter in place."""
+        pages = pages_of(self.model)
+        if pages is not None:
+            pages.put_back(self._places)
         put(self.model, self._held)
         for path in set(self._files.values()):
             with safe_open(path, "pt") as file:
@@ -121,7 +151,7 @@ class Originals:
 
     def forget(self) -> None:
         """Drop all notes, and the temporary file."""
-        self._held, self._files, self._bytes = {}, {}, 0
+        self._held, self._files, self._places, self._bytes = {}, {}, {}, 0
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -130,11 +160,17 @@ class Originals:
 class Shelf:
     """Room for activations that wait: ``room`` bytes in memory, whatever is more on disk.
 
-    Storage at one of the addresses ``others`` belongs to somebody else, and is never set aside.
+    Storage at one of the addresses ``others``, or of a tensor that ``is_weight`` knows, belongs to
+    somebody else, and is never set aside.
     """
 
-    def __init__(self, room: int, others: Iterable[int] = ()) -> None:
-        self.room, self.others = room, frozenset(others)
+    def __init__(
+        self,
+        room: int,
+        others: Iterable[int] = (),
+        is_weight: Callable[[Tensor], object] = lambda tensor: False,
+    ) -> None:
+        self.room, self.others, self.is_weight = room, frozenset(others), is_weight
         self.used = 0
         self._count = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -143,12 +179,16 @@ class Shelf:
     def beside(cls, model: nn.Module, inputs: Iterable[Mapping[str, Any]]) -> Shelf:
         """A shelf with room for a quarter of the model's bytes, and at least 256 MiB.
 
-        The model's own tensors and those of ``inputs`` are never set aside.
+        The model's own tensors and those of ``inputs`` are never set aside. A model that is not in
+        memory gives no room.
         """
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        pages = pages_of(model)
+        size = 0 if pages else sum(p.numel() * p.element_size() for p in model.parameters())
         given = (t for batch in inputs for t in batch.values() if isinstance(t, Tensor))
         owned = chain(model.parameters(), model.buffers(), given)
-        return cls(max(IN_MEMORY, size // 4), (t.untyped_storage().data_ptr() for t in owned))
+        addresses = (t.untyped_storage().data_ptr() for t in owned)
+        is_weight = pages.name_of if pages else lambda tensor: None
+        return cls(max(IN_MEMORY, size // 4), addresses, is_weight)
 
     def park(self, tensor: Tensor | None) -> Parked:
         """Set a tensor aside. Nobody may read it, or another view of it, unless it is awake."""
@@ -157,7 +197,8 @@ class Shelf:
     def _may(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
         whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        return whole and storage.resizable() and storage.data_ptr() not in self.others
+        owned = storage.data_ptr() in self.others or self.is_weight(tensor)
+        return whole and storage.resizable() and not owned
 
     def place(self) -> Path:
         """The path of a file that does not exist yet."""

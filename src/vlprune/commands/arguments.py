@@ -36,6 +36,7 @@ __all__ = [
     "check_output",
     "check_plan",
     "check_size",
+    "check_stream",
     "check_timing",
     "check_untrained",
     "check_whole",
@@ -257,3 +258,9 @@ def recipe_for(folder: Path, given: Path | None, overrides: Sequence[str] | None
 def on(device: str, recipe: Recipe) -> Recipe:
     """The recipe, to be run on ``device`` unless that is empty."""
     return replace(recipe, device=device) if device else recipe
+
+
+def check_stream(stream: bool | None, calibration: Path | None) -> None:
+    """Raise RecipeError for a wish that a model without samples be in memory, where it never is."""
+    if stream is False and calibration is None:
+        raise RecipeError("--no-stream needs --calibration: without samples the model is streamed")

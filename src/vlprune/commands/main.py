@@ -32,6 +32,7 @@ from .arguments import (
     check_output,
     check_plan,
     check_size,
+    check_stream,
     check_timing,
     check_untrained,
     check_whole,
@@ -152,6 +153,13 @@ def compress(
     max_shard_size: Annotated[
         str, typer.Option(help="For a model: the largest weight file; default: 2GB.")
     ] = "",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="For a model: read weights layer by layer; default: if memory is too small.",
+        ),
+    ] = None,
     device: Device = "",
     as_json: Json = False,
 ) -> None:
@@ -172,6 +180,8 @@ def compress(
         rotate=rotate,
         attention=attention,
         max_shard_size=max_shard_size,
+        stream=stream,
+        no_stream=stream is False,
     )
     if not is_recipe(source, for_models):
         left: Counter[str] = Counter()
@@ -187,13 +197,15 @@ def compress(
                 "cannot be given with a model, only with a recipe",
             ),
             lambda: check_size(max_shard_size),
+            lambda: check_stream(stream, calibration),
             lambda: check_device(device),
             lambda: check_output(output),
         )
         err.print("loading torch and transformers", style="dim")
         from ..folders.save import SHARD
+        from .pipeline.on_samples import compress_on_samples
         from .pipeline.streamed import compress_streaming
-        from .pipeline.untrained import Asked, compress_model
+        from .pipeline.untrained import Asked
 
         asked = Asked(
             model=source,
@@ -209,7 +221,7 @@ def compress(
         if calibration is None:  # no statistics, so the model need not be in memory
             report = compress_streaming(asked, output, Bars(), max_shard_size or SHARD)
         else:
-            report = compress_model(asked, output, Bars(), max_shard_size or SHARD)
+            report = compress_on_samples(asked, output, Bars(), max_shard_size or SHARD, stream)
         _show(report, screens.result(report, output), as_json)
         return
     chosen, *_ = each(

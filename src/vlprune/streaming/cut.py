@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..architectures import discover
 from ..cutting.settle import Cut, settle
@@ -23,7 +24,7 @@ from ..structures.plan import Plan
 from .proof import Proof, prove
 from .shards import Shards
 from .small import cut_source
-from .source import open_source
+from .source import Source, open_source
 
 __all__ = ["Streamed", "bytes_of_model", "stream_cut"]
 
@@ -56,15 +57,19 @@ def stream_cut(
     max_shard_size: int | str = SHARD,
     inputs: Mapping[str, Mapping[str, Any]] | None = None,
     extras: Callable[[Streamed], Mapping[str, str]] | None = None,
+    weights: Callable[[str], Tensor] | None = None,
+    processor: Any = None,
     progress: Progress | None = None,
 ) -> Streamed:
     """Cut the model in ``folder`` to ``out`` without ever holding it in memory.
 
     The result has the bits that loading, :func:`vlprune.rewrite` and :func:`vlprune.save` give.
-    Files of tokenizer and processor are copied. Weight files that are done wait in ``work``, so
-    that a run with the same ``key`` goes on after a kill, and everything moves to ``out`` at the
-    end, proved first. ``inputs`` {path of a part of the model: keywords of its forward pass} are
-    what the proof runs on, made up by default. ``extras`` gives further files {name: text}.
+    Files of tokenizer and processor are copied, or ``processor`` saves them. ``weights`` gives the
+    weight of a name in place of the one in ``folder``, as a repair has left it. Weight files that
+    are done wait in ``work``, so that a run with the same ``key`` goes on after a kill, and
+    everything moves to ``out`` at the end, proved first. ``inputs`` {path of a part of the model:
+    keywords of its forward pass} are what the proof runs on, made up by default. ``extras`` gives
+    further files {name: text}.
 
     Raises PlanError for a plan that does not fit, UnsupportedError for a model that cannot be
     streamed or cut, VerificationError if masked and cut model differ, CheckpointError if a folder
@@ -72,11 +77,11 @@ def stream_cut(
     """
     progress = progress or Progress()
     size = check_shard_size(max_shard_size)
-    source = open_source(folder)
+    source = _opened(folder, weights)
     description = discover(source.model, plan.attention)  # type: ignore[arg-type]
     cut = settle(source.model, description, plan)
     before = bytes_of_model(source.model)
-    weights = cut_source(source, cut)
+    small = cut_source(source, cut)
     counted = {"dense": before, "small": bytes_of_model(source.model)}
     result = Streamed(source.model, cut, None, counted)
     files = work / f"cut-{hashed([key, plan.to_json(), size])}"
@@ -85,15 +90,17 @@ def stream_cut(
         nonlocal result
         with (
             progress.count("cutting (MiB)", counted["small"] // MiB) as advance,
-            Shards(files, files.name, lambda done: advance(done // MiB)).instead(weights),
+            Shards(files, files.name, lambda done: advance(done // MiB)).instead(small),
         ):
             source.model.save_pretrained(staged, max_shard_size=size)
-        for path in sorted(folder.iterdir()):
+        if processor is not None:
+            processor.save_pretrained(staged)
+        for path in sorted(folder.iterdir()) if processor is None else ():
             if BESIDE.fullmatch(path.name) and path.is_file():
                 shutil.copyfile(path, staged / path.name)
         if verify:
             progress.phase("comparing the masked and the cut model, layer by layer")
-            dense = open_source(folder)
+            dense = _opened(folder, weights)
             passes = made_up_parts(dense.model, torch.device("cpu")) if inputs is None else inputs
             proof = prove(dense, open_source(staged), cut, passes, progress.note)
             result = Streamed(source.model, cut, proof, counted)
@@ -106,6 +113,28 @@ def stream_cut(
         shutil.rmtree(files, ignore_errors=True)
         raise
     return result
+
+
+def _opened(folder: Path, weights: Callable[[str], Tensor] | None) -> Source:
+    source = open_source(folder)
+    return source if weights is None else replace(source, weights=_Given(source.weights, weights))
+
+
+@dataclass(frozen=True)
+class _Given(Mapping[str, Tensor]):
+    """Weights of the names in ``names``, each computed when it is asked for."""
+
+    names: Mapping[str, Tensor]
+    weight: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weight(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def bytes_of_model(model: Any) -> int:

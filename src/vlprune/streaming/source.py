@@ -44,7 +44,7 @@ class Source:
     """
 
     model: Any
-    weights: LazyWeights
+    weights: Mapping[str, Tensor]
 
     @cached_property
     def weight(self) -> Callable[[str], Tensor]:

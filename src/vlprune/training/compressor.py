@@ -379,6 +379,16 @@ class Compressor:
         )
         return settled(self.model, self.description.structures, plan)
 
+    def repaired(self) -> Plan:
+        """The plan, folded into the weights as :meth:`finish` does, for a cut that others make."""
+        plan = self._planned()
+        self.detach()
+        if self.calibrated is not None:
+            self.calibrated.repair(plan, self._gating)
+            self.calibrated.keep()
+        self._plan = plan
+        return plan
+
     def finish(self, verify: bool = True) -> Any:
         """Cut the given model in place, and return the same object.
 

@@ -39,7 +39,7 @@ from ..prices.select import (
 from ..structures.record import read_record
 from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Structure
-from ..structures.units import named_weights, unit_squares
+from ..structures.units import named_weights, owner_of, unit_squares
 
 __all__ = [
     "Costs",
@@ -153,9 +153,12 @@ def problem_of(
     """The problem of a method: values, and three functions that look at the model for it."""
     shapes = {name: shape_of(weight) for name, weight in named_weights(model).items()}
 
+    def weight(name: str) -> Tensor:
+        path, leaf = owner_of(name)
+        return getattr(model.get_submodule(path), leaf)
+
     def squares() -> Mapping[str, Tensor]:
-        every = dict(model.named_parameters(remove_duplicate=False))
-        return unit_squares({**every, **named_weights(model)}.__getitem__, structures)
+        return unit_squares(weight, structures)
 
     return Problem(
         structures,

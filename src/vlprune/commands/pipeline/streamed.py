@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from ...device import device_name
 from ...errors import BudgetError, UnsupportedError
 from ...folders.notes import hashed
 from ...folders.opening import guarded, open_processor
@@ -31,7 +32,7 @@ from .result import versions
 from .untrained import Asked, refuse_overwriting
 from .workplace import claimed, cleared, disk_errors_told
 
-__all__ = ["compress_streaming"]
+__all__ = ["compress_streaming", "finished"]
 
 
 def compress_streaming(
@@ -60,19 +61,9 @@ def compress_streaming(
 
     def extras(done: Streamed) -> Mapping[str, str]:
         nonlocal report
-        report |= {
-            "streamed": proof_of(done),
-            "verified": _worst(done),
-            "weight_bytes": dict(done.bytes),
-            "command": asked.command(),
-            "device": "cpu",
-            "threads": torch.get_num_threads(),
-            "peak_bytes": peak_memory(torch.device("cpu")),
-            "seconds": round(time.monotonic() - started, 1),
-            "versions": versions(),
-        }
-        card = model_card(report, type(done.model).__name__)
-        return {REPORT_FILE: json.dumps(report, indent=1) + "\n", "README.md": card}
+        report["command"] = asked.command()
+        report, texts = finished(report, done, torch.device("cpu"), started)
+        return texts
 
     with (
         disk_errors_told(out, "the last finished weight file"),
@@ -97,7 +88,9 @@ def _compressor(asked: Asked, source: Source) -> Compressor:
     ((what, _),) = asked.budget.items()
     inputs = None
     if what == "latency":
-        raise BudgetError("a budget in latency needs the model in memory: give --calibration")
+        raise BudgetError(
+            "a budget in latency needs the model in memory: give --calibration and --no-stream"
+        )
     if what == "macs":
         try:
             inputs = made_up_inputs(source.model)
@@ -122,8 +115,25 @@ def _compressor(asked: Asked, source: Source) -> Compressor:
     return compressor
 
 
-def _worst(done: Streamed) -> dict[str, Any] | None:
-    """The pass of the proof that was furthest off."""
-    passes = done.proof.passes.values() if done.proof else ()
-    worst = max(passes, key=lambda found: found.difference, default=None)
-    return dataclasses.asdict(worst) if worst else None
+def finished(
+    report: Mapping[str, Any], done: Streamed, device: torch.device, started: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The report with the figures of a run that streamed, and the text files {name: text} of it.
+
+    ``started`` is when the run began, by :func:`time.monotonic`.
+    """
+    proof = proof_of(done)
+    passes = proof["passes"].values() if proof else ()
+    body = {
+        **report,
+        "streamed": proof,
+        "verified": max(passes, key=lambda found: found["difference"], default=None),
+        "weight_bytes": dict(done.bytes),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "peak_bytes": peak_memory(device),
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": versions(),
+    }
+    card = model_card(body, type(done.model).__name__)
+    return body, {REPORT_FILE: json.dumps(body, indent=1) + "\n", "README.md": card}

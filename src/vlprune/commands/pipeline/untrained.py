@@ -36,7 +36,7 @@ from .result import bytes_of, versions
 from .samples import NEUTRAL, Feed, feed_of
 from .workplace import claimed, cleared, disk_errors_told
 
-__all__ = ["Asked", "compress_model", "refuse_overwriting"]
+__all__ = ["Asked", "Job", "compress_model", "job_of", "refuse_overwriting"]
 
 BATCH = 8
 
@@ -142,16 +142,61 @@ def _cut(
 ) -> dict[str, Any]:
     """Cut the model of ``feed`` in place; returns the report so far."""
     model, size = feed.model, bytes_of(feed.model)
+    job = job_of(asked, feed, chosen, work, progress)
+    progress.phase("calibrating")
+    job.compressor.finish()
+    return job.report({"dense": size, "small": bytes_of(model)})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compression on samples, ready to run.
+
+    ``example`` are the keywords of a forward pass on one sample, ``folder`` is for finished steps,
+    which count for the same ``key`` only. ``skip`` are structures that stay dense.
+    """
+
+    asked: Asked
+    compressor: Compressor
+    example: Mapping[str, Any]
+    key: str
+    folder: Path
+    chosen: Sequence[Sample]
+    skip: Sequence[str]
+
+    def report(self, weight_bytes: Mapping[str, int]) -> dict[str, Any]:
+        """The report of the compression, without figures of the run."""
+        report = self.compressor.report()
+        report["calibration"]["items"] = len(self.chosen)
+        report["weight_bytes"] = dict(weight_bytes)
+        report["command"] = self.asked.command()
+        if self.skip:
+            text = f'no sample has a text, so every image was paired with "{NEUTRAL}"'
+            report["notes"].append(f"{text}, and the text tower stays dense")
+        if self.asked.left_out:
+            report["notes"].append(self.asked.left_out)
+        return report
+
+
+def job_of(
+    asked: Asked, feed: Feed, chosen: Sequence[Sample], work: Path, progress: Progress
+) -> Job:
+    """The compression of the model of ``feed``, which may have its weights in files.
+
+    Raises UnsupportedError for a model or a processor that cannot be used, BudgetError for a budget
+    that cannot be reached.
+    """
     key = _key(asked, chosen, feed.text)
+    folder = work / f"calibration-{key}"
     with guarded(asked.model, "make batches of the samples for", UnsupportedError):
         batches = [feed.batch(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
         example = feed.batch(chosen[:1])
-    skip = _unread(model, asked.attention) if feed.text else ()
-    calibration = Calibration(batches, work=work / f"calibration-{key}", key=key, progress=progress)
+    skip = _unread(feed.model, asked.attention) if feed.text else ()
+    calibration = Calibration(batches, work=folder, key=key, progress=progress)
     try:
         with guarded(asked.model, "compress", UnsupportedError):
             compressor = Compressor(
-                model,
+                feed.model,
                 make_method(asked.method),
                 dict(asked.budget),
                 attention=asked.attention,  # type: ignore[arg-type]
@@ -163,18 +208,7 @@ def _cut(
         if not skip:
             raise
         raise BudgetError(f"{error}; the text tower stays dense, as no sample has a text") from None
-    progress.phase("calibrating")
-    compressor.finish()
-    report = compressor.report()
-    report["calibration"]["items"] = len(chosen)
-    report["weight_bytes"] = {"dense": size, "small": bytes_of(model)}
-    report["command"] = asked.command()
-    if skip:
-        text = f'no sample has a text, so every image was paired with "{NEUTRAL}"'
-        report["notes"].append(f"{text}, and the text tower stays dense")
-    if asked.left_out:
-        report["notes"].append(asked.left_out)
-    return report
+    return Job(asked, compressor, example, key, folder, chosen, skip)
 
 
 def _unread(model: Any, attention: str) -> tuple[str, ...]:
