@@ -49,7 +49,7 @@ def launch(python: Any, how: str, folder: Path, processes: int) -> list[Any]:
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
     ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     done = python.together(
-        [SCRIPT] * processes, how, folder, path=[Path(__file__).parent], env=ranks
+        [SCRIPT] * processes, how, folder, path=[Path(__file__).parents[1]], env=ranks
     )
     for one in done:
         assert one.returncode == 0, one.stderr[-3000:]
