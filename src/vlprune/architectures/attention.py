@@ -7,7 +7,6 @@ measured block into structures.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from ..structures.shards import shape_of
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
-from .fused import row_order
+from .fused import row_order, source_of
 from .layouts import NATIVE, PADDED, Native
 
 __all__ = ["UNITS", "Block", "Leave", "Part", "join", "measure_multihead", "measure_projected"]
@@ -363,10 +362,7 @@ def _measure_apart(
 
 def _gates_itself(core: nn.Module) -> bool:
     """Whether the query projection also gives a gate of the output: (heads, [query | gate])."""
-    try:
-        text = inspect.getsource(stock_class(core))
-    except (OSError, TypeError):
-        return False
+    text = source_of(stock_class(core))
     return bool(re.search(r"-1,\s*self\.head_dim \* 2\), 2, dim=-1", text))
 
 
