@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -34,9 +35,13 @@ def row_order(core: nn.Module) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-@cache
-def source_of(cls: type) -> str:
+def source_of(cls: Any) -> str:
     """The source of a class, read once however many layers have it; "" where there is none."""
+    return _read(cls)
+
+
+@cache
+def _read(cls: Any) -> str:
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):
