@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from looped import batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import vlprune
+from looped import batches
 from vlprune.architectures import discover
 from vlprune.errors import BudgetError, DataError, VlpruneError
 from vlprune.testing import build

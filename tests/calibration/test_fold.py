@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from looped import batches, looped
 from torch import Tensor, nn
 
 import vlprune
+from looped import batches, looped
 from vlprune.architectures import discover
 from vlprune.calibration.batches import batches_of
 from vlprune.calibration.blocks import blocks_of

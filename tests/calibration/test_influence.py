@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from looped import batches, looped
 from torch import Tensor, nn
 
+from looped import batches, looped
 from vlprune.architectures import discover
 from vlprune.calibration.batches import batches_of
 from vlprune.calibration.consumers import consumers_of
