@@ -18,6 +18,7 @@ from ..structures.shards import is_dtensor, shape_of
 from ..structures.units import plain_name
 from .apply import slices_of
 from .difference import Difference, difference, tensors_of
+from .heads import head_outputs
 from .first_batch import run_inputs
 from .fsdp import by_fsdp, computing_in, recover
 from .gates import gated
@@ -341,7 +342,9 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
-    """Every floating tensor of one forward pass."""
-    with same_random_numbers(model):
+    """Every floating tensor of one forward pass, and the logits that its output leaves out."""
+    with same_random_numbers(model), head_outputs(model) as logits:
         torch.manual_seed(0)
-        return tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))
+        found = tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))
+    named = {tensor.shape for tensor in found}
+    return [*found, *(tensor for tensor in logits if tensor.shape not in named)]
