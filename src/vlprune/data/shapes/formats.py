@@ -74,7 +74,7 @@ def talk(image_id: int, name: str, asked: list[tuple[str, str, str]]) -> dict[st
         mark = "" if number else "<image>\n"
         said.append({"from": "human", "value": f"{mark}{question}"})
         said.append({"from": "gpt", "value": answer})
-    return {"id": str(image_id), "image": name, "conversations": said}
+    return {"id": image_id, "image": name, "conversations": said}
 
 
 def gqa_entry(name: str, question: str, answer: str, kind: str) -> dict[str, Any]:
