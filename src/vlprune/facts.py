@@ -133,6 +133,7 @@ class _Proof(_Facts):
     dtype: str
     kernel: str = ""
     compared: Number = 1.0
+    unseen: list[str] = []
 
 
 def _alike(latencies: Any) -> Any:

@@ -28,8 +28,8 @@ from vlprune.recipe.machine import LOGGERS, need_logger
 from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
 from vlprune.recipe.spec import (
     CalibrationSpec,
-    LoraSpec,
     DataSpec,
+    LoraSpec,
     ModelSpec,
     Recipe,
     Training,
@@ -57,6 +57,7 @@ def places() -> Iterator[tuple[str, ...]]:
         for leaf in dataclasses.fields(SECTIONS[one.name]) if one.name in SECTIONS else ():
             yield (one.name, leaf.name)
     yield from [("budget", "params"), ("budget", "latency"), ("teacher", "logits")]
+    yield from [("retrain", "lora", one.name) for one in dataclasses.fields(LoraSpec)]
     yield from [("train", "rates", "a*"), ("data", "train", "images"), ("method", "name")]
 
 

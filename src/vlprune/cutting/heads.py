@@ -1,7 +1,7 @@
 """What a model's output heads compute, also where its output does not name it.
 
-A BLIP that answers questions returns the picture's hidden states and a loss, but not the logits of its
-answers: without labels, nothing of its output depends on its text.
+A BLIP that answers questions returns the picture's hidden states and a loss, but not the logits of
+its answers: without labels, nothing of its output depends on its text.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,19 +16,20 @@ from ..device import device_of, same_random_numbers
 from ..errors import IncomparableError, VerificationError, first_line
 from ..structures.shards import is_dtensor, shape_of
 from ..structures.units import plain_name
-from .apply import slices_of
 from .difference import Difference, difference, tensors_of
-from .heads import head_outputs
 from .first_batch import run_inputs
 from .fsdp import by_fsdp, computing_in, recover
 from .gates import gated
+from .heads import head_outputs
 from .layerwise import Pieces, Weights, held_weights, layerwise
+from .masked import MaskedWeights, untied, used_in
+from .memories import forgetful, memories
 from .settle import Cut
-from .sharing.ties import Tie, WholeWeights, remember_ties, ties_of, untie
+from .sharing.ties import WholeWeights
 from .zero import is_split
 
 __all__ = [
-    "MaskedWeights",
+    "Masked",
     "Setting",
     "Verification",
     "compare",
@@ -59,7 +60,8 @@ class Verification:
     ``difference`` is the largest absolute difference between masked and cut model, ``scale`` the
     largest absolute output value, ``dtype`` the dtype of both passes, ``compared`` the fraction of
     all values that was compared (the others are infinite or NaN on both sides), and ``kernel`` the
-    attention kernel that ran, "" for the model's own.
+    attention kernel that ran, "" for the model's own. ``unseen`` are structures that were cut and
+    that the pass does not use, so that it shows nothing about them.
     """
 
     difference: float
@@ -67,26 +69,43 @@ class Verification:
     dtype: str
     compared: float = 1.0
     kernel: str = ""
+    unseen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a pass of the proof runs.
 
-    On which inputs and in which dtype, with which attention kernel ("" for the model's own), and
-    what of the model holds its weights at a time.
+    On which inputs and in which dtype, with which attention kernel ("" for the model's own), what
+    of the model holds its weights at a time, and whether it ``forgets`` earlier passes first.
     """
 
     inputs: Mapping[str, Any]
     dtype: torch.dtype
     kernel: str
     pieces: Pieces
+    forgets: bool = True
 
 
-def verification(found: Difference, setting: Setting) -> Verification:
+@dataclass(frozen=True)
+class Masked:
+    """The masked model's outputs, the setting of the pass, and the structures that it used."""
+
+    outputs: Sequence[Tensor]
+    setting: Setting
+    used: frozenset[str]
+
+
+def verification(found: Difference, masked: Masked, cut: Cut) -> Verification:
     """The result of a proof."""
+    setting = masked.setting
     name = str(setting.dtype).removeprefix("torch.")
-    return Verification(found.largest, found.scale, name, found.compared, setting.kernel)
+    unseen = tuple(
+        structure.name
+        for structure in cut.description.structures
+        if structure.name not in masked.used and len(cut.plan.kept(structure)) < structure.size
+    )
+    return Verification(found.largest, found.scale, name, found.compared, setting.kernel, unseen)
 
 
 def run_masked(
@@ -95,8 +114,8 @@ def run_masked(
     inputs: Mapping[str, Any],
     stored: Weights | None = None,
     part: str = "",
-) -> tuple[list[Tensor], Setting]:
-    """The masked model's outputs, and the setting in which they were computed.
+) -> Masked:
+    """The masked model's outputs, and how they were computed.
 
     The first attempt uses the wide dtype and the model's own kernels. If it fails, the proof is
     tried without labels (a loss may hold numbers of another dtype), then with other kernels that
@@ -113,10 +132,17 @@ def run_masked(
     (first, *others) = [(inputs, *setting) for setting in _settings(model)]
     labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
     for one in (Setting(*values) for values in (first, *labelled, *others)):
-        for pieces in _pieces(model):
-            setting = replace(one, pieces=pieces)
+        for pieces, forgets in product(_pieces(model), (True, False)):
+            if not (forgets or memories(model)):  # the same again
+                continue
+            setting = replace(one, pieces=pieces, forgets=forgets)
             try:
-                with _untied(model), gated(model, cut.description.structures, cut.plan):
+                structures = cut.description.structures
+                with (
+                    untied(model),
+                    gated(model, structures, cut.plan),
+                    used_in(model, structures) as used,
+                ):
                     outputs = _pass(model, setting, part, weights)
                 if pieces != "model" and any(output.isnan().any() for output in outputs):
                     raise IncomparableError("the outputs are no numbers")
@@ -126,7 +152,7 @@ def run_masked(
                 problems.append(f"{name}: {first_line(error)}")
                 recover(model)
                 continue
-            return outputs, setting
+            return Masked(outputs, setting, used())
     raise IncomparableError(
         f"the masked model could not be run for the proof ({'; '.join(dict.fromkeys(problems))}), "
         "so nothing was cut: give other example_inputs, or cut without proof by "
@@ -149,69 +175,22 @@ def _is_small(model: nn.Module) -> bool:
     return sum(math.prod(shape_of(p)) for p in model.parameters()) <= SMALL_ENOUGH_FOR_FLOAT64
 
 
-class MaskedWeights:
-    """The weights of the masked model: those that the plan shares taken from their sources.
-
-    Query weights that a softmax temperature will be folded into are rounded as the cut will round
-    their product, so that the rest of the proof can be exact. ``stored`` gives the weights of the
-    model as they are.
-    """
-
-    # not closures that call themselves: they would hold the old weights until Python looks for
-    # circles, while the cut makes the new ones
-
-    def __init__(self, model: nn.Module, cut: Cut, stored: Weights) -> None:
-        with _untied(model):
-            every = model.named_parameters(remove_duplicate=False)
-            shapes = {name: shape_of(parameter) for name, parameter in every}
-        self._scale = slices_of(cut.structures, cut.plan, shapes).scale
-        self._ties: dict[str, list[Tie]] = defaultdict(list)
-        for tie in ties_of(cut.structures, cut.plan, shapes):
-            self._ties[tie.target].append(tie)
-        self._whole = WholeWeights(model, _Rounded(stored, self._scale))
-
-    def __call__(self, name: str) -> Tensor:
-        weight = self._whole(name)
-        for tie in self._ties.get(name, ()):
-            source = self(tie.source)
-            wide = torch.promote_types(weight.dtype, source.dtype)
-            taken = source.to(wide).index_select(tie.axis, _on(source, tie.out_of))
-            weight = weight.to(wide).index_copy(tie.axis, _on(weight, tie.into), taken)
-        return weight
-
-
-def _on(weight: Tensor, positions: Sequence[int]) -> Tensor:
-    return torch.tensor(positions, device=weight.device)
-
-
-@dataclass(frozen=True)
-class _Rounded:
-    """Stored weights, rounded where the cut multiplies them by a factor."""
-
-    stored: Weights
-    scale: Mapping[str, float]
-
-    def __call__(self, name: str) -> Tensor:
-        weight, factor = self.stored(name), self.scale.get(plain_name(name), 1.0)
-        return weight if factor == 1.0 else (weight * factor).double() / factor
-
-
 def compare(
     model: nn.Module,
-    masked: Sequence[Tensor],
-    setting: Setting,
+    masked: Masked,
     stored: Weights | None = None,
     part: str = "",
     advice: str = ADVICE,
 ) -> Difference:
     """How far the outputs of the cut model are from those of the masked one.
 
-    ``setting`` is what :func:`run_masked` returned with ``masked``. Raises VerificationError, which
-    ends with ``advice``, if the cut model does not run or the difference is more than rounding.
+    ``masked`` is what :func:`run_masked` returned. Raises VerificationError, which ends with
+    ``advice``, if the cut model does not run or the difference is more than rounding.
     """
+    setting = masked.setting
     weights = WholeWeights(model, stored or held_weights(model))
     try:
-        with _untied(model):
+        with untied(model):
             found = _pass(model, setting, part, weights)
     except Exception as error:
         recover(model)
@@ -219,7 +198,7 @@ def compare(
             f"the cut model does not run ({first_line(error)}); {advice}"
         ) from error
     try:
-        apart = difference(masked, found)
+        apart = difference(masked.outputs, found)
     except VerificationError as error:
         raise VerificationError(f"masked and cut model differ: {error}; {advice}") from None
     rounding = max(TOLERANCE.get(setting.dtype, HALF_TOLERANCE), _rounding(model))
@@ -253,7 +232,7 @@ def _pass(model: nn.Module, setting: Setting, part: str, weights: Weights) -> li
             entered.enter_context(in_dtype(model, setting.dtype))
         else:
             entered.enter_context(layerwise(model, setting.dtype, weights, setting.pieces))
-        return _run(model.get_submodule(part), setting.inputs, setting.dtype)
+        return _run(model.get_submodule(part), setting.inputs, setting.dtype, setting.forgets)
 
 
 def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
@@ -302,17 +281,6 @@ def _configs(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 @contextmanager
-def _untied(model: nn.Module) -> Iterator[None]:
-    """The model with whole weights in place of shared ones while the block runs."""
-    tie_again = remember_ties(model)
-    try:
-        untie(model)
-        yield
-    finally:
-        tie_again()
-
-
-@contextmanager
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The model in another dtype while the block runs; widening and back is lossless.
 
@@ -341,10 +309,14 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
+def _run(
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype, forgets: bool = True
+) -> list[Tensor]:
     """Every floating tensor of one forward pass, and the logits that its output leaves out."""
+    given = run_inputs(model, inputs, device_of(model), dtype)
     with same_random_numbers(model), head_outputs(model) as logits:
         torch.manual_seed(0)
-        found = tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))
+        with forgetful(model) if forgets else nullcontext():
+            found = tensors_of(model(**given))
     named = {tensor.shape for tensor in found}
     return [*found, *(tensor for tensor in logits if tensor.shape not in named)]

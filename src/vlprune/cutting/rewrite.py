@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from ..structures.structure import Description, Structure
 from .apply import Slices, apply_plan
 from .fsdp import is_sharded, refuse_other_shards, reshard
 from .gates import evaluating
+from .memories import forget
 from .proof import Verification, compare, run_masked, verification
 from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
@@ -97,13 +99,27 @@ def _performed(
         return None
     with evaluating(model):
         with agreeing():
-            masked, setting = run_masked(model, cut, verify)
+            masked = run_masked(model, cut, verify)
         reshard(model)
         with _undone_on_failure() as undo, agreeing():
             carry_out(model, cut, undo)
-            proof = compare(model, masked, setting)
+            proof = compare(model, masked)
             write_record(model, cut.record, undo)
-    return verification(proof, setting)
+    if masked.setting.forgets:
+        forget(model)
+    found = verification(proof, masked, cut)
+    if found.unseen:
+        _tell_unseen(found.unseen)
+    return found
+
+
+def _tell_unseen(names: Sequence[str]) -> None:
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    warnings.warn(
+        f"the batch of the proof does not use {names[0]}{more}, which were cut: it shows nothing "
+        "about them; give example_inputs (verify) that use the whole model",
+        stacklevel=4,
+    )
 
 
 def carry_out(model: nn.Module, cut: Cut, undo: ExitStack) -> Slices:

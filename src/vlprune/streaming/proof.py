@@ -7,8 +7,7 @@ masked weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from ..cutting.gates import plan_gates
 from ..cutting.layerwise import Weights
+from ..cutting.masked import MaskedWeights
 from ..cutting.proof import (
-    MaskedWeights,
     Verification,
     compare,
     run_masked,
@@ -28,7 +27,7 @@ from ..cutting.settle import Cut
 from ..cutting.sharing.ties import WholeWeights
 from ..errors import IncomparableError, VerificationError
 from ..structures.structure import Structure
-from ..structures.units import owner_of, spread
+from ..structures.units import spread
 from .source import Source
 
 __all__ = ["Proof", "prove"]
@@ -66,35 +65,15 @@ def prove(
     passes, reached = dict[str, Verification](), set[str]()
     for part, keywords in inputs.items():
         try:
-            with _called(dense.model, cut.structures) as names:
-                masked, setting = run_masked(dense.model, cut, keywords, wanted, part)
+            masked = run_masked(dense.model, cut, keywords, wanted, part)
         except IncomparableError as error:
             say(f"{part or 'the model'} is proved by its weights only: {error}")
             continue
-        reached |= names
-        passes[part] = verification(
-            compare(small.model, masked, setting, stored, part, ADVICE), setting
-        )
+        reached |= masked.used
+        passes[part] = verification(compare(small.model, masked, stored, part, ADVICE), masked, cut)
     rest = [structure for structure in cut.structures if structure.name not in reached]
     _same_weights(rest, cut, MaskedWeights(dense.model, cut, wanted), dense, small)
     return Proof(passes, len(cut.structures) - len(rest), len(rest))
-
-
-@contextmanager
-def _called(model: Any, structures: Sequence[Structure]) -> Iterator[set[str]]:
-    """The names of the structures whose modules are called while the block runs."""
-    reached: set[str] = set()
-    with ExitStack() as hooks:
-        for structure in structures:
-            paths = {owner_of(slot.param)[0] for slot in structure.slots}
-            for path in paths | ({structure.core} if structure.core else set()):
-                module = model.get_submodule(path)
-
-                def note(*_: Any, name: str = structure.name) -> None:
-                    reached.add(name)
-
-                hooks.callback(module.register_forward_pre_hook(note).remove)
-        yield reached
 
 
 def _same_weights(

@@ -31,7 +31,7 @@ from ..structures.plan import Plan
 from ..structures.structure import AttentionUnit
 from .calibrated import calibrated_by
 from .callback import CompressorCallback, callback_for
-from .ending import measured_seconds, unfinished
+from .ending import measured_seconds, unfinished, untested
 from .gating import Gating
 from .optimizers import exchange, replaced
 from .pricing import costs_of, described, problem_of, refuse_unreachable, widths, without
@@ -445,7 +445,8 @@ class Compressor:
         early = unfinished(self.method, self.search, self.progress) if self.finished else ""
         reached = self._reach.missing if self.progress > 0 else ""
         calibrated = self.calibrated.session.notes() if self.calibrated is not None else []
-        return [note for note in (early, reached, *calibrated) if note]
+        unproved = untested(self.verification)
+        return [note for note in (early, reached, unproved, *calibrated) if note]
 
     def report(self) -> dict[str, Any]:
         """Figures asked for and reached, by tower and kind: plain values, ready for JSON."""

@@ -1,4 +1,4 @@
-"""The end of a search: a warning if it stopped early, and the speed of the small model."""
+"""The end of a search: what a reader must know of it, and the speed of the small model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..cutting.gates import evaluating
+from ..cutting.proof import Verification
 from ..device import moved_to
 from ..methods import Method, Search
 from ..prices.clock import (
@@ -17,7 +18,7 @@ from ..prices.clock import (
     take_turns,
 )
 
-__all__ = ["measured_seconds", "unfinished"]
+__all__ = ["measured_seconds", "unfinished", "untested"]
 
 ROUNDS = 9
 """Forward passes whose median time is the reached latency."""
@@ -41,3 +42,13 @@ def measured_seconds(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     with evaluating(model):
         timer = partial(seconds_of, model, moved_to(model, inputs))
         return median(take_turns({"small": timer}, ROUNDS, warm_up=2)["small"])
+
+
+def untested(proof: Verification | None) -> str:
+    """A sentence on structures that were cut and that the batch of the proof does not use."""
+    if proof is None or not proof.unseen:
+        return ""
+    return (
+        f"the proof says nothing about {len(proof.unseen)} structures that were cut and that its "
+        f"batch does not use: {', '.join(proof.unseen)}"
+    )

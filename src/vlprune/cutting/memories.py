@@ -1,0 +1,61 @@
+"""What modules remember from earlier forward passes, outside their parameters and buffers.
+
+OmDet-Turbo keeps the text embeddings of prompts it has seen. Masked and cut model would both answer
+from what the dense model remembers, and would agree whatever was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["forget", "forgetful", "memories"]
+
+TORCH = frozenset(vars(nn.Module()))
+"""What every module holds, its parameters and buffers among it."""
+
+
+def memories(model: nn.Module) -> list[MutableMapping[Any, Any]]:
+    """The mappings with tensors that modules hold, themselves or in a plain object of theirs."""
+    found: dict[int, MutableMapping[Any, Any]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in TORCH or isinstance(value, nn.Module | Tensor | type):
+                continue
+            inside = getattr(value, "__dict__", {}) if _is_plain(value) else {}
+            for held in (value, *inside.values()):
+                if isinstance(held, MutableMapping) and any(map(_is_memory, held.values())):
+                    found[id(held)] = held
+    return [*found.values()]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an object may be a cache: not a config, not a function."""
+    return not hasattr(value, "model_type") and not callable(value)
+
+
+def _is_memory(value: object) -> bool:
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(part, Tensor) for part in parts)
+
+
+@contextmanager
+def forgetful(model: nn.Module) -> Iterator[None]:
+    """The model without memories while the block runs; afterwards with those it had before."""
+    before = [(held, dict(held)) for held in memories(model)]
+    forget(model)
+    try:
+        yield
+    finally:
+        forget(model)
+        for held, entries in before:
+            held.update(entries)
+
+
+def forget(model: nn.Module) -> None:
+    """Empty all memories, which were computed with other weights."""
+    for held in memories(model):
+        held.clear()
