@@ -217,7 +217,7 @@ def turned(recipe: Recipe, folder: Path) -> Path:
     model = task.load(Path(recipe.model.path))
     items = random.Random(recipe.seed).sample(list(task.train), min(256, len(task.train)))
     parts = [items[i : i + 16] for i in range(0, len(items), 16)]
-    vlprune.rotate(model, [task.collate(part, random.Random(0)) for part in parts])
+    vlprune.rotate(model, [task.collate(part) for part in parts])
     vlprune.save(model, folder, processor=task.processor)
     return folder
 

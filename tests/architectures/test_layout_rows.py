@@ -124,3 +124,33 @@ def test_layers_inside_an_ffn_are_no_ffn() -> None:
     found = vlprune.discover(nn.ModuleDict({"mlp": module}))
     assert not found.structures
     assert "layers (ModuleList) sits between" in found.dense["mlp.proj_in"]
+
+
+def test_a_list_of_two_layers_is_an_ffn_and_a_longer_one_is_not() -> None:
+    """D-FINE: FFNs and heads that predict boxes are lists of the same class."""
+    model = build("d_fine").model
+    found = {s.name for s in vlprune.discover(model) if s.kind == "ffn"}
+    layers = (
+        "encoder.aifi.0.layers.0",
+        "encoder.aifi.0.layers.1",
+        "decoder.layers.0",
+        "decoder.layers.1",
+    )
+    assert found == {f"model.{layer}.mlp.layers.0" for layer in layers}
+    three: Any = nn.Module()
+    three.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+    assert not vlprune.discover(nn.ModuleDict({"mlp": three})).structures
+
+
+@pytest.mark.parametrize(
+    ("variant", "leaf", "reason"),
+    [
+        ("d_fine", "encoder_attn.sampling_offsets", "deformable attention: where each head looks"),
+        ("rt_detr", "encoder_attn.attention_weights", "deformable attention: how much each place"),
+        ("conditional_detr", "self_attn.q_pos_proj", "sums of two projections"),
+        ("conditional_detr", "encoder_attn.q_pos_sine_proj", "content and of position"),
+    ],
+)
+def test_what_a_detector_keeps_has_its_own_reason(variant: str, leaf: str, reason: str) -> None:
+    dense = vlprune.discover(build(variant).model).dense
+    assert reason in dense[f"model.decoder.layers.0.{leaf}"]

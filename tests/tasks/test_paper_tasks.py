@@ -341,7 +341,7 @@ def test_reranking_uses_the_matching_head(tmp_path: Path) -> None:
     assert (one.argmax(1) == scores.argmax(1)).all()  # one candidate: nothing to reorder
     item = task.test[0]
     states = model.vision_model(task.pixels([item.image])).last_hidden_state
-    ids = task._text([item.captions[0]])
+    ids = task.words([item.captions[0]])
     read = model.text_encoder(**ids, encoder_hidden_states=states).last_hidden_state
     want = scores[0, 0] + model.itm_head(read[:, 0])[0, 1]
     assert float(by_image[0, 0]) == pytest.approx(float(want), abs=1e-4)

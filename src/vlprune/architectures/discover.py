@@ -136,6 +136,8 @@ class _Discovery:
         found = []
         for row in FFN:
             names = [n for n in (row.gate, row.up, row.down) if n]
+            if row.listed and not _is_pair(module, names):
+                continue
             if self._free(path, module, names):
                 found += self._guarded(
                     path,
@@ -235,7 +237,10 @@ class _Discovery:
                 continue
             if any(path.startswith(taken + ".") for taken in self.taken if taken):
                 continue
-            self.dense[path or "(model)"] = _reason(module)
+            owner, name = owner_of(path)
+            kind = stock_class(self.modules[owner]).__name__
+            told = layouts.DENSE.get(kind) or layouts.DENSE_CHILDREN.get(name)
+            self.dense[path or "(model)"] = told or _reason(module)
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
@@ -250,6 +255,13 @@ def _shared_parameters(model: nn.Module) -> dict[str, str]:
             for name in group:
                 shared[name] = next(other for other in group if other != name)
     return shared
+
+
+def _is_pair(module: nn.Module, names: list[str]) -> bool:
+    """Whether the layers at ``names`` are Linears, and the only layers of their list."""
+    holder = child_of(module, owner_of(names[0])[0])
+    layers = [*holder.children()] if holder is not None else []
+    return len(layers) == len(names) and all(is_linear(layer) for layer in layers)
 
 
 def _convolves(layer: nn.Module, size: int) -> bool:

@@ -18,6 +18,7 @@ from functools import partial
 __all__ = [
     "ATTENTION",
     "DENSE",
+    "DENSE_CHILDREN",
     "FFN",
     "HEAD_COUNTS",
     "HEAD_SIZES",
@@ -45,12 +46,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class Ffn:
-    """Child paths of an FFN. ``gate`` exists in gated MLPs; ``fused`` rows are [gate | up]."""
+    """Child paths of an FFN. ``gate`` exists in gated MLPs; ``fused`` rows are [gate | up].
+
+    ``listed`` projections must be the only layers of their list: any model has lists of layers.
+    """
 
     up: str
     down: str
     gate: str = ""
     fused: bool = False
+    listed: bool = False
 
 
 ATTENTION = (
@@ -97,6 +102,7 @@ FFN = (
     Ffn("c_fc", "c_proj"),
     Ffn("intermediate.dense", "output.dense"),
     Ffn("intermediate_query.dense", "output_query.dense"),
+    Ffn("mlp.layers.0", "mlp.layers.1", listed=True),  # D-FINE
 )
 
 # Attributes that stock modules read in their forward, by meaning.
@@ -166,6 +172,11 @@ NATIVE: dict[str, Native] = {
         Dinov2WithRegistersAttention="vision_text_dual_encoder",
         DetrSelfAttention="detr",
         DetrCrossAttention="detr",
+        RTDetrSelfAttention="rt_detr",
+        RTDetrV2SelfAttention="rt_detr_v2",
+        DFineSelfAttention="d_fine",
+        ConditionalDetrSelfAttention="conditional_detr",
+        DeformableDetrSelfAttention="deformable_detr",
         BertSelfAttention="bert",
         BertCrossAttention="bert_decoder",
         RobertaSelfAttention="roberta",
@@ -235,7 +246,15 @@ NATIVE: dict[str, Native] = {
 # Fused projections whose rows are [q | k | v], though no shape in their source says so.
 FUSED_ORDER_KNOWN = frozenset(["GPT2Attention"])
 
-# Blocks that match a row of the table but are something else.
+# Blocks that are not what a row of the table says, whether they match one or not.
 DENSE = {
     "Florence2VisionChannelAttention": "attends over channels, not over tokens",
+    "ConditionalDetrDecoderSelfAttention": "its queries and keys are sums of two projections",
+    "ConditionalDetrDecoderCrossAttention": "its heads join projections of content and of position",
+}
+
+# Projections beside those of a row, by name.
+DENSE_CHILDREN = {
+    "sampling_offsets": "deformable attention: where each head looks, and every head stays",
+    "attention_weights": "deformable attention: how much each place counts, and every head stays",
 }

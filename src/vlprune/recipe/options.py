@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
+from ..files import shown
 from .checks import KEY, SEEDS, Checked, Flag, Number, OneOf, Text, Texts, Whole, checked, refuse
 
 __all__ = [
+    "DETECTORS",
     "JSP_FAMILIES",
     "METHOD_OPTIONS",
     "TASK_OPTIONS",
@@ -216,8 +218,8 @@ class VqaOptions(TaskOptions):
 
 
 @checked
-class RetrievalOptions(TaskOptions):
-    """Of ``retrieval``."""
+class ContrastOptions(TaskOptions):
+    """Of tasks that contrast images with captions, against a queue of earlier ones."""
 
     formats: ClassVar[Formats] = CAPTIONS
     queue: Annotated[int, Whole(0, MANY)] = 0
@@ -225,8 +227,42 @@ class RetrievalOptions(TaskOptions):
     alpha: Annotated[float, Number(0, 1)] = 0.4
 
 
+DUAL_ENCODERS = ("clip", "siglip")
+
+
 @checked
-class BlipRetrievalOptions(RetrievalOptions):
+class RetrievalOptions(ContrastOptions):
+    """Of ``retrieval``; ``model`` is the kind of a small new model."""
+
+    model: Annotated[str, OneOf(*DUAL_ENCODERS)] = "clip"
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """SigLIP's loss judges each pair by itself, so there is nothing to queue."""
+        if self.model == "siglip" and self.queue:
+            yield ("queue",), f"{KEY} must be 0 for siglip, whose loss has no queue"
+
+
+@checked
+class ZeroShotOptions(TaskOptions):
+    """Of ``zero-shot``: ``names`` are the names of classes by the names of their folders."""
+
+    formats: ClassVar[Formats] = {"image-folder": ("folder",)}
+    model: Annotated[str, OneOf(*DUAL_ENCODERS)] = "clip"
+    templates: Annotated[Sequence[str], Texts()] = ("a photo of a {}.",)
+    names: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
+
+    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
+        """A template without a place for the name says the same of every class."""
+        if not self.templates:
+            yield ("templates",), f"{KEY} must hold at least one template"
+        for template in self.templates:
+            if template.count("{}") != 1:
+                text = f"must hold {{}} once in each template, for the name, not {shown(template)}"
+                yield ("templates",), f"{KEY} {text}"
+
+
+@checked
+class BlipRetrievalOptions(ContrastOptions):
     """Of ``blip-retrieval``."""
 
     queue: Annotated[int, Whole(1, MANY)] = 57600
@@ -255,6 +291,8 @@ class SegmentationOptions(TaskOptions):
 
 
 GROUNDERS = ("mdetr", "grounding-dino", "glip")
+DETECTORS = ("rt-detr", "d-fine")
+"""New models that number their classes."""
 
 
 @checked
@@ -281,14 +319,15 @@ class GroundingOptions(RegionOptions):
 
 @checked
 class DetectionOptions(RegionOptions):
-    """Of ``detection``."""
+    """Of ``detection``: ``names`` are a detector's own names of classes, by those in the data."""
 
     formats: ClassVar[Formats] = {
         "coco-instances": ("instances", "images"),
         "coco2017": ("instances", "images"),
         "nlvr1-objects": ("folder", "split"),
     }
-    model: Annotated[str, OneOf(*GROUNDERS)] = "grounding-dino"
+    model: Annotated[str, OneOf(*GROUNDERS, *DETECTORS)] = "grounding-dino"
+    names: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
 
 
 @checked
@@ -329,6 +368,7 @@ TASK_OPTIONS: dict[str, type[TaskOptions]] = {
     "retrieval": RetrievalOptions,
     "segmentation": SegmentationOptions,
     "vqa": VqaOptions,
+    "zero-shot": ZeroShotOptions,
 }
 """The names that a recipe may write under ``task:``, and the options of each task."""
 
@@ -352,13 +392,19 @@ def _too_much(chosen: RegionOptions, sizes: Any) -> Iterator[tuple[tuple[str, ..
     if width % sizes.heads or width % 4:
         text = f"must be a multiple of 4 and of the {sizes.heads} heads, not {width}"
         yield ("fusion_width",), f"{KEY} (0: model.width) {text}"
-    places = sum(math.ceil(sizes.image_size / stride) ** 2 for stride in (4, 8, 16, 32))
-    if chosen.model == "grounding-dino" and chosen.queries > places:
+    if chosen.model in DETECTORS and sizes.image_size % 32:
+        text = f"needs an image_size in multiples of 32 for {chosen.model}, not {sizes.image_size}"
+        yield ("model",), f"{KEY} {text}"
+    strides = {"grounding-dino": (4, 8, 16, 32)} | dict.fromkeys(DETECTORS, (8, 16, 32))
+    places = sum(
+        math.ceil(sizes.image_size / stride) ** 2 for stride in strides.get(chosen.model, ())
+    )
+    if places and chosen.queries > places:
         text = f"must be at most {places}, the places of {sizes.image_size} px, for {chosen.model}"
         yield ("queries",), f"{KEY} {text}, not {chosen.queries}"
 
 
-STEPS = {"mdetr": 1, "grounding-dino": 32, "glip": 16}
+STEPS = {"mdetr": 1, "grounding-dino": 32, "glip": 16, **dict.fromkeys(DETECTORS, 1)}
 """Widths are multiples of the norms' group count: a group needs two numbers even at one place."""
 
 

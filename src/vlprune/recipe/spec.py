@@ -354,7 +354,11 @@ class Recipe(Checked):
             self,
             method=method,
             budget=budget,
-            options={k: TOY_OPTIONS.get(k, v) for k, v in self.options.items() if k != "answers"},
+            options={
+                k: TOY_OPTIONS.get(k, v)
+                for k, v in self.options.items()
+                if k not in TOY_IGNORES["options"]
+            },
             model=dataclasses.replace(self.model, path="", **TOY_SIZES),
             data=DataSpec(
                 format="shapes",
@@ -371,7 +375,11 @@ class Recipe(Checked):
         )
 
 
-TOY_IGNORES = {"model": ("path",), "data": ("folder", "train", "test"), "options": ("answers",)}
+TOY_IGNORES = {
+    "model": ("path",),
+    "data": ("folder", "train", "test"),
+    "options": ("answers", "names"),
+}
 """What a toy does not use, so that it need not exist."""
 TOY_STEPS = 12
 TOY_EMA = 0.5

@@ -16,6 +16,7 @@ HUB_TASKS = {
     "captioning": "image-to-text",
     "classification": "image-classification",
     "detection": "object-detection",
+    "zero-shot": "zero-shot-image-classification",
     "gqa": "visual-question-answering",
     "segmentation": "image-segmentation",
     "vqa": "visual-question-answering",

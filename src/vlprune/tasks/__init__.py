@@ -11,6 +11,7 @@ from .reasoning import ReasoningTask
 from .retrieval import BlipRetrievalTask, RetrievalTask
 from .segmentation import SegmentationTask
 from .vqa import VqaTask
+from .zero_shot import ZeroShotTask
 
 __all__ = [
     "TASKS",
@@ -26,6 +27,7 @@ __all__ = [
     "SegmentationTask",
     "Task",
     "VqaTask",
+    "ZeroShotTask",
 ]
 
 TASKS: dict[str, type[Task]] = {
@@ -42,6 +44,7 @@ TASKS: dict[str, type[Task]] = {
         RetrievalTask,
         SegmentationTask,
         VqaTask,
+        ZeroShotTask,
     )
 }
 """Task classes by the names that a recipe may give under ``task:``."""

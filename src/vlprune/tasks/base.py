@@ -28,6 +28,8 @@ from ..recipe.spec import DataSpec, ModelSpec
 __all__ = ["PixelCache", "Task"]
 
 Advance = Callable[[int], None]
+Names = tuple[str, ...]
+PIXELS = ("pixel_values",)
 
 
 class Task(ABC):
@@ -250,19 +252,27 @@ class PixelCache:
     def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:
         self.image_processor = image_processor
         self.room = limit
-        self.kept: dict[tuple[Path, tuple[int, int] | None], Tensor] = {}
+        self.kept: dict[tuple[Path, Names, tuple[int, int] | None], dict[str, Tensor]] = {}
 
     def __call__(self, paths: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
         """(images, channels, height, width), float32; ``size`` as in :func:`open_image`."""
-        return torch.stack([self._one(path, size) for path in paths])
+        return self.inputs(paths, PIXELS, size)["pixel_values"]
 
-    def _one(self, path: Path, asked: tuple[int, int] | None) -> Tensor:
-        found = self.kept.get((path, asked))
+    def inputs(
+        self, paths: Sequence[Path], names: Names, size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """What the image processor makes under these names, for all images: (images, ...) each."""
+        found = [self._one(path, names, size) for path in paths]
+        return {name: torch.stack([one[name] for one in found]) for name in names}
+
+    def _one(self, path: Path, names: Names, asked: tuple[int, int] | None) -> dict[str, Tensor]:
+        found = self.kept.get((path, names, asked))
         if found is None:
             image: Image.Image = open_image(path, asked)
-            found = self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-            size = found.numel() * found.element_size()
+            made = self.image_processor(image, return_tensors="pt")
+            found = {name: made[name][0] for name in names}
+            size = sum(one.numel() * one.element_size() for one in found.values())
             if size <= self.room:
                 self.room -= size
-                self.kept[path, asked] = found
+                self.kept[path, names, asked] = found
         return found

@@ -1,4 +1,4 @@
-"""Contrastive training with a momentum encoder, a queue and soft targets, for CLIP and BLIP."""
+"""Contrastive training: all pairs of a batch; or a momentum encoder, a queue and soft targets."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..device import place
+from ..errors import UnsupportedError
 from ..training.objective import Trainee
 
-__all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast"]
+__all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast", "PairContrast"]
 
 
 class ClipFeatures(nn.Module):
-    """Unit-length features of a CLIPModel, with the model's own temperature."""
+    """Unit-length features of a CLIPModel or a relative, with the model's own temperature."""
 
     matches = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        _check_scale(model)
         self.model = model
 
     def forward(
@@ -31,12 +33,12 @@ class ClipFeatures(nn.Module):
     ) -> tuple[Tensor, Tensor, None]:
         """Images (batch, width), texts (batch, width), and None, as CLIP has no matching head."""
         text = self.text(self.model, input_ids=input_ids, attention_mask=attention_mask)
-        return self.image(self.model, pixel_values), text, None
+        return self.image(self.model, pixel_values=pixel_values), text, None
 
     @staticmethod
-    def image(model: Any, pixel_values: Tensor) -> Tensor:
+    def image(model: Any, **inputs: Tensor) -> Tensor:
         """Image features, (batch, width)."""
-        return _unit(model.get_image_features(pixel_values=pixel_values))
+        return _unit(model.get_image_features(**inputs))
 
     @staticmethod
     def text(model: Any, **inputs: Tensor) -> Tensor:
@@ -84,6 +86,46 @@ class BlipFeatures(nn.Module):
     def scale(self) -> Tensor:
         """Factor by which similarities are multiplied, a scalar."""
         return 1 / self.temperature.clamp(0.001, 0.5)
+
+
+class PairContrast(Trainee):
+    """The model's own contrastive loss over all pairs of all processes.
+
+    With a ``logit_bias`` it is that of SigLIP: -log sigmoid of plus or minus each logit, summed
+    over the texts and averaged over the images (Zhai et al., ICCV 2023, equation 1); any other has
+    CLIP's, the mean cross-entropy both ways. Pairs with equal keys belong together: SigLIP takes
+    each for a match, and in CLIP's loss they share the target evenly, as in UniCL (Yang et al.,
+    CVPR 2022). With different keys both losses are the model's own, but for
+    CLIP's factor of the logits, which stays at most 100, as its authors keep it.
+
+    A process holds the logits of its own images with the texts of all, and in CLIP's loss of its
+    own texts with the images of all; gradients of features reach the processes that made them.
+    Raises UnsupportedError for a model without a ``logit_scale``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        _check_scale(model)
+
+    def forward(self, keys: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        """``{"loss": (), "logits_per_image": (batch, batch)}``; ``keys`` (batch,) are numbers."""
+        image, text = _pair(self.model, batch)
+        scale, bias = _scale_and_bias(self.model)
+        same = keys[:, None] == _from_all(keys)[None]
+        logits = (scale * image @ _gathered(text).T + bias).float()
+        if getattr(self.model, "logit_bias", None) is not None:
+            loss = -F.logsigmoid(torch.where(same, logits, -logits)).sum(1).mean()
+        else:
+            wanted = same / same.sum(1, keepdim=True)
+            back = (scale * text @ _gathered(image).T).float()
+            loss = (F.cross_entropy(logits, wanted) + F.cross_entropy(back, wanted)) / 2
+        return {"loss": loss, "logits_per_image": scale * image @ text.T + bias}
+
+    def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Similarities by ``teacher``, a model of the same class, for a batch: (batch, batch)."""
+        image, text = _pair(teacher, {k: v for k, v in batch.items() if k != "keys"})
+        scale, bias = _scale_and_bias(teacher)
+        return {"logits_per_image": scale * image @ text.T + bias}
 
 
 class MomentumContrast(Trainee):
@@ -200,14 +242,68 @@ class MomentumContrast(Trainee):
         self.place.copy_((self.place + len(keys)) % len(self.keys))
 
 
+WORDS = ("input_ids", "attention_mask")
+"""Inputs of the text encoder; the others are the image encoder's."""
+
+
+def _pair(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Unit-length features of the images and of the texts of a batch, (batch, width) each."""
+    image = ClipFeatures.image(model, **{k: v for k, v in batch.items() if k not in WORDS})
+    return image, ClipFeatures.text(model, **{k: v for k, v in batch.items() if k in WORDS})
+
+
+def _check_scale(model: Any) -> None:
+    if not hasattr(model, "logit_scale"):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no logit_scale to contrast with: give a CLIP, a SigLIP or "
+            "a relative"
+        )
+
+
+def _scale_and_bias(model: Any) -> tuple[Tensor, Tensor | float]:
+    bias = getattr(model, "logit_bias", None)
+    scale = model.logit_scale.exp()
+    return (scale.clamp(max=100), 0.0) if bias is None else (scale, bias)
+
+
 def _unit(features: Any) -> Tensor:
-    """Features with rows of length 1; transformers 5 wraps features in an output object."""
+    """Features with rows of length 1; transformers 5 wraps features in an output object.
+
+    Raises UnsupportedError for a model that has a row per token.
+    """
     tensor = features if isinstance(features, Tensor) else features.pooler_output
+    if tensor.dim() != 2:
+        raise UnsupportedError("this model has features per token, not one per image and text")
     return F.normalize(tensor, dim=-1)
 
 
+class _Gather(torch.autograd.Function):
+    """The rows of all processes; backward, the sum of their gradients for the own rows."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        context.start, context.count = dist.get_rank() * len(rows), len(rows)
+        return _from_all(rows)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[context.start : context.start + context.count]
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; gradients flow back to each."""
+    found: Tensor = _Gather.apply(rows) if _several() else rows
+    return found
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _from_all(tensor: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())

@@ -1,4 +1,4 @@
-"""Detection of all objects of the known classes, by prompts that name the classes."""
+"""Detection of all objects of the known classes, named in prompts or numbered by the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +16,19 @@ from torch import Tensor
 from ..data.files import Left
 from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_objects
 from ..device import moved_to
-from ..errors import DataError, UnsupportedError
+from ..errors import DataError, RecipeError, UnsupportedError
+from ..folders.opening import from_folder, open_config
 from ..models.atss import suppress
 from ..recipe.options import DetectionOptions, TaskOptions
 from .base import Advance
+from .detectors import (
+    ClassDetector,
+    detector_class,
+    detector_config,
+    detector_processor,
+    new_detector,
+    published_detector,
+)
 from .grounding import RegionTask, as_fractions, in_pixels
 
 __all__ = ["DetectionTask"]
@@ -26,13 +36,21 @@ __all__ = ["DetectionTask"]
 MOST = 100
 """Detections per image, the limit in COCO's evaluation."""
 
+Found = tuple[float, int, Tensor]
+"""Score, place of the class among the classes, and (left, top, right, bottom) in pixels."""
+
 
 class DetectionTask(RegionTask):
-    """COCO detection with GLIP, Grounding DINO or MDETR; the metric is COCO's ``ap``.
+    """COCO detection; the metric is COCO's ``ap``, computed by pycocotools.
 
-    pycocotools computes ``ap``. The prompt joins the names of all classes, as in "cat. dog."; the
-    score of a class is that of its words. A prompt longer than the model can read is split over
-    several passes.
+    GLIP, Grounding DINO and MDETR read a prompt that joins the names of all classes, as in
+    "cat. dog."; the score of a class is that of its words. A prompt longer than the model can read
+    is split over several passes.
+
+    RT-DETR, RT-DETRv2, D-FINE, DETR, Conditional DETR, Deformable DETR and YOLOS number their
+    classes: those of the data must be among the names in the config's ``id2label``, or have such a
+    name in ``options.names``. They train by
+    their own loss, and their image processor reads their output.
     """
 
     name: ClassVar[str] = "detection"
@@ -41,6 +59,7 @@ class DetectionTask(RegionTask):
     train: Sequence[Scenery]
     test: Sequence[Scenery]
     classes: list[str]
+    detector: ClassDetector | None
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Scenery]:
         if form == "nlvr1-objects":
@@ -52,6 +71,48 @@ class DetectionTask(RegionTask):
         self.classes = sorted({label for item in items for label in item.labels})
         if not self.classes:
             raise DataError("no image of the data set has a box")
+        path, names = self.model_spec.path, self.options["names"]
+        self.detector = (
+            published_detector(self.model_config, self.classes, names, path)
+            if path
+            else new_detector(self.options["model"], self.classes)
+        )
+        if names and not (path and self.detector):
+            raise RecipeError(
+                "options.names is for a model in model.path that numbers its classes: leave it out"
+            )
+
+    # -- a model that numbers its classes ------------------------------------------------
+
+    def new_processor(self) -> Any:
+        return detector_processor(self.model_spec) if self.detector else super().new_processor()
+
+    def new_config(self) -> Any:
+        if not self.detector:
+            return super().new_config()
+        return detector_config(self.options["model"], self.model_spec, self.classes, self.options)
+
+    def new_model(self) -> Any:
+        if not self.detector:
+            return super().new_model()
+        config = self.new_config()
+        return detector_class(config)(config)
+
+    def model_type(self) -> Any:
+        if not self.detector:
+            return super().model_type()
+        return detector_class(self.model_config if self.model_spec.path else self.new_config())
+
+    def load(self, path: str | Path) -> Any:
+        if not self.detector:
+            return super().load(path)
+        return from_folder(detector_class(open_config(path)), path)
+
+    def looks(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        found = super().looks(items)
+        if self.detector:
+            self.detector.check(found)
+        return found
 
     def texts(self) -> list[str]:
         return [". ".join(self.classes) + "."]
@@ -85,6 +146,8 @@ class DetectionTask(RegionTask):
     # -- one batch ---------------------------------------------------------------------
 
     def collate(self, items: Sequence[Scenery], rng: random.Random | None = None) -> dict[str, Any]:
+        if self.detector:
+            return {**self.looks(items), "labels": [self.detector.labels(i) for i in items]}
         text, phrases = self.prompts[rng.randrange(len(self.prompts)) if rng else 0]
         maps = self._maps(text, phrases)
         words, _ = self.words([text] * len(items))
@@ -119,8 +182,25 @@ class DetectionTask(RegionTask):
 
     def _detect(self, model: Any, items: Sequence[Scenery]) -> list[list[dict[str, Any]]]:
         """The best detections of each image, in the format of COCO's result files."""
+        said = self._numbered(model, items) if self.detector else self._prompted(model, items)
+        return [
+            [
+                {"category_id": number + 1, "score": score, "bbox": _coco(place)}
+                for score, number, place in sorted(own, key=lambda one: -one[0])[:MOST]
+            ]
+            for own in said
+        ]
+
+    def _numbered(self, model: Any, items: Sequence[Scenery]) -> list[list[Found]]:
+        assert self.detector is not None
+        outputs = model(**moved_to(model, self.looks(items)))
+        found = self.detector.read(outputs, [item.size for item in items], self.processor)
+        order = {name: number for number, name in enumerate(self.classes)}
+        return [[(score, order[name], box) for score, name, box in own] for own in found]
+
+    def _prompted(self, model: Any, items: Sequence[Scenery]) -> list[list[Found]]:
         looks = moved_to(model, self.looks(items))
-        said: list[list[tuple[float, int, Tensor]]] = [[] for _ in items]
+        said: list[list[Found]] = [[] for _ in items]
         for text, phrases in self.prompts:
             words, _ = self.words([text] * len(items))
             outputs = model(**moved_to(model, words), **looks)
@@ -134,15 +214,9 @@ class DetectionTask(RegionTask):
                 places = in_pixels(boxes[i], item.size)
                 for score, number, place in self._best(scores, places):
                     said[i].append((score, int(asked[number]), place))
-        return [
-            [
-                {"category_id": number + 1, "score": score, "bbox": _coco(place)}
-                for score, number, place in sorted(own, key=lambda one: -one[0])[:MOST]
-            ]
-            for own in said
-        ]
+        return said
 
-    def _best(self, scores: Tensor, places: Tensor) -> list[tuple[float, int, Tensor]]:
+    def _best(self, scores: Tensor, places: Tensor) -> list[Found]:
         """The best detections of one image, best first, as (score, row of ``scores``, place).
 
         ``scores`` is (classes, places). Equal scores are ordered by class, then by place.

@@ -19,6 +19,8 @@ __all__ = [
     "clip_processor",
     "llava_config",
     "llava_processor",
+    "siglip_config",
+    "siglip_processor",
     "vit_processor",
     "vit_settings",
     "word_tokenizer",
@@ -116,6 +118,36 @@ def clip_processor(spec: ModelSpec, texts: Sequence[str]) -> Any:
     from transformers import CLIPProcessor
 
     return CLIPProcessor(clip_image_processor(spec), word_tokenizer(texts))
+
+
+def siglip_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    """A SiglipConfig with the sizes in ``spec``."""
+    from transformers import SiglipConfig
+
+    return SiglipConfig(
+        vision_config=vit_settings(spec),
+        text_config={
+            "hidden_size": spec.width,
+            "projection_size": spec.width,
+            "num_attention_heads": spec.heads,
+            "intermediate_size": 4 * spec.width,
+            "num_hidden_layers": spec.text_layers,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+
+
+def siglip_processor(spec: ModelSpec, texts: Sequence[str]) -> Any:
+    """A SiglipProcessor with a vocabulary of the words in ``texts``."""
+    from transformers import SiglipImageProcessor, SiglipProcessor
+
+    side = spec.image_size
+    images = SiglipImageProcessor(size={"height": side, "width": side})
+    return SiglipProcessor(images, word_tokenizer(texts))
 
 
 def clip_image_processor(spec: ModelSpec) -> Any:

@@ -1,9 +1,11 @@
-"""Image-text retrieval with CLIP and with BLIP."""
+"""Image-text retrieval with CLIP, SigLIP and relatives, and with BLIP."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 from zlib import crc32
 
@@ -14,19 +16,22 @@ from torch import Tensor, nn
 from ..data.captions import CaptionedImage, read_captioned
 from ..data.files import Left
 from ..device import device_of, moved_to, place
+from ..errors import RecipeError
 from ..recipe.options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
-from .base import Advance, Task
-from .contrast import BlipFeatures, ClipFeatures, MomentumContrast
-from .new_models import blip_config, blip_processor, clip_config, clip_processor
+from .base import Advance
+from .contrast import BlipFeatures, ClipFeatures, MomentumContrast, PairContrast
+from .dual_encoders import DualEncoderTask
+from .new_models import blip_config, blip_processor
 
 __all__ = ["BlipRetrievalTask", "RetrievalTask", "recalls"]
 
 
-class RetrievalTask(Task):
-    """Retrieval of captions by image and of images by caption, with a CLIPModel.
+class RetrievalTask(DualEncoderTask):
+    """Retrieval of captions by image and of images by caption, with a CLIP, a SigLIP or a relative.
 
-    Each training step takes one random caption per image. The loss is CLIP's contrastive loss or,
-    with a ``queue``, that of :class:`MomentumContrast`, with momentum features and soft targets.
+    Each training step takes one random caption per image. The loss is the model's own over the
+    pairs of all processes (:class:`PairContrast`) or, with a ``queue``, that of
+    :class:`MomentumContrast`, with momentum features and soft targets; SigLIP's takes no queue.
     The metric ``recall_mean`` is the mean of six recalls among all test images and captions, at 1,
     5 and 10 both ways. Options: ``queue`` (entries, 0 = none), ``momentum``, ``alpha`` (weight of
     soft targets).
@@ -41,27 +46,21 @@ class RetrievalTask(Task):
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
         return read_captioned(form, part, left)
 
-    def new_processor(self) -> Any:
-        return clip_processor(self.model_spec, [c for item in self.train for c in item.captions])
+    def prepare(self) -> None:
+        if self.sigmoid and self.uses_queue:
+            raise RecipeError(
+                f"options.queue must be 0 for {self.model_spec.path or 'siglip'}, a SigLIP: its "
+                "loss judges each pair by itself and has no queue"
+            )
 
-    def model_type(self) -> Any:
-        from transformers import CLIPModel
-
-        return CLIPModel
-
-    def new_model(self) -> Any:
-        return self.model_type()(clip_config(self.model_spec, self.processor.tokenizer))
+    def texts(self) -> list[str]:
+        return [caption for item in self.train for caption in item.captions]
 
     def collate(
         self, items: list[CaptionedImage], rng: random.Random | None = None
     ) -> dict[str, Any]:
         chosen = [rng.choice(i.captions) if rng else i.captions[0] for i in items]
-        batch = {
-            **self._text(chosen),
-            "pixel_values": self.pixels([item.image for item in items]),
-        }
-        if not self.uses_queue:
-            return {**batch, "return_loss": True}
+        batch = {**self.words(chosen), **self.looks([item.image for item in items])}
         if rng is not None:  # only the objective takes keys, not the model
             batch["keys"] = torch.tensor([crc32(str(item.image).encode()) for item in items])
         return batch
@@ -73,7 +72,7 @@ class RetrievalTask(Task):
 
     def objective(self, model: Any) -> nn.Module:
         if not self.uses_queue:
-            return super().objective(model)
+            return PairContrast(model)
         return MomentumContrast(
             self.features(model),
             self.width(model),
@@ -90,12 +89,6 @@ class RetrievalTask(Task):
         """The width of the features."""
         return int(model.config.projection_dim)
 
-    def _text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        text = self.processor.tokenizer(
-            list(captions), padding=True, truncation=True, return_tensors="pt"
-        )
-        return {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
-
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
         model.eval()
@@ -104,7 +97,7 @@ class RetrievalTask(Task):
             items = self.test[start : start + batch_size]
             captions = [caption for item in items for caption in item.captions]
             owner += [start + i for i, item in enumerate(items) for _ in item.captions]
-            images.append(self._image_features(model, items))
+            images.append(self._image_features(model, [item.image for item in items]))
             texts.append(self._text_features(model, captions))
             advance(len(items))
         scores = (torch.cat(images) @ torch.cat(texts).T).cpu()
@@ -118,16 +111,9 @@ class RetrievalTask(Task):
         model.eval()
         captions = sorted({caption for item in items for caption in item.captions})
         with torch.no_grad():
-            scores = self._image_features(model, items) @ self._text_features(model, captions).T
+            looks = self._image_features(model, [item.image for item in items])
+            scores = looks @ self._text_features(model, captions).T
         return [captions[i] for i in scores.argmax(1).tolist()]
-
-    def _image_features(self, model: Any, items: Sequence[CaptionedImage]) -> Tensor:
-        pixels = moved_to(model, self.pixels([item.image for item in items]))
-        return ClipFeatures.image(model, pixels)
-
-    def _text_features(self, model: Any, captions: Sequence[str]) -> Tensor:
-        inputs = moved_to(model, self._text(captions))
-        return ClipFeatures.text(model, **inputs)
 
 
 class BlipRetrievalTask(RetrievalTask):
@@ -141,8 +127,12 @@ class BlipRetrievalTask(RetrievalTask):
     name: ClassVar[str] = "blip-retrieval"
     takes: ClassVar[type[TaskOptions]] = BlipRetrievalOptions
 
+    @cached_property
+    def kind(self) -> str:
+        return "blip"
+
     def new_processor(self) -> Any:
-        return blip_processor(self.model_spec, [c for item in self.train for c in item.captions])
+        return blip_processor(self.model_spec, self.texts())
 
     def model_type(self) -> Any:
         from transformers import BlipForImageTextRetrieval
@@ -162,13 +152,13 @@ class BlipRetrievalTask(RetrievalTask):
     def uses_queue(self) -> bool:
         return True
 
-    def _image_features(self, model: Any, items: Sequence[CaptionedImage]) -> Tensor:
-        pixels = moved_to(model, self.pixels([item.image for item in items]))
+    def _image_features(self, model: Any, images: Sequence[Path]) -> Tensor:
+        pixels = moved_to(model, self.pixels(images))
         states = model.vision_model(pixels).last_hidden_state
         return F.normalize(model.vision_proj(states[:, 0]), dim=-1)
 
-    def _text_features(self, model: Any, captions: Sequence[str]) -> Tensor:
-        inputs = moved_to(model, self._text(captions))
+    def _text_features(self, model: Any, texts: Sequence[str]) -> Tensor:
+        inputs = moved_to(model, self.words(texts))
         states = model.text_encoder(**inputs).last_hidden_state
         return F.normalize(model.text_proj(states[:, 0]), dim=-1)
 
@@ -186,7 +176,7 @@ class BlipRetrievalTask(RetrievalTask):
 
         def matched(images: Sequence[int], texts: Sequence[int]) -> Tensor:
             states = moved_to(model, torch.stack([seen[i] for i in images]))
-            ids = moved_to(model, self._text([captions[t] for t in texts]))
+            ids = moved_to(model, self.words([captions[t] for t in texts]))
             logits = features.match(ids["input_ids"], ids["attention_mask"], states)
             return logits[:, 1].cpu()
 

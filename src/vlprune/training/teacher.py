@@ -28,8 +28,9 @@ class Taught(Trainee):
 
     ``weights`` holds the weight of each term: ``logits`` is KL(teacher || student) over the last
     axis of the output head; ``features`` the squared distance of the hidden states after each
-    tower's last block, relative to the teacher's; ``similarities`` KL over the rows and columns of
-    the image-text similarity matrix. A forward pass raises UnsupportedError for a term that the
+    tower's last block, relative to the teacher's, where both have one shape (RT-DETR has more
+    queries while it trains); ``similarities`` KL over the rows and columns of the image-text
+    similarity matrix. A forward pass raises UnsupportedError for a term that the
     model has no tensors for. The teacher takes no gradient, is no part of checkpoints, and sees the
     same batch.
     """
@@ -66,13 +67,13 @@ class Taught(Trainee):
         loss = output["loss"]
         for name, weight in self.weights.items():
             if name == "features":
-                names = [path for path in self.blocks if path in mine and path in theirs]
+                names = [path for path in self.blocks if _alike(mine.get(path), theirs.get(path))]
                 terms = [_distance(mine[path], theirs[path]) for path in names]
                 term = sum(terms) / len(terms) if terms else None
             else:
                 ours, truth = pairs[name]
                 term = None
-                if ours is not None and truth is not None and ours.shape == truth.shape:
+                if ours is not None and truth is not None and _alike(ours, truth):
                     term = _TERM[name](ours, truth, batch.get("labels"))
             if term is None:
                 raise UnsupportedError(
@@ -130,6 +131,10 @@ def _of(output: Any, name: str) -> Tensor | None:
 def _get(output: Any, name: str, seen: Mapping[str, Tensor]) -> Tensor | None:
     value = _of(output, name)
     return value if value is not None else seen.get(name)
+
+
+def _alike(ours: Tensor | None, truth: Tensor | None) -> bool:
+    return ours is not None and truth is not None and ours.shape == truth.shape
 
 
 def _distance(ours: Tensor, truth: Tensor) -> Tensor:
