@@ -12,6 +12,17 @@ from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
 from .checks import KEY, SEEDS, Checked, Flag, Number, OneOf, Text, Texts, Whole, checked, refuse
+from .columns import (
+    CAPTIONED,
+    GROUNDED,
+    LABELLED,
+    MASKED,
+    OBJECTS,
+    QUESTIONS,
+    STATEMENTS,
+    TYPED_QUESTIONS,
+    Columns,
+)
 
 __all__ = [
     "JSP_FAMILIES",
@@ -162,6 +173,7 @@ def check_teacher(weights: Mapping[str, Any]) -> None:
 # -- tasks -----------------------------------------------------------------------------
 
 Formats = Mapping[str, tuple[str, ...]]
+DATASET: Formats = {"dataset": ("path",)}
 
 
 @checked
@@ -169,16 +181,25 @@ class TaskOptions(Checked):
     """Of a task without options; base of the others.
 
     ``formats`` maps each format of data to what a split must name, ``also`` are keys that a
-    split may name in addition.
+    split may name in addition, all or none of them, and ``optional`` are keys that it may name one
+    by one. ``columns`` are the names by which the task reads the rows of a dataset
+    (:mod:`vlprune.recipe.columns`). A new model of a task that ``counts_words`` takes its
+    vocabulary from the training texts; ``stream_needs`` are options that replace a look at all
+    training items.
     """
 
     formats: ClassVar[Formats] = {}
-    also: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    also: ClassVar[Formats] = {}
+    optional: ClassVar[Formats] = {"dataset": ("name", "split")}
+    columns: ClassVar[Columns] = {}
+    counts_words: ClassVar[bool] = True
+    stream_needs: ClassVar[tuple[str, ...]] = ()
 
 
 CAPTIONS: Formats = {
     "karpathy": ("split_file", "images", "split"),
     "coco-captions": ("captions", "images"),
+    **DATASET,
 }
 
 
@@ -189,7 +210,9 @@ class ReasoningOptions(TaskOptions):
     formats: ClassVar[Formats] = {
         "nlvr2": ("statements", "images"),
         "nlvr1": ("folder", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = STATEMENTS
 
 
 @checked
@@ -197,6 +220,7 @@ class CaptioningOptions(TaskOptions):
     """Of ``captioning``. A longer prompt would leave no room for a caption of 20 tokens."""
 
     formats: ClassVar[Formats] = CAPTIONS
+    columns: ClassVar[Columns] = CAPTIONED
     prompt: Annotated[str, Text(0, 60)] = "a picture of"
     beams: Annotated[int, Whole(1, 64)] = 3
 
@@ -209,10 +233,14 @@ class VqaOptions(TaskOptions):
         "vqav2": ("questions", "annotations", "images"),
         "visual-genome": ("questions", "image_data", "images"),
         "easy-vqa": ("folder", "split"),
+        **DATASET,
     }
     also: ClassVar[Formats] = {
         "vqav2": ("visual_genome", "visual_genome_data", "visual_genome_images")
     }
+    columns: ClassVar[Columns] = QUESTIONS
+    stream_needs: ClassVar[tuple[str, ...]] = ("answers",)
+    answers: Annotated[str, Text()] = ""
 
 
 @checked
@@ -220,6 +248,7 @@ class RetrievalOptions(TaskOptions):
     """Of ``retrieval``."""
 
     formats: ClassVar[Formats] = CAPTIONS
+    columns: ClassVar[Columns] = CAPTIONED
     queue: Annotated[int, Whole(0, MANY)] = 0
     momentum: Annotated[float, Number(0, 1)] = 0.995
     alpha: Annotated[float, Number(0, 1)] = 0.4
@@ -237,7 +266,9 @@ class BlipRetrievalOptions(RetrievalOptions):
 class ClassificationOptions(TaskOptions):
     """Of ``classification``."""
 
-    formats: ClassVar[Formats] = {"image-folder": ("folder",)}
+    formats: ClassVar[Formats] = {"image-folder": ("folder",), **DATASET}
+    columns: ClassVar[Columns] = LABELLED
+    counts_words: ClassVar[bool] = False
     mixup: Annotated[float, Number(0, 1000)] = 0.8
     smoothing: Annotated[float, Number(0, 1, below=True)] = 0.1
     flip: Annotated[bool, Flag()] = True
@@ -248,7 +279,9 @@ class ClassificationOptions(TaskOptions):
 class SegmentationOptions(TaskOptions):
     """Of ``segmentation``."""
 
-    formats: ClassVar[Formats] = {"ade20k": ("images", "masks")}
+    formats: ClassVar[Formats] = {"ade20k": ("images", "masks"), **DATASET}
+    columns: ClassVar[Columns] = MASKED
+    counts_words: ClassVar[bool] = False
     multi_scale: Annotated[bool, Flag()] = False
     classes: Annotated[int, Whole(0, 1000)] = 0
     augment: Annotated[bool, Flag()] = True
@@ -276,7 +309,9 @@ class GroundingOptions(RegionOptions):
         "mdetr": ("annotations", "images"),
         "mdetr-captions": ("annotations", "images"),
         "refer": ("refs", "instances", "images", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = GROUNDED
 
 
 @checked
@@ -287,7 +322,9 @@ class DetectionOptions(RegionOptions):
         "coco-instances": ("instances", "images"),
         "coco2017": ("instances", "images"),
         "nlvr1-objects": ("folder", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = OBJECTS
     model: Annotated[str, OneOf(*GROUNDERS)] = "grounding-dino"
 
 
@@ -295,7 +332,9 @@ class DetectionOptions(RegionOptions):
 class GqaOptions(RegionOptions):
     """Of ``gqa``. It needs answer heads, which only MDETR has."""
 
-    formats: ClassVar[Formats] = {"gqa": ("questions", "images")}
+    formats: ClassVar[Formats] = {"gqa": ("questions", "images"), **DATASET}
+    columns: ClassVar[Columns] = TYPED_QUESTIONS
+    stream_needs: ClassVar[tuple[str, ...]] = ("answers",)
     model: Annotated[str, OneOf("mdetr")] = "mdetr"
     answers: Annotated[str, Text()] = ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.datasets.records import scenery
 from ..data.files import Left
 from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_objects
 from ..device import moved_to
@@ -40,6 +42,7 @@ class DetectionTask(RegionTask):
     takes: ClassVar[type[TaskOptions]] = DetectionOptions
     train: Sequence[Scenery]
     test: Sequence[Scenery]
+    item = staticmethod(scenery)
     classes: list[str]
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Scenery]:
@@ -48,7 +51,17 @@ class DetectionTask(RegionTask):
         return read_coco_instances(part["instances"], part["images"], left)
 
     def prepare(self) -> None:
-        items = [*self.train, *self.test]  # prompts also name classes that only test images have
+        listed = self.class_names("labels")
+        if self.streaming:
+            if listed is None:
+                raise DataError(
+                    "the stream of data.train does not list its classes (a column of the feature "
+                    "ClassLabel does): store the labels so, or give data.streaming=false"
+                )
+            self.classes = sorted(listed)
+            return
+        # prompts also name classes that only test images have
+        items = itertools.chain(self.train, self.test)
         self.classes = sorted({label for item in items for label in item.labels})
         if not self.classes:
             raise DataError("no image of the data set has a box")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.datasets.records import captioned_image
 from ..data.files import Left
 from ..device import device_of, moved_to, place
 from ..recipe.options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
@@ -37,6 +38,7 @@ class RetrievalTask(Task):
     takes: ClassVar[type[TaskOptions]] = RetrievalOptions
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
+    item = staticmethod(captioned_image)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
         return read_captioned(form, part, left)

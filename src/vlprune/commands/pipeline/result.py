@@ -71,7 +71,8 @@ def full_report(
         for when in ("before", "after"):
             report["macs"][when] //= problem.batch_size
     if "calibration" in report:
-        report["calibration"]["items"] = min(recipe.calibration.items, len(task.train))
+        most = recipe.calibration.items if task.streaming else len(task.train)
+        report["calibration"]["items"] = min(recipe.calibration.items, most)
     return report | {
         "weight_bytes": dict(speed.weight_bytes),
         "task": recipe.task,
