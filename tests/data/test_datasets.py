@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -244,7 +246,9 @@ def test_files_outside_the_data_set_are_not_opened(tmp_path: Path) -> None:
     assert said in refused(lambda: [*rows_of(path, CAPTIONED, captioned_image)])
     for place in (str(tmp_path / "secret.png"), "../secret.png", "https://example.org/a.png"):
         held = {"image": [{"bytes": None, "path": place}], "text": ["a"]}
-        path = parquet(tmp_path / "d" / f"{len(place)}.parquet", held)
+        features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+        path = tmp_path / "d" / f"{len(place)}.parquet"
+        pq.write_table(pa.Table.from_pydict(held, schema=features.arrow_schema), path)
         asked = Asked("train", str(path))
         said = f"names the picture {place}, which is not part of the data set"
         assert said in refused(lambda path=path: [*rows_of(path, CAPTIONED, captioned_image)])

@@ -305,7 +305,7 @@ def check_images(split: str, paths: Sequence[Path]) -> None:
 class PixelCache:
     """Pixel values of images; keeps as many images as fit in ``limit`` bytes.
 
-    Each process has its own, and so has each worker of a loader, which starts with an empty one.
+    Each process has its own, and so has each worker of a loader.
     """
 
     def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:

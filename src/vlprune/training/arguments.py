@@ -77,7 +77,7 @@ def arguments_of(
         dataloader_drop_last=length(items) >= spec.batch_size,
         dataloader_num_workers=spec.workers,
         # kept over epochs, and the pictures they have decoded with them
-        dataloader_persistent_workers=spec.workers > 0 and not isinstance(items, Endless),
+        dataloader_persistent_workers=spec.workers > 0,
         ignore_data_skip=isinstance(items, Endless),  # it begins where it is to go on
         accelerator_config={"dispatch_batches": False},
         disable_tqdm=True,

@@ -31,7 +31,7 @@ from ..recipe.spec import Training
 from .arguments import arguments_of
 from .average import Average
 from .checkpoints import newest, seal, step_of
-from .loading import Collate, Endless, Items, Numbered, Seeded, length
+from .loading import Collate, Endless, Items, Numbered, Seeded, as_it_was, length
 from .objective import Trainee
 from .ranks import agreed
 
@@ -81,8 +81,10 @@ class _Trainer(Trainer):
         return prepared
 
     def end_workers(self) -> None:
-        """End the workers that wait for another epoch."""
-        if self.loader is not None:
+        """End the workers now: an error's traceback would keep them for as long as it lives."""
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
             self.loader._iterator = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,6 +254,8 @@ def fit(
         else:
             try:
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except VlpruneError as error:
+                raise as_it_was(error) from None
             finally:
                 trainer.end_workers()
             state = trainer.state

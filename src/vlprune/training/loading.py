@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..errors import VlpruneError
 from ..recipe.spec import Training
 
-__all__ = ["Collate", "Endless", "Items", "Numbered", "Seeded", "length"]
+__all__ = ["Collate", "Endless", "Items", "Numbered", "Seeded", "as_it_was", "length"]
 
 Collate = Callable[[list[Any], random.Random], Any]
 
@@ -64,6 +66,17 @@ class Numbered(IterableDataset[tuple[int, Any]]):
         for number, item in islice(numbered, self.start, None):
             if (number - self.start) // self.together % workers == turn:
                 yield number, item
+
+
+def as_it_was(error: VlpruneError) -> VlpruneError:
+    """The error itself; for one that torch has brought from a worker, the error raised there.
+
+    torch puts the worker's traceback into the message, which ends with the error's own text.
+    """
+    text, kind = str(error), type(error)
+    if not re.match(r"Caught \w+ in DataLoader worker process \d+\.\n", text):
+        return error
+    return kind(text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
 class Seeded:
