@@ -12,6 +12,7 @@ import pytest
 from tables import captioned, json_lines, parquet, png
 from vlprune.commands.pipeline import fingerprint
 from vlprune.commands.pipeline.compress import compress
+from vlprune.commands.pipeline.notes import deciding
 from vlprune.data.datasets.records import captioned_image
 from vlprune.data.datasets.sources import Asked, open_rows, open_stream
 from vlprune.data.files import Left
@@ -73,6 +74,8 @@ def test_a_run_on_a_dataset_is_the_same_with_workers(
     for name in ("model.safetensors", "plan.json", "dense/model.safetensors"):
         one, two = (tmp_path / place / name for place in ("one", "two"))
         assert one.read_bytes() == two.read_bytes(), name
+    one, two = (deciding(load_recipe(recipe, extra).search) for extra in ([], workers))
+    assert one == two  # a run that is stopped goes on with another number of them
     assert reports[0]["data"]["train"]["items"] == (None if more else 12)
     assert reports[0]["data"]["test"]["items"] == (4 if more else 5)
 

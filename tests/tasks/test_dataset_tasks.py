@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from tables import parquet
+from vlprune.data.datasets.records import captioned_image
+from vlprune.data.datasets.sources import Asked, open_stream
 from vlprune.errors import DataError
+from vlprune.recipe.columns import CAPTIONED
 from vlprune.recipe.options import TASK_OPTIONS
 from vlprune.recipe.spec import DataSpec, ModelSpec
 from vlprune.tasks import TASKS
@@ -83,7 +86,9 @@ def test_every_task_makes_the_same_batches_of_a_dataset(name: str, tmp_path: Pat
     if "dataset" not in TASK_OPTIONS[name].formats:
         pytest.skip(f"{name} does not read datasets of this kind")
     options: dict[str, Any] = {"queue": 8} if "retrieval" in name else {}
-    files = TASKS[name](SMALL, DataSpec(train_items=8, test_items=4), tmp_path, options)
+    like = "mdetr-captions" if name == "grounding" else ""  # where parts of a text name boxes
+    scenes = DataSpec(like=like, train_items=8, test_items=4)
+    files = TASKS[name](SMALL, scenes, tmp_path, options)
     spec = as_tables(files, tmp_path)
     table = TASKS[name](SMALL, spec, tmp_path, options)
     assert len(table.train) == len(files.train)
@@ -109,9 +114,13 @@ def test_classes_are_numbered_as_the_dataset_numbers_them(tmp_path: Path) -> Non
     numbers = [item.label for item in made.train]
     assert table.collate(list(table.train))["labels"].tolist() == numbers
     assert table.new_model().config.num_labels == len(names)
+    for split in (made.train, made.test):
+        for item in split:
+            object.__setattr__(item, "label", 6 * item.label)
     spec = as_tables(made, tmp_path, label=datasets.Value("int64"))
     table = TASKS["classification"](SMALL, spec, tmp_path)
-    assert table.classes == [str(number) for number in sorted(set(numbers))]
+    assert table.classes == [str(6 * number) for number in sorted(set(numbers))]
+    assert "12" in table.classes  # which text would sort before the 6
 
 
 # -- streams ---------------------------------------------------------------------------------
@@ -143,4 +152,15 @@ def test_the_test_split_of_a_stream_is_a_list(tmp_path: Path) -> None:
     assert same(task.collate(list(task.test)), made.collate(list(made.test[:3])))
     assert same(task.collate(task.first_train(2)), made.collate(list(made.train[:2])))
     assert task.facts()["train"]["items"] is None
-    assert not task.pixels.kept
+
+
+def test_pictures_of_a_stream_are_not_kept(tmp_path: Path) -> None:
+    made = TASKS["captioning"](SMALL, DataSpec(train_items=8, test_items=4), tmp_path)
+    spec = as_tables(made, tmp_path)
+    table = TASKS["captioning"](SMALL, spec, tmp_path)
+    table.collate(list(table.train))
+    assert len(table.pixels.kept) == len({item.image for item in table.train})
+    rows = open_stream(Asked("train", spec.train["path"]), CAPTIONED, captioned_image).first(4)
+    table.pixels.kept.clear()
+    table.collate(rows)
+    assert not table.pixels.kept

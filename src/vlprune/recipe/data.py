@@ -14,7 +14,7 @@ __all__ = ["DataSpec", "data_mistakes"]
 
 MANY = 10**9
 SCENES = 10**6
-GIB = 1024.0
+GIB = 1024
 """The most GiB of prepared pictures that a process may keep."""
 TABLE = "dataset"
 """The format of Hugging Face datasets, whose columns a recipe may name."""

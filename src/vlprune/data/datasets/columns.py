@@ -37,10 +37,7 @@ class Found:
     encoded: bool = False
 
     def value(self, row: Mapping[str, Any]) -> Any:
-        """The plain value in a row of the data set, with the names of classes for numbers.
-
-        -1, which stands for a hidden label, is None.
-        """
+        """The plain value in a row of the data set, with the names of classes for numbers."""
         found = row.get(self.top)
         found = _below(_parsed(found) if self.encoded else found, self.steps)
         return found if self.classes is None else _named(found, self.classes)
@@ -223,7 +220,7 @@ def _named(value: Any, classes: tuple[str, ...]) -> Any:
         return [_named(one, classes) for one in value]
     if isinstance(value, int) and 0 <= value < len(classes):
         return classes[value]
-    return None if value == -1 else value
+    return value
 
 
 def _parsed(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -33,6 +34,11 @@ class Place:
     name: str
     folder: Path | None
     caches: tuple[Path, ...] = ()
+
+    @cached_property
+    def path(self) -> Path:
+        """The name as a path, above which no entry lies."""
+        return Path(self.name)
 
     def picture(self, text: str, where: str) -> Picture:
         """The picture at a path of the Image feature. Raises DataError for a path elsewhere."""
@@ -84,7 +90,7 @@ class Row:
     ) -> Row:
         """The row of these raw values, by the columns of the data set."""
         values = {one.column: one.value(raw) for one in found.values() if not one.stored}
-        entry = Entry(values, Path(place.name), f"row {number}")
+        entry = Entry(values, place.path, f"row {number}")
         return cls(place, number, found, entry, stored, measure)
 
     def get(self, name: str, kind: Kind[T]) -> T:

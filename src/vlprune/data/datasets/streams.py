@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from ...errors import DataError
@@ -56,13 +55,13 @@ class Stream(Generic[T]):
                 any_item = True
                 yield item
             if not any_item:
-                some([], Path(self.place.name), "row that can be used", left)
+                some([], self.place.path, "row that can be used", left)
 
     def first(self, number: int, left: Left | None = None) -> list[T]:
         """The first items in their own order, at most ``number``; ``left`` counts rows without."""
         left = Left() if left is None else left
         found = list(islice(self._pass(self._rows, left), number))
-        return some(found, Path(self.place.name), "row that can be used", left)
+        return some(found, self.place.path, "row that can be used", left)
 
     @property
     def _rows(self) -> Any:

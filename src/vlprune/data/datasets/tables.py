@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, overload
 
 from ...errors import DataError
@@ -146,7 +145,7 @@ class Rows(Sequence[T], Generic[T]):
                 kept.append(row.number)
                 if len(kept) == most:
                     break
-        some(list(kept[:1]), Path(table.name), "row that can be used", left)
+        some(list(kept[:1]), table.place.path, "row that can be used", left)
         whole = kept[-1] == len(kept) - 1
         self.kept: Sequence[int] = range(len(kept)) if whole else kept
 
