@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -406,6 +408,48 @@ def test_a_stream_is_shuffled_by_its_seed_and_never_ends(tmp_path: Path) -> None
     assert sorted(one[:6]) == sorted(one[6:]) == [*"012345"]
     assert one[:6] != one[6:]  # every pass has another order
     assert order(2, 4, 6) != one[:6]
+
+
+def test_the_first_row_of_a_stream_need_not_be_whole(tmp_path: Path) -> None:
+    """JSON lines say what their columns are by their rows alone."""
+    (tmp_path / "0.png").write_bytes(png(0))
+    rows = [{"image": None, "text": "a"}, {"image": "0.png", "text": "b"}]
+    path = json_lines(tmp_path / "a.jsonl", rows)
+    left = Left()
+    stream = open_stream(Asked("train", str(path)), CAPTIONED, captioned_image)
+    (item,) = stream.first(5, left)
+    assert (item.image, item.captions) == (tmp_path / "0.png", ("b",))
+    assert +left == Left({"rows without a picture": 1})
+
+
+def test_a_data_set_of_the_hub_is_found_in_the_cache(tmp_path: Path) -> None:
+    """As an earlier run with a network has left it there."""
+    source = datasets.load_dataset("parquet", data_files=str(parquet(tmp_path / "a.parquet",
+                                   captioned(3))), cache_dir=str(tmp_path / "made"))  # fmt: skip
+    (file,) = source["train"].cache_files
+    there = Path(file["filename"]).parent
+    place = datasets.config.HF_DATASETS_CACHE / "owner___things" / "default" / "0.0.0" / ("a" * 40)
+    shutil.copytree(there, place)
+    for path in place.glob("*.arrow"):
+        path.rename(place / "things-train.arrow")
+    info = json.loads((place / "dataset_info.json").read_text())
+    info |= {"builder_name": "parquet", "dataset_name": "things", "config_name": "default"}
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    items = open_rows(Asked("train", "owner/things"), CAPTIONED, captioned_image, Left())
+    assert [item.captions[0][-1] for item in items] == ["0", "1", "2"]
+    assert size_of(items[1].image) == (16, 12)
+    text = refused(
+        lambda: open_rows(Asked("test", "owner/things"), CAPTIONED, captioned_image, Left())
+    )
+    assert "has no split test or validation, but train: give data.test.split" in text
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    rows = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(rows, tmp_path / "a.parquet")
+    assert "cannot read" in refused(
+        lambda: rows_of(tmp_path / "a.parquet", CAPTIONED, captioned_image)
+    )
 
 
 def test_a_stream_refuses_what_needs_all_of_it(tmp_path: Path) -> None:

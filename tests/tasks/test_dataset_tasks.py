@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from vlprune.data.datasets.sources import Asked, open_stream
 from vlprune.errors import DataError
 from vlprune.recipe.columns import CAPTIONED
 from vlprune.recipe.options import TASK_OPTIONS
-from vlprune.recipe.spec import DataSpec, ModelSpec
+from vlprune.recipe.spec import DataSpec, ModelSpec, Training
 from vlprune.tasks import TASKS
+from vlprune.training.loading import Items, Numbered, Seeded
 
 SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=32, patch_size=16)
 
@@ -164,3 +167,24 @@ def test_pictures_of_a_stream_are_not_kept(tmp_path: Path) -> None:
     table.pixels.kept.clear()
     table.collate(rows)
     assert not table.pixels.kept
+    none = dataclasses.replace(spec, pixel_cache=0)
+    table = TASKS["captioning"](SMALL, none, tmp_path)
+    table.collate(list(table.train))
+    assert not table.pixels.kept
+
+
+def test_a_task_can_be_sent_to_a_worker(tmp_path: Path) -> None:
+    """Where processes are not forked, a loader pickles it, without the pictures that it keeps."""
+    made = TASKS["captioning"](SMALL, DataSpec(train_items=8, test_items=4), tmp_path)
+    spec = as_tables(made, tmp_path)
+    task = TASKS["captioning"](SMALL, spec, tmp_path)
+    want = task.collate(list(task.train[:3]))
+    items, collated = pickle.loads(pickle.dumps((Items(task.train), Seeded(task.collate, 0))))
+    again = collated.collate.__self__
+    assert not again.pixels.kept
+    assert again.pixels.room == again.pixels.limit
+    assert same(again.collate([items[i][1] for i in range(3)]), want)
+    stream = open_stream(Asked("train", spec.train["path"]), CAPTIONED, captioned_image, 3)
+    sent = pickle.loads(pickle.dumps(Numbered(stream, 0, Training(batch_size=2), 1)))
+    first, *_ = next(iter(sent))[1].captions
+    assert first == next(stream.endless()).captions[0]

@@ -20,7 +20,11 @@ __all__ = [
 
 
 class Column(NamedTuple):
-    """A column that a task reads: its kind of value, and whether a dataset must have it."""
+    """A column that a task reads: its kind of value, and whether a dataset must have it.
+
+    :data:`vlprune.data.datasets.columns.SAYS` lists the kinds; ``anything`` is for values that the
+    task takes apart by itself.
+    """
 
     kind: str
     needed: bool = True

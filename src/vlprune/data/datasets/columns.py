@@ -45,44 +45,36 @@ class Found:
 
 def columns_in(
     source: str,
-    features: Mapping[str, Any] | None,
+    features: Mapping[str, Any],
     wanted: Columns,
     given: Mapping[str, str],
-    first: Mapping[str, Any] | None = None,
 ) -> dict[str, Found]:
     """Where each of the ``wanted`` columns lies, by the task's name for it.
 
-    ``features`` are those of the data set called ``source``; for a stream that does not know them,
-    ``first`` is a row of it, and kinds are checked row by row. ``given`` are the names of the
+    ``features`` are those of the data set called ``source``, and ``given`` are the names of the
     columns that are not named as the task names them. Raises one DataError for all that are missing
     or of the wrong kind.
     """
-    known = features if features is not None else dict.fromkeys(first or ())
     found: dict[str, Found] = {}
     wrong: list[str] = []
     for name, column in wanted.items():
         asked = given.get(name, name)
-        place = _place(asked, known)
+        place = _place(asked, features)
         if place is None:
             if column.needed or name in given:
                 wrong.append(f"there is no column {asked!r} for {name}, {SAYS[column.kind]}")
             continue
         top, steps, feature = place
-        if features is None:
-            value = _below((first or {}).get(top), steps)
-            picture = column.kind == "picture"
-            found[name] = Found(asked, top, steps, picture, picture and not isinstance(value, str))
-            continue
         if not _fits(column, feature, steps):
             wrong.append(
                 f"the column {asked!r} for {name} must hold {SAYS[column.kind]}, not "
                 f"{_said(feature)}"
             )
             continue
-        found[name] = _found(asked, top, steps, column, feature, known[top])
+        found[name] = _found(asked, top, steps, column, feature, features[top])
     if wrong:
-        listed = [f"{plain(name)} ({_said(kind)})" for name, kind in [*known.items()][:MOST]]
-        more = f" and {len(known) - MOST} more" if len(known) > MOST else ""
+        listed = [f"{plain(name)} ({_said(kind)})" for name, kind in [*features.items()][:MOST]]
+        more = f" and {len(features) - MOST} more" if len(features) > MOST else ""
         there = f"its columns are {', '.join(listed)}{more}" if listed else "it has no columns"
         raise DataError(
             f"{plain(source)} does not fit: {plain('; '.join(wrong))}. There, {there}. Name others "
@@ -117,7 +109,7 @@ def _place(asked: str, known: Mapping[str, Any]) -> tuple[str, tuple[str, ...], 
     feature = known[top]
     depth = 0
     for step in steps:
-        if feature is None or _kind(feature) == "Json":
+        if _kind(feature) == "Json":
             return top, tuple(steps), feature
         inner, more = _inner(feature)
         depth += more
@@ -199,7 +191,7 @@ def _said(feature: Any) -> str:
     elif _kind(leaf) == "Value":
         text = str(leaf.dtype)
     else:
-        text = "unknown" if leaf is None else _kind(leaf)
+        text = _kind(leaf)
     return plain("lists of " * depth + text)
 
 

@@ -146,7 +146,8 @@ def streamed_picture(place: Place, raw: Any, where: str) -> Picture | None:
     if isinstance(raw, Mapping):
         content, path = raw.get("bytes"), raw.get("path")
     if isinstance(content, bytes):
-        return StreamedPicture(content, where, os.path.basename(path or ""))
+        name = os.path.basename(path) if isinstance(path, str) else ""
+        return StreamedPicture(content, where, name)
     if isinstance(path, str):
         return place.picture(path, where)
     if raw is None or isinstance(raw, Mapping):

@@ -87,12 +87,7 @@ def open_stream(
     """The items of a split, read while they are used. Raises as :func:`open_rows`."""
     opened = _open(asked, streaming=True)
     dataset, place = opened.dataset, opened.place
-    first = None
-    if dataset.features is None:
-        with _told(f"cannot read {plain(place.name)}"):
-            first = next(dataset.iter(batch_size=1), None)
-        first = {name: own[0] for name, own in (first or {}).items()}
-    found = columns_in(place.name, dataset.features, wanted, asked.columns, first)
+    found = columns_in(place.name, dataset.features or {}, wanted, asked.columns)
     return Stream(dataset, place, found, make, buffer, most, _contents(dataset, asked))
 
 
