@@ -81,9 +81,15 @@ def test_a_run_on_a_dataset_is_the_same_with_workers(
 
 
 def test_a_stream_calibrates_on_its_first_items(recipe: str, tmp_path: Path) -> None:
-    given = [*STREAM, "method={name: obs}", "calibration.items=8", "search.steps=0"]
+    given = [
+        *STREAM,
+        "method={name: obs}",
+        "calibration={items: 8, batch_size: 2}",
+        "search.steps=0",
+    ]
     report = compress(load_recipe(recipe, [*given, "retrain.steps=0"]), tmp_path / "out")
     assert report["calibration"]["items"] == 8
+    assert report["calibration"]["batches"] == 4
 
 
 def refusal(run: Any, tmp_path: Path, *words: str) -> str:

@@ -191,7 +191,7 @@ def _said(feature: Any) -> str:
     elif _kind(leaf) == "Value":
         text = str(leaf.dtype)
     else:
-        text = _kind(leaf)
+        text = "pictures" if _kind(leaf) == "Image" else _kind(leaf)
     return plain("lists of " * depth + text)
 
 
