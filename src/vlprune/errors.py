@@ -30,6 +30,7 @@ __all__ = [
     "VerificationError",
     "VlpruneError",
     "did_you_mean",
+    "first_line",
 ]
 
 
@@ -80,3 +81,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the closest known word, or an empty string."""
     close = get_close_matches(word[:200], list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error of another library, and the first line of what it says."""
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vlprune.data import captions, files, kinds, pairs, questions, regions, samples
+from vlprune.data import captions, conversations, files, kinds, pairs, questions, regions, samples
 from vlprune.data.shapes.write import write_shapes
 from vlprune.errors import DataError
 
@@ -51,6 +51,14 @@ def others(root: Path) -> None:
         for n in (1, 2)
     ]
     (root / "vg.json").write_text(json.dumps(body))
+    shown = [{"type": "image", "path": "1.jpg"}, {"type": "text", "text": "what?"}]
+    body = [
+        {"id": n, "images": ["2.jpg"], "messages": [
+            {"role": "user", "content": [{"type": "image"}, *shown]},
+            {"role": "assistant", "content": "a cat"}]}
+        for n in (1, 2)
+    ]  # fmt: skip
+    (root / "messages.json").write_text(json.dumps(body))
     lines = [{"image": f"{n}.png", "text": f"{n} boxes", "caption": None} for n in range(4)]
     (root / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -89,6 +97,14 @@ READERS: dict[str, tuple[str, Read]] = {
     "gqa": (
         f"{NOTES}/gqa_val2014.json",
         lambda r: questions.read_gqa(r / NOTES / "gqa_val2014.json", r / "images"),
+    ),
+    "llava": (
+        f"{NOTES}/conversations_val2014.json",
+        lambda r: conversations.read_llava(r / NOTES / "conversations_val2014.json", r / "images"),
+    ),
+    "messages": (
+        "messages.json",
+        lambda r: conversations.read_messages(r / "messages.json", r / "images"),
     ),
     "nlvr2": (
         "nlvr2/dev.json",

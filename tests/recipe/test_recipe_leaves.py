@@ -28,6 +28,7 @@ from vlprune.recipe.machine import LOGGERS, need_logger
 from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
 from vlprune.recipe.spec import (
     CalibrationSpec,
+    LoraSpec,
     DataSpec,
     ModelSpec,
     Recipe,
@@ -247,6 +248,7 @@ def ranges() -> Iterator[str]:
     """The table of docs/recipes.md: what every leaf and option may be."""
     parts: dict[str, Any] = {"": Recipe, "model.": ModelSpec, "data.": DataSpec, "*.": Training}
     parts |= {"teacher.": TeacherOptions, "calibration.": CalibrationSpec}
+    parts |= {"retrain.lora.": LoraSpec}
     parts |= {f"{name}: ": cls for name, cls in [*METHOD_OPTIONS.items(), *TASK_OPTIONS.items()]}
     rows: dict[str, list[str]] = {}
     for part, cls in parts.items():

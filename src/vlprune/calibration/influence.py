@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..cutting.difference import tensors_of
 from ..cutting.gates import evaluating
+from ..cutting.heads import head_outputs
 from ..errors import DataError
 from ..structures.structure import Structure
 from ..structures.units import owner_of
@@ -126,7 +127,8 @@ def influence_of(
                 stack.enter_context(_watched_projection(owner, partial(watch, rows.weight)))
         stack.enter_context(hooked(hooks))
         for number in range(len(batches)):
-            given = outputs(batches.run(model, number))
+            with head_outputs(model) as logits:
+                given = outputs(_with_logits(batches.run(model, number), logits))
             made = [tensor for tensor in given.values() if tensor.requires_grad]
             if not made:
                 raise DataError(
@@ -142,6 +144,13 @@ def influence_of(
         _mean(squares, {path: c.out for path, c in consumers.items()}, len(batches)),
         _mean(scores, {name: rows.size for name, rows in queries.items()}, len(batches)),
     )
+
+
+def _with_logits(output: Any, logits: Sequence[Tensor]) -> Any:
+    """A model's output with the logits that it does not name."""
+    if not isinstance(output, Mapping) or not logits or any(n.startswith(LOGITS) for n in output):
+        return output
+    return {**output, "logits": logits[-1]}
 
 
 Watch = Callable[[str, nn.Module, Any, Tensor], Tensor]
@@ -188,12 +197,12 @@ def small_enough(
         nonlocal held
         held += tensor.numel() * tensor.element_size()
 
-    with evaluating(model), _frozen(model), torch.enable_grad():
+    with evaluating(model), _frozen(model), torch.enable_grad(), head_outputs(model) as logits:
         inputs = one.inputs(model, 0)
         layers = (module for module in model.modules() if isinstance(module, nn.Linear))
         wake = hooked((layer.register_forward_hook, _requiring_grad) for layer in layers)
         with wake, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            outputs(model(**inputs))
+            outputs(_with_logits(model(**inputs), logits))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return batches.split(max(1, max(IN_MEMORY, size // 2) // max(1, held)))
 

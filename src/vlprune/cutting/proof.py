@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..device import device_of, same_random_numbers
-from ..errors import IncomparableError, VerificationError
+from ..errors import IncomparableError, VerificationError, first_line
 from ..structures.shards import is_dtensor, shape_of
 from ..structures.units import plain_name
 from .apply import slices_of
 from .difference import Difference, difference, tensors_of
+from .heads import head_outputs
 from .first_batch import run_inputs
 from .fsdp import by_fsdp, computing_in, recover
 from .gates import gated
@@ -122,7 +123,7 @@ def run_masked(
                 difference(outputs, outputs)
             except Exception as error:
                 name = str(setting.dtype).removeprefix("torch.")
-                problems.append(f"{name}: {_first_line(error)}")
+                problems.append(f"{name}: {first_line(error)}")
                 recover(model)
                 continue
             return outputs, setting
@@ -215,7 +216,7 @@ def compare(
     except Exception as error:
         recover(model)
         raise VerificationError(
-            f"the cut model does not run ({_first_line(error)}); {advice}"
+            f"the cut model does not run ({first_line(error)}); {advice}"
         ) from error
     try:
         apart = difference(masked, found)
@@ -253,10 +254,6 @@ def _pass(model: nn.Module, setting: Setting, part: str, weights: Weights) -> li
         else:
             entered.enter_context(layerwise(model, setting.dtype, weights, setting.pieces))
         return _run(model.get_submodule(part), setting.inputs, setting.dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
@@ -345,7 +342,9 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
-    """Every floating tensor of one forward pass."""
-    with same_random_numbers(model):
+    """Every floating tensor of one forward pass, and the logits that its output leaves out."""
+    with same_random_numbers(model), head_outputs(model) as logits:
         torch.manual_seed(0)
-        return tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))
+        found = tensors_of(model(**run_inputs(model, inputs, device_of(model), dtype)))
+    named = {tensor.shape for tensor in found}
+    return [*found, *(tensor for tensor in logits if tensor.shape not in named)]

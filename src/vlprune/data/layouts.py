@@ -60,6 +60,10 @@ def _generated(split: str, subtype: str, pairs: str, part: str, classes: str) ->
             "instances": f"annotations/instances_{subtype}.json",
             "images": f"images/{subtype}",
         },
+        "llava": {
+            "conversations": f"annotations/conversations_{subtype}.json",
+            "images": f"images/{subtype}",
+        },
         "gqa": {
             "questions": f"annotations/gqa_{subtype}.json",
             "images": f"images/{subtype}",

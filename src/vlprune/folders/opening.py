@@ -25,6 +25,7 @@ from ..files import HUB_NAME, MiB, plain, read_json
 from ..models import MODELS, PREFIX
 from ..structures.record import METHOD
 from .configs import check_config, read_config
+from .pictures import pictures_only
 from .weights import check_weights, weight_files
 
 __all__ = [
@@ -236,12 +237,18 @@ def check_memory(model: Any, held: int, where: object) -> None:
 
 
 def open_processor(name: str | Path) -> Any:
-    """The processor in a folder or on the hub. Raises UnsupportedError."""
+    """The processor in a folder or on the hub. Raises UnsupportedError.
+
+    Where torchvision is missing, that of a model for pictures and videos takes pictures only.
+    """
     if Path(name).is_dir():
         _check_files(Path(name), UnsupportedError)
     else:
         _check_hub_name(name, UnsupportedError)
     with guarded(name, "load a processor from", UnsupportedError):
+        own = pictures_only(name)
+        if own is not None:
+            return own
         return transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 

@@ -339,9 +339,27 @@ class GqaOptions(RegionOptions):
     answers: Annotated[str, Text()] = ""
 
 
+@checked
+class ChatOptions(TaskOptions):
+    """Of ``chat``."""
+
+    formats: ClassVar[Formats] = {
+        "llava": ("conversations", "images"),
+        "messages": ("messages", "images"),
+        "vqav2": ("questions", "annotations", "images"),
+        "easy-vqa": ("folder", "split"),
+    }
+    template: Annotated[str, Text()] = ""
+    prompt: Annotated[str, Text(0, 1000)] = ""
+    longest: Annotated[int, Whole(0, 10**6)] = 0
+    short: Annotated[int, Whole(0, 10**4)] = 5
+    new_tokens: Annotated[int, Whole(1, 10**4)] = 32
+
+
 TASK_OPTIONS: dict[str, type[TaskOptions]] = {
     "blip-retrieval": BlipRetrievalOptions,
     "captioning": CaptioningOptions,
+    "chat": ChatOptions,
     "classification": ClassificationOptions,
     "detection": DetectionOptions,
     "gqa": GqaOptions,

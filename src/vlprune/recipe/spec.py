@@ -50,7 +50,15 @@ from .options import (
 )
 from .reading import override, read
 
-__all__ = ["CalibrationSpec", "DataSpec", "ModelSpec", "Recipe", "Training", "load_recipe"]
+__all__ = [
+    "CalibrationSpec",
+    "DataSpec",
+    "LoraSpec",
+    "ModelSpec",
+    "Recipe",
+    "Training",
+    "load_recipe",
+]
 
 MANY = 10**9
 PATCHES = 2**14
@@ -99,6 +107,23 @@ class CalibrationSpec(Checked):
     batch_size: Annotated[int, Whole(1, 4096)] = 8
 
 
+@checked
+class LoraSpec(Checked):
+    """Low-rank adapters to train in place of the weights (Hu et al., ICLR 2022), by peft.
+
+    Linear layers whose names match one of ``targets`` (none given: all but the output head) get
+    adapters of ``rank`` (0: no adapters), scaled by ``alpha / rank``, with ``dropout`` before them.
+    With ``merge`` they end as part of the weights; else they are saved beside the model, in the
+    folder ``adapter``.
+    """
+
+    rank: Annotated[int, Whole(0, 8192)] = 0
+    alpha: Annotated[float, Number(0, 10**6, above=True)] = 16.0
+    dropout: Annotated[float, Number(0, 1, below=True)] = 0.0
+    targets: Annotated[Sequence[str], Texts()] = ()
+    merge: Annotated[bool, Flag()] = True
+
+
 DECAYS = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -136,13 +161,16 @@ class Training(Checked):
     fp16: Annotated[bool, Flag()] = False
     gradient_checkpointing: Annotated[bool, Flag()] = False
     compile: Annotated[bool, Flag()] = False
+    lora: LoraSpec = field(default_factory=LoraSpec)
     save_steps: Annotated[int, Whole(0, MANY)] = 500
     workers: Annotated[int, Whole(0, 64)] = 0
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """The Trainer takes only one precision."""
+        """The Trainer takes only one precision; adapters are no weights to average."""
         if self.bf16 and self.fp16:
             yield ("fp16",), f"{KEY} and bf16 must not both be true: leave one of them out"
+        if self.ema and self.lora.rank:
+            yield ("ema",), f"{KEY} must be 0 with lora, which leaves the weights as they are"
 
     @property
     def on(self) -> bool:
@@ -241,13 +269,17 @@ class Recipe(Checked):
         return data
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """A search takes no average; calibration is needed by some methods, refused by others."""
+        """Averages and adapters are for retraining; calibration suits some methods only."""
         if self.search.ema:
             text = (
                 "must be 0: units fade during the search, and an average would bring back what "
                 "went. Give retrain.ema"
             )
             yield ("search", "ema"), f"{KEY} {text}"
+        for phase in ("train", "search"):
+            if getattr(self, phase).lora.rank:
+                text = "must be 0: only the small model is trained by adapters. Give retrain.lora"
+                yield (phase, "lora", "rank"), f"{KEY} {text}"
         name, items = self.method["name"], self.calibration.items
         if getattr(METHOD_OPTIONS[name], "uses_calibration", False) and not items:
             text = f"must be at least 1 for the method {name}, which learns from these items"
@@ -300,6 +332,7 @@ class Recipe(Checked):
                 rates={},
                 clip=1.0,
                 ema=min(phase.ema, TOY_EMA),
+                lora=dataclasses.replace(phase.lora, targets=()),
                 bf16=False,
                 fp16=False,
                 compile=False,

@@ -7,7 +7,7 @@ from typing import Any
 
 from .blocks import Block, Column, Sentence, Table
 from .story import calibration, faster, sizes, stages
-from .words import human, percent, summary, where
+from .words import UNITS, human, metric_unit, percent, summary, where
 
 __all__ = ["cut", "description", "exported", "measured", "result", "sensitivity", "timings"]
 
@@ -243,8 +243,11 @@ def _checked_on(row: Mapping[str, Any]) -> str:
 
 def measured(metrics: Mapping[str, float]) -> list[Block]:
     """``vlprune evaluate``: every metric."""
-    columns = (Column("metric", "metric"), Column("value", "value", "share"))
-    rows = [{"metric": name.replace("_", " "), "value": value} for name, value in metrics.items()]
+    columns = (Column("metric", "metric"), Column("value", "value", "text"))
+    rows = [
+        {"metric": name.replace("_", " "), "value": UNITS[metric_unit(name)](value)}
+        for name, value in metrics.items()
+    ]
     return [Table(columns, tuple(rows))]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .blocks import Block, Column, Heading, Sentence, Table
-from .words import duration, human, percent, summary, tower_of, where
+from .words import duration, human, metric_unit, percent, summary, tower_of, where
 
 __all__ = [
     "calibration",
@@ -81,7 +81,7 @@ def stages(report: Mapping[str, Any]) -> Table:
         Column("params", "params", "count"),
         Column("macs", "MACs", "count"),
         *(Column(f"batch {batch}", f"batch {batch}", "latency") for batch in batches),
-        *(Column(f"metric {name}", name.replace("_", " "), "share") for name in metrics),
+        *(Column(f"metric {name}", name.replace("_", " "), metric_unit(name)) for name in metrics),
     )
     return Table(columns, tuple(rows))
 
@@ -219,7 +219,7 @@ def overview(reports: Sequence[Mapping[str, Any]]) -> Table:
         Column("params", "params", "count"),
         Column("macs", "MACs", "count"),
         Column("latency", "latency", "latency"),
-        *(Column(f"metric {name}", name.replace("_", " "), "share") for name in metrics),
+        *(Column(f"metric {name}", name.replace("_", " "), metric_unit(name)) for name in metrics),
     )
     rows = [_line(report, "after") | {"method": report["method"]} for report in reports]
     dense = [report for report in reports if report.get("metrics")]

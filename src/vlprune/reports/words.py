@@ -9,6 +9,7 @@ __all__ = [
     "UNITS",
     "duration",
     "human",
+    "metric_unit",
     "paper_share",
     "percent",
     "summary",
@@ -49,6 +50,11 @@ UNITS: dict[str, Callable[[Any], str]] = {
     "difference": "{:.1g}".format,
 }
 """How a number of each unit is written."""
+
+
+def metric_unit(name: str) -> str:
+    """The unit of a metric: all are fractions, but for a loss."""
+    return "loss" if name == "loss" else "share"
 
 
 def tower_of(row: Mapping[str, Any]) -> str:

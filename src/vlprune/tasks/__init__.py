@@ -2,6 +2,7 @@
 
 from .base import Task
 from .captioning import CaptioningTask
+from .chat import ChatTask
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .gqa import GqaTask
@@ -15,6 +16,7 @@ __all__ = [
     "TASKS",
     "BlipRetrievalTask",
     "CaptioningTask",
+    "ChatTask",
     "ClassificationTask",
     "DetectionTask",
     "GqaTask",
@@ -31,6 +33,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         BlipRetrievalTask,
         CaptioningTask,
+        ChatTask,
         ClassificationTask,
         DetectionTask,
         GqaTask,

@@ -265,10 +265,6 @@ class Task(ABC):
         return self.collate(items)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def images_of(item: Any) -> tuple[Path, ...]:
     """The paths of an item's pictures, and of its mask if it has one."""
     paths = getattr(item, "images", None) or (

@@ -17,6 +17,8 @@ __all__ = [
     "clip_config",
     "clip_image_processor",
     "clip_processor",
+    "llava_config",
+    "llava_processor",
     "vit_processor",
     "vit_settings",
     "word_tokenizer",
@@ -122,6 +124,57 @@ def clip_image_processor(spec: ModelSpec) -> Any:
 
     side = {"height": spec.image_size, "width": spec.image_size}
     return CLIPImageProcessor(size=side, crop_size=side)
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def llava_processor(spec: ModelSpec, texts: Sequence[str]) -> Any:
+    """A LlavaProcessor with a vocabulary of the words in ``texts``, and a chat template."""
+    from transformers import LlavaProcessor
+
+    tokenizer = word_tokenizer(texts, max_length=10**6)
+    marks = ["<image>", *(f"<|{role}|>" for role in ("system", "user", "assistant"))]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    return LlavaProcessor(
+        clip_image_processor(spec),
+        tokenizer,
+        patch_size=spec.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which the strategy drops
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def llava_config(spec: ModelSpec, processor: Any) -> Any:
+    """A LlavaConfig of a CLIP vision tower and a Llama with the sizes in ``spec``."""
+    from transformers import LlavaConfig
+
+    tokenizer = processor.tokenizer
+    return LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vit_settings(spec)},
+        text_config={
+            "model_type": "llama",
+            "hidden_size": spec.width,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": spec.heads,
+            "intermediate_size": 3 * spec.width,
+            "num_hidden_layers": spec.text_layers,
+            "initializer_range": 0.8 * spec.width**-0.5,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(spec.image_size // spec.patch_size) ** 2,
+        vision_feature_layer=-1,
+    )
 
 
 SPECIAL = {"[PAD]": 0, "[BOS]": 1, "[UNK]": 2, "[EOS]": 3}

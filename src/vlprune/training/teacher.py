@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cutting.heads import output_heads
 from ..device import place
 from ..errors import UnsupportedError
 from ..recipe.options import TeacherOptions
@@ -112,27 +113,13 @@ def _watched(model: Any, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in blocks]
-    head = _output_head(model)
-    if head is not None:
+    for head in output_heads(model)[:1]:
         handles.append(head.register_forward_hook(note("logits")))
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes token logits; composite models have it in one of their parts."""
-    for part in model.modules():
-        try:
-            head = part.get_output_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            continue
-        if head is not None:
-            layer: nn.Module = head
-            return layer
-    return None
 
 
 def _of(output: Any, name: str) -> Tensor | None:

@@ -19,6 +19,7 @@ from ...folders.save import (
 from ...recipe.machine import need_logger
 from ...recipe.spec import Recipe
 from ...status import Progress
+from ...training.adapters import need_peft
 from ...training.fit import prepare
 from .dense import open_dense, train_dense
 from .make import make_method
@@ -53,6 +54,8 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     prepare(recipe.seed, recipe.threads)
     device = choose(recipe.device)
     need_logger(recipe.report_to)
+    if recipe.retrain.lora.rank:
+        need_peft()
     method = make_method(recipe.method, 1 if recipe.method.get("round_to") == "auto" else None)
     for spec in (recipe.train, recipe.search, recipe.retrain):
         if spec.fp16 and device.type == "cpu":

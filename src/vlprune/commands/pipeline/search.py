@@ -20,6 +20,7 @@ from ...folders.save import (
 )
 from ...recipe.spec import Recipe
 from ...structures.plan import Plan
+from ...training.adapters import Adapters
 from ...training.compressor import Compressor
 from ...training.loading import length
 from ...training.teacher import Taught
@@ -28,6 +29,9 @@ from .make import CalibrationBatches, model_from
 from .notes import CUT_NOTE, known, remember
 from .phases import retraining, run_phase, searching, trainee_of
 from .problem import Problem
+
+ADAPTER = "adapter"
+"""The folder of adapters that are not merged, in the folder of the result."""
 
 __all__ = ["Small", "earlier_cut", "plan_search", "retrain", "search_and_cut"]
 
@@ -168,9 +172,18 @@ def retrain(problem: Problem, small: Small, dense: Any) -> Small:
     if not phase.spec.on:
         return small
     problem.progress.phase("retraining")
+    lora, adapters = phase.spec.lora, None
+    if lora.rank:
+        adapters = Adapters(small.model, lora, problem.recipe.seed)
     trainee = trainee_of(problem, small.model, dense)
     history = run_phase(problem, phase, small.model, trainee, problem.task.train)
+    if adapters is not None and lora.merge:
+        adapters.merge()
     metrics = evaluated(problem.task, small.model, "evaluating retrained", problem.progress)
+    if adapters is not None and not lora.merge:
+        if PartialState().is_main_process:
+            adapters.save(str(problem.out / ADAPTER))
+        adapters.remove()
     return replace(
         small,
         metrics={**small.metrics, "retrained": metrics},

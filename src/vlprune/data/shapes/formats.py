@@ -16,6 +16,7 @@ __all__ = [
     "karpathy_entry",
     "mask_of",
     "reference",
+    "talk",
     "told",
     "vqa_annotation",
 ]
@@ -64,6 +65,16 @@ def told(scene: Scene, rng: random.Random) -> tuple[str, list[tuple[int, int, in
         text += phrase
         spans.append((number, start, len(text)))
     return text, spans
+
+
+def talk(image_id: int, name: str, asked: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """A conversation in LLaVA's format, of (question, answer, answer type) about one image."""
+    said: list[dict[str, str]] = []
+    for number, (question, answer, _) in enumerate(asked):
+        mark = "" if number else "<image>\n"
+        said.append({"from": "human", "value": f"{mark}{question}"})
+        said.append({"from": "gpt", "value": answer})
+    return {"id": image_id, "image": name, "conversations": said}
 
 
 def gqa_entry(name: str, question: str, answer: str, kind: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .formats import (
     karpathy_entry,
     mask_of,
     reference,
+    talk,
     told,
     vqa_annotation,
 )
@@ -52,7 +53,7 @@ def write_shapes(
     """
     if train < 2 or test < 2:
         raise DataError("write_shapes needs at least two scenes in each split")
-    made = {"version": 4, "train": train, "test": test, "seed": seed, "side": side, "most": most}
+    made = {"version": 5, "train": train, "test": test, "seed": seed, "side": side, "most": most}
     root = Path(folder)
     found = _made_before(root)
     if found is not None and found | {"complete": True} != made | {"complete": True}:
@@ -152,6 +153,7 @@ class _Split:
         self.references: list[dict[str, Any]] = []
         self.statements: list[dict[str, Any]] = []
         self.gqa: dict[str, Any] = {}
+        self.talks: list[dict[str, Any]] = []
         self.named, self.told = MdetrFile(), MdetrFile()
         self.sentence_ids = itertools.count()
 
@@ -203,7 +205,9 @@ class _Split:
         self.karpathy.append(karpathy_entry(image_id, name, self.subtype, self.split, said))
         boxes = [instance(thing, image_id, number) for number, thing in enumerate(scene.things)]
         self.boxes += boxes
-        for number, (question, answer, kind) in enumerate(questions(scene, rng)):
+        asked = questions(scene, rng)
+        self.talks.append(talk(image_id, name, asked))
+        for number, (question, answer, kind) in enumerate(asked):
             key = image_id * 100 + number
             self.asked.append({"image_id": image_id, "question": question, "question_id": key})
             self.gqa[str(key)] = gqa_entry(name, question, answer, kind)
@@ -243,6 +247,7 @@ class _Split:
             "mdetr": self.named.body(categories),
             "captions_mdetr": self.told.body(categories),
             "gqa": self.gqa,
+            "conversations": self.talks,
         }.items():
             _dump(self.notes / f"{name}_{self.subtype}.json", body)
         text = "".join(json.dumps(line) + "\n" for line in self.statements)
