@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .files import Left, field, optional, read_json, some, unique
 from .kinds import FOLDER, ID, LIST, PATH, TEXT_OR_NULL, WORDS, Id
+from .stored import Picture
 
 __all__ = ["CaptionedImage", "read_captioned", "read_coco_captions", "read_karpathy"]
 
@@ -21,7 +22,7 @@ BARE = "images without a caption"
 class CaptionedImage:
     """An image and all its captions."""
 
-    image: Path
+    image: Picture
     captions: tuple[str, ...]
 
 

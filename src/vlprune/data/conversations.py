@@ -9,6 +9,7 @@ from pathlib import Path
 from .files import Left, field, optional, read_json, read_jsonl, some, value, wrong
 from .kinds import ID, LIST, PATH, TEXT, WORDS, Entry, Id, Kind, one_of
 from .questions import Question
+from .stored import Picture
 
 __all__ = [
     "ASSISTANT",
@@ -18,8 +19,12 @@ __all__ = [
     "Conversation",
     "Turn",
     "from_questions",
+    "message_turns",
+    "paired_turns",
     "read_llava",
     "read_messages",
+    "told_turns",
+    "whole",
 ]
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -34,7 +39,7 @@ class Turn:
     """What one side says: texts and pictures in their order."""
 
     role: str
-    parts: tuple[str | Path, ...]
+    parts: tuple[str | Picture, ...]
 
     @property
     def text(self) -> str:
@@ -55,9 +60,11 @@ class Conversation:
     answers: tuple[str, ...] = ()
 
     @property
-    def images(self) -> tuple[Path, ...]:
+    def images(self) -> tuple[Picture, ...]:
         """The pictures of all turns, in their order."""
-        return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, Path))
+        return tuple(
+            part for turn in self.turns for part in turn.parts if not isinstance(part, str)
+        )
 
     @property
     def replies(self) -> tuple[int, ...]:
@@ -86,27 +93,33 @@ def read_llava(
     found = []
     for number, entry in enumerate(_entries(path)):
         pictures = [folder / name for name in _pictures(entry, "image")]
-        said = field(entry, "conversations", LIST)
-        texts = [(SPEAKERS[field(one, "from", SPEAKER)], field(one, "value", TEXT)) for one in said]
-        marks = sum(text.count(MARK) for _, text in texts)
-        if marks and marks != len(pictures):
-            raise wrong(
-                entry, f"{marks} times {MARK} in the turns, but {len(pictures)} pictures in 'image'"
-            )
-        waiting = iter(pictures)
-        turns, first = [], not marks
-        for role, text in texts:
-            parts = _marked(text, waiting)
-            if first and role == USER:
-                parts, first = (*pictures, *parts), False
-            turns.append(Turn(role, parts))
-        found += _whole(entry, _id_of(entry, number), turns, left)
+        turns = told_turns(entry, field(entry, "conversations", LIST), pictures)
+        found += whole(entry, _id_of(entry, number), turns, left)
     return some(found, path, "conversation", left)
 
 
-def _marked(text: str, pictures: Iterator[Path]) -> tuple[str | Path, ...]:
+def told_turns(entry: Entry, said: Sequence[Entry], pictures: Sequence[Picture]) -> list[Turn]:
+    """The turns of an entry in LLaVA's format. Raises DataError."""
+    texts = [(SPEAKERS[field(one, "from", SPEAKER)], field(one, "value", TEXT)) for one in said]
+    marks = sum(text.count(MARK) for _, text in texts)
+    if marks and marks != len(pictures):
+        raise wrong(entry, f"{marks} times {MARK} in the turns, but {len(pictures)} pictures")
+    waiting = iter(pictures)
+    turns = [Turn(role, _marked(text, waiting)) for role, text in texts]
+    return turns if marks else _shown_first(turns, pictures)
+
+
+def _shown_first(turns: list[Turn], pictures: Sequence[Picture]) -> list[Turn]:
+    """The turns, with pictures whose place nothing marks at the beginning of the first question."""
+    asked = next((number for number, turn in enumerate(turns) if turn.role == USER), None)
+    if pictures and asked is not None:
+        turns[asked] = Turn(USER, (*pictures, *turns[asked].parts))
+    return turns
+
+
+def _marked(text: str, pictures: Iterator[Picture]) -> tuple[str | Picture, ...]:
     """The text as parts, with a picture at each mark."""
-    parts: list[str | Path] = []
+    parts: list[str | Picture] = []
     for number, piece in enumerate(text.split(MARK)):
         if number:
             parts.append(next(pictures))
@@ -118,6 +131,7 @@ def _marked(text: str, pictures: Iterator[Path]) -> tuple[str | Path, ...]:
 # -- chat templates ------------------------------------------------------------------------
 
 ROLE = one_of(USER, ASSISTANT, SYSTEM)
+NAMED = ("image", "path", "url")
 PART = one_of("text", "image")
 CONTENT: Kind[str | list[Entry]] = Kind(
     "text, or a list of parts", lambda entry: TEXT.take(entry) or LIST.take(entry)
@@ -138,25 +152,48 @@ def read_messages(
     path, folder, left = Path(messages), Path(images), Left() if left is None else left
     found = []
     for number, entry in enumerate(_entries(path)):
-        listed = iter([folder / name for name in _pictures(entry, "images")])
-        turns = []
-        for one in field(entry, "messages", LIST):
-            role, content = field(one, "role", ROLE), field(one, "content", CONTENT)
-            if isinstance(content, str):
-                turns.append(Turn(role, (content.strip(),) if content.strip() else ()))
-            else:
-                turns.append(Turn(role, tuple(_parts(content, folder, listed))))
-        rest = tuple(listed)
-        if rest and any(isinstance(part, Path) for turn in turns for part in turn.parts):
-            raise wrong(entry, f"{len(rest)} pictures in 'images' that no part of a message shows")
-        asked = next((n for n, turn in enumerate(turns) if turn.role == USER), None)
-        if rest and asked is not None:
-            turns[asked] = Turn(USER, (*rest, *turns[asked].parts))
-        found += _whole(entry, _id_of(entry, number), turns, left)
+        pictures = [folder / name for name in _pictures(entry, "images")]
+        turns = message_turns(entry, field(entry, "messages", LIST), pictures, folder)
+        found += whole(entry, _id_of(entry, number), turns, left)
     return some(found, path, "conversation", left)
 
 
-def _parts(content: list[Entry], folder: Path, listed: Iterator[Path]) -> Iterator[str | Path]:
+def message_turns(
+    entry: Entry, said: Sequence[Entry], pictures: Sequence[Picture], folder: Path | None
+) -> list[Turn]:
+    """The turns of an entry as chat templates take them.
+
+    Pictures that a part names lie below ``folder``; without one, parts name none. Raises DataError.
+    """
+    listed, turns = iter(pictures), []
+    for one in said:
+        role, content = field(one, "role", ROLE), field(one, "content", CONTENT)
+        if isinstance(content, str):
+            turns.append(Turn(role, (content.strip(),) if content.strip() else ()))
+        else:
+            turns.append(Turn(role, tuple(_parts(content, folder, listed))))
+    rest = [*listed]
+    if rest and any(not isinstance(part, str) for turn in turns for part in turn.parts):
+        raise wrong(entry, f"{len(rest)} pictures in 'images' that no part of a message shows")
+    return _shown_first(turns, rest)
+
+
+def paired_turns(said: Sequence[Entry], pictures: Sequence[Picture]) -> list[Turn]:
+    """The turns of a list of ``{"user": question, "assistant": answer}``, as in The Cauldron.
+
+    Pictures come first in the first question. Raises DataError.
+    """
+    turns = []
+    for one in said:
+        for role in (USER, ASSISTANT):
+            text = field(one, role, TEXT).strip()
+            turns.append(Turn(role, (text,) if text else ()))
+    return _shown_first(turns, pictures)
+
+
+def _parts(
+    content: Sequence[Entry], folder: Path | None, listed: Iterator[Picture]
+) -> Iterator[str | Picture]:
     """The parts of a message that say something."""
     for one in content:
         if field(one, "type", PART) == "text":
@@ -164,10 +201,9 @@ def _parts(content: list[Entry], folder: Path, listed: Iterator[Path]) -> Iterat
             if text:
                 yield text
             continue
-        name = next(
-            (n for key in ("image", "path", "url") if (n := optional(one, key, PATH))), None
-        )
-        picture = next(listed, None) if name is None else folder / name
+        names = (optional(one, key, PATH) for key in NAMED) if folder is not None else ()
+        name = next((name for name in names if name), None)
+        picture = next(listed, None) if name is None or folder is None else folder / name
         if picture is None:
             raise wrong(
                 one, "a picture without a name: give it here, under 'image', or in 'images'"
@@ -227,7 +263,7 @@ NAMES: Kind[str | list[Entry]] = Kind(
 )
 
 
-def _whole(entry: Entry, key: Id, turns: Sequence[Turn], left: Left) -> list[Conversation]:
+def whole(entry: Entry, key: Id, turns: Sequence[Turn], left: Left) -> list[Conversation]:
     """The conversation in a list; an empty list, counted in ``left``, if it cannot be learnt.
 
     Raises DataError where the turns do not alternate: chat templates refuse those.
@@ -244,7 +280,7 @@ def _whole(entry: Entry, key: Id, turns: Sequence[Turn], left: Left) -> list[Con
                 "turn of the system, user and assistant take turns, and the user begins",
             )
     for turn in turns:
-        if turn.role == ASSISTANT and any(isinstance(part, Path) for part in turn.parts):
+        if turn.role == ASSISTANT and any(not isinstance(part, str) for part in turn.parts):
             raise wrong(entry, "the assistant shows a picture: only the user can")
     if not spoken:
         left[UNANSWERED] += 1

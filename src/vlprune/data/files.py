@@ -17,12 +17,14 @@ from ..errors import DataError
 from ..files import MiB, parse_json, plain
 from ..files import read_text as read_bounded
 from .images import open_image
-from .kinds import ID, Entry, Id, Kind, part, shown, where
+from .kinds import ANYTHING, ID, Entry, Id, Kind, part, shown, where
 
 __all__ = [
     "Left",
     "check_split",
+    "each",
     "field",
+    "hidden",
     "inside",
     "listed",
     "open_image",
@@ -91,6 +93,28 @@ def optional(entry: Entry, name: str, kind: Kind[T]) -> T | None:
     if isinstance(found, dict) and found.get(name) is None:
         return None
     return field(entry, name, kind)
+
+
+def each(entry: Entry, name: str, kind: Kind[T]) -> list[T]:
+    """The values in the list under ``name``, or the one value that stands there without a list.
+
+    Empty for ``null``. Raises DataError unless they are of ``kind``.
+    """
+    found = field(entry, name, ANYTHING)
+    if found._value is None or found._value == []:
+        return []
+    whole = kind.take(found)
+    if whole is not None:
+        return [whole]
+    if not isinstance(found._value, list):
+        return [value(found, kind)]
+    return [value(Entry(one, found, number), kind) for number, one in enumerate(found._value)]
+
+
+def hidden(entry: Entry, name: str) -> bool:
+    """Whether there is no label under ``name``: ``null``, blank or -1, as in some test splits."""
+    found = field(entry, name, ANYTHING)._value
+    return found is None or found == -1 or (isinstance(found, str) and not found.strip())
 
 
 def value(entry: Entry, kind: Kind[T]) -> T:

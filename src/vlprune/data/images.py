@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 from ..files import opened, plain, reason
+from .stored import Picture, StoredPicture
 
 __all__ = ["IGNORE", "SUFFIXES", "is_left_over", "open_image", "open_mask", "size_of"]
 
@@ -50,7 +52,7 @@ def is_left_over(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in LEFT_OVER
 
 
-def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+def open_image(path: Picture, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture as RGB, fully decoded, as a viewer shows it. Raises DataError.
 
     The EXIF orientation is applied, because labelling tools show pictures upright and boxes are
@@ -67,7 +69,7 @@ def open_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         return _rgb(_upright(image, path, size), image.format, path)
 
 
-def open_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def open_mask(path: Picture, size: tuple[int, int] | None = None) -> np.ndarray:
     """Classes of an ADE20K mask, (height, width), int64, from 0; :data:`IGNORE` where left out.
 
     Left out are pixels of value 0, "other" in ADE20K, and 255, "void" in most other sets. In a
@@ -98,7 +100,7 @@ def open_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(path: Picture) -> tuple[int, int]:
     """(width, height) that :func:`open_image` gives, mostly without decoding. Raises DataError."""
     with _decoded(path, "image", header=True) as image:
         # asked for the EXIF of such a PNG, Pillow decodes all of it in search of some
@@ -111,17 +113,17 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _decoded(path: Path, what: str, header: bool = False) -> Iterator[Image.Image]:
-    """The picture in a file. Raises DataError if it is missing, damaged or far too large.
+def _decoded(path: Picture, what: str, header: bool = False) -> Iterator[Image.Image]:
+    """The picture in a file or a data set. Raises DataError if it is missing, damaged or too large.
 
     On a damaged file decoders raise errors of any type, from struct.error to TypeError, so every
     exception is caught while they work.
     """
     name = f"the {what} {plain(path)}"
-    if not os.path.lexists(path):
+    if isinstance(path, Path) and not os.path.lexists(path):
         raise DataError(f"there is no {what} {plain(path)}")
     try:
-        with opened(path, DataError) as file, warnings.catch_warnings():
+        with _file(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about large pictures and damaged EXIF
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image.size, name)
@@ -146,6 +148,10 @@ def _decoded(path: Path, what: str, header: bool = False) -> Iterator[Image.Imag
         ) from None
 
 
+def _file(picture: Picture) -> AbstractContextManager[BinaryIO]:
+    return picture.open() if isinstance(picture, StoredPicture) else opened(picture, DataError)
+
+
 def _check_size(size: tuple[int, int], name: str) -> None:
     if min(size) < 1:
         raise DataError(f"{name} has no pixels: restore it, or remove its entries")
@@ -165,7 +171,7 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+def _upright(image: Image.Image, path: Picture, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture turned as its EXIF says, unless only as stored does its shape match ``size``."""
     turn = TURNS.get(_orientation(image))
     upright = image if turn is None else image.transpose(turn)
@@ -184,7 +190,7 @@ def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other)
 
 
-def _rgb(image: Image.Image, form: str | None, path: Path) -> Image.Image:
+def _rgb(image: Image.Image, form: str | None, path: Picture) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _scaled(image, form, path).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
@@ -193,7 +199,7 @@ def _rgb(image: Image.Image, form: str | None, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scaled(image: Image.Image, form: str | None, path: Path) -> Image.Image:
+def _scaled(image: Image.Image, form: str | None, path: Picture) -> Image.Image:
     """A grey picture of more than 8 bits, reduced to 8 bits as :func:`open_image` describes."""
     levels = np.asarray(image).astype(np.float64)
     # older Pillow versions open PNG and PPM files of 16 bits in mode I

@@ -13,11 +13,13 @@ from ..files import plain
 
 __all__ = [
     "ANSWER",
+    "ANYTHING",
     "BOX",
     "COUNT",
     "FLAG",
     "FOLDER",
     "ID",
+    "LABEL",
     "LIST",
     "NAME",
     "NUMBER",
@@ -33,6 +35,7 @@ __all__ = [
     "URL",
     "WHOLE",
     "WORDS",
+    "YES_OR_NO",
     "Entry",
     "Id",
     "Kind",
@@ -75,7 +78,9 @@ def where(entry: Entry) -> str:
     while True:
         above, step = entry._above, entry._step
         if isinstance(above, Path):
-            name = plain(above) if step is None else f"{plain(above)}, line {step}"
+            name = plain(above)
+            if step is not None:
+                name += f", {f'line {step}' if isinstance(step, int) else step}"
             return f"{name}: {', '.join(reversed(parts))}" if parts else name
         parts.append(part(entry))
         # part() has named the list already
@@ -277,6 +282,17 @@ PAIRS = Kind("an object", _pairs)
 URL = Kind("an address that ends with a folder and the name of a file", _url)
 BOX = Kind("[left, top, width, height]: four finite numbers, the last two not negative", _box)
 SPANS = Kind("a list of pairs [first character, end], each with first < end", _spans)
+
+
+ANYTHING = Kind("a value", lambda entry: entry)
+LABEL = Kind(
+    "a class: text or a number",
+    lambda entry: "" if entry._value in (None, -1) else _answer(entry),
+)
+YES_OR_NO = Kind(
+    "true or false, or 1 or 0",
+    lambda entry: (_flag if isinstance(entry._value, int | float) else _truth)(entry),
+)
 
 
 def one_of(*words: str) -> Kind[str]:

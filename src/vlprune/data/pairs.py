@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .files import Left, check_split, field, inside, optional, read_jsonl, some, wrong
 from .kinds import NAME, TEXT, TRUTH, Entry, shown
+from .stored import Picture
 
 __all__ = ["Statement", "read_nlvr1", "read_nlvr2"]
 
@@ -19,7 +20,7 @@ class Statement:
 
     id: str
     text: str
-    images: tuple[Path, Path]
+    images: tuple[Picture, Picture]
     truth: bool
 
 
@@ -67,7 +68,9 @@ def read_nlvr1(folder: str | Path, split: str, left: Left | None = None) -> list
     return some(wanted, folder, "statement", left)
 
 
-def _statement(entry: Entry, key: str, images: tuple[Path, Path], left: Left) -> list[Statement]:
+def _statement(
+    entry: Entry, key: str, images: tuple[Picture, Picture], left: Left
+) -> list[Statement]:
     """The statement of a line, in a list; an empty list if it is blank."""
     text, truth = field(entry, "sentence", TEXT), field(entry, "label", TRUTH)
     if not text.strip():

@@ -10,6 +10,7 @@ from ..errors import DataError
 from ..files import plain, reason
 from .files import Left, some
 from .images import IGNORE, SUFFIXES, is_left_over, open_mask, size_of
+from .stored import Picture
 
 __all__ = [
     "IGNORE",
@@ -34,7 +35,7 @@ NO_IMAGE = "masks without an image"
 class LabelledImage:
     """An image and the name of its class."""
 
-    image: Path
+    image: Picture
     label: str
 
 
@@ -42,8 +43,8 @@ class LabelledImage:
 class MaskedImage:
     """An image and its mask, a picture of the same size with one class number per pixel."""
 
-    image: Path
-    mask: Path
+    image: Picture
+    mask: Picture
 
 
 def read_image_folder(folder: str | Path, left: Left | None = None) -> list[LabelledImage]:

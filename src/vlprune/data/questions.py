@@ -19,14 +19,18 @@ from .kinds import (
     TRIPLE,
     URL,
     WHOLE,
+    WORDS,
     Id,
     one_of,
     shown,
 )
+from .stored import Picture
 
 __all__ = [
     "Question",
     "TypedQuestion",
+    "is_asked",
+    "read_answer_list",
     "read_answer_lists",
     "read_easy_vqa",
     "read_gqa",
@@ -44,7 +48,7 @@ class Question:
     """A question about an image and its answers (VQAv2: those of ten people; easy-VQA: one)."""
 
     id: Id
-    image: Path
+    image: Picture
     text: str
     answers: tuple[str, ...]
 
@@ -54,7 +58,7 @@ class TypedQuestion:
     """A question of GQA, its answer and its semantic type (obj, rel, attr, cat or global)."""
 
     id: str
-    image: Path
+    image: Picture
     text: str
     answer: str
     kind: str
@@ -82,9 +86,23 @@ def read_gqa(
             answer=field(entry, "answer", ANSWER),
             kind=field(field(entry, "types", OBJECT), "semantic", SEMANTIC),
         )
-        if _asked(question.text, (question.answer,), left):
+        if is_asked(question.text, (question.answer,), left):
             found.append(question)
     return some(found, path, "question", left)
+
+
+def read_answer_list(path: str | Path) -> list[str]:
+    """The answers in a JSON file with a list of them, such as the ``answer_list.json`` of BLIP.
+
+    Raises DataError, also for a blank answer and for one that is there twice.
+    """
+    place, found = Path(path), {}
+    for entry in value(read_json(place), LIST):
+        answer = value(entry, WORDS)
+        if answer in found:
+            raise wrong(entry, f"the answer {shown(answer)} is there twice")
+        found[answer] = entry
+    return some(list(found), place, "answer")
 
 
 def read_answer_lists(path: str | Path, types: Sequence[str]) -> dict[str, list[str]]:
@@ -145,7 +163,7 @@ def read_vqav2(
             raise wrong(entry, f"{a_path} has no answers for question {shown(key)} of {q_path}")
         image = folder / f"COCO_{subtype}_{field(entry, 'image_id', NUMBERED):012d}.jpg"
         question = Question(key, image, field(entry, "question", TEXT), answers[key])
-        if _asked(question.text, question.answers, left):
+        if is_asked(question.text, question.answers, left):
             found.append(question)
     left[UNASKED] += len(answers.keys() - asked.keys())
     return some(found, q_path, "question", left)
@@ -165,7 +183,7 @@ def read_easy_vqa(folder: str | Path, left: Left | None = None) -> list[Question
         text, answer, image = value(entry, TRIPLE)
         place = folder / "images" / f"{value(image, NUMBERED)}.png"
         question = Question(number, place, value(text, TEXT), (value(answer, ANSWER),))
-        if _asked(question.text, question.answers, left):
+        if is_asked(question.text, question.answers, left):
             found.append(question)
     return some(found, path, "question", left)
 
@@ -202,12 +220,12 @@ def read_visual_genome(
                 text=field(pair, "question", TEXT),
                 answers=(field(pair, "answer", ANSWER).strip().rstrip(".").lower(),),
             )
-            if _asked(question.text, question.answers, left):
+            if is_asked(question.text, question.answers, left):
                 found.append(question)
     return some(found, path, "question", left)
 
 
-def _asked(text: str, answers: tuple[str, ...], left: Left) -> bool:
+def is_asked(text: str, answers: tuple[str, ...], left: Left) -> bool:
     """Whether neither the question nor all its answers are blank; else count it in ``left``."""
     if not text.strip():
         left[BLANK] += 1

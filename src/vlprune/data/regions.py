@@ -36,12 +36,14 @@ from .kinds import (
     Id,
     shown,
 )
+from .stored import Picture
 
 __all__ = [
     "Box",
     "Grounding",
     "Phrase",
     "Scenery",
+    "clip",
     "read_coco_instances",
     "read_mdetr",
     "read_nlvr1_objects",
@@ -82,7 +84,7 @@ class Grounding:
     """A text about an image of ``size`` (width, height), with its phrases and their boxes."""
 
     id: Id
-    image: Path
+    image: Picture
     size: tuple[int, int]
     text: str
     phrases: tuple[Phrase, ...]
@@ -93,7 +95,7 @@ class Scenery:
     """An image of ``size`` (width, height) and its objects, with one label per box."""
 
     id: Id
-    image: Path
+    image: Picture
     size: tuple[int, int]
     boxes: tuple[Box, ...]
     labels: tuple[str, ...]
@@ -131,7 +133,7 @@ def read_mdetr(
             raise wrong(entry, f"image {shown(key)} names characters that its caption lacks")
         elif not any(texts[key][start:end].strip() for start, end in spans):
             left[UNNAMED] += 1
-        elif clipped := _clipped(box, sizes[key], left):
+        elif clipped := clip(box, sizes[key], left):
             boxes[key].setdefault(spans, []).append(clipped)
     found = []
     for key, entry in listed.items():
@@ -182,7 +184,7 @@ def read_refer(
             raise wrong(entry, f"its box {shown(box_id)} in {boxes_path} is of another image")
         size = _size(listed[image_id])
         image = folder / field(listed[image_id], "file_name", PATH)
-        box = _clipped(field(boxes[box_id], "bbox", BOX), size, left)
+        box = clip(field(boxes[box_id], "bbox", BOX), size, left)
         for sentence in field(entry, "sentences", LIST):
             key, text = field(sentence, "sent_id", ID), optional(sentence, "sent", TEXT)
             text = field(sentence, "raw", TEXT) if text is None else text
@@ -221,7 +223,7 @@ def read_coco_instances(
             left[CROWDS] += 1
         elif key not in listed:
             left[STRAY] += 1
-        elif clipped := _clipped(box, sizes[key], left):
+        elif clipped := clip(box, sizes[key], left):
             boxes[key].append((clipped, names[category]))
     found = [
         _scenery(key, folder / field(entry, "file_name", PATH), sizes[key], boxes[key])
@@ -248,7 +250,7 @@ def read_nlvr1_objects(folder: str | Path, split: str, left: Left | None = None)
             for place, group in enumerate(groups):
                 for thing in value(group, LIST):
                     (x, y, side), name = _nlvr1_thing(thing)
-                    box = _clipped((x + 150.0 * place, y, side, side), NLVR1_SIZE, left)
+                    box = clip((x + 150.0 * place, y, side, side), NLVR1_SIZE, left)
                     things += [(box, name)] if box else []
             image = folder / part / "images" / f"{part}-{key}-0.png"
             found.append(_scenery(len(found), image, NLVR1_SIZE, things))
@@ -263,11 +265,13 @@ def _nlvr1_thing(thing: Entry) -> tuple[tuple[float, float, float], str]:
     return (x, y, side), f"{'blue' if colour == '#0099ff' else colour} {shape}"
 
 
-def _scenery(key: Id, image: Path, size: tuple[int, int], things: list[tuple[Box, str]]) -> Scenery:
+def _scenery(
+    key: Id, image: Picture, size: tuple[int, int], things: list[tuple[Box, str]]
+) -> Scenery:
     return Scenery(key, image, size, tuple(b for b, _ in things), tuple(n for _, n in things))
 
 
-def _clipped(box: Box, size: tuple[int, int], left: Left) -> Box | None:
+def clip(box: Box, size: tuple[int, int], left: Left) -> Box | None:
     """The part of a box inside its picture; None, counted in ``left``, if nothing remains.
 
     A box that exceeds its picture by at most one pixel, as by rounding, is clipped uncounted.

@@ -80,7 +80,11 @@ def scan(
         "test_items": min(len(task.test), batches * batch_size),
         "parts": rows,
         "curve": error_curve(
-            model, structures, _batches(task, task.train, batches, batch_size), BUDGETS, advance
+            model,
+            structures,
+            _batches(task, task.first_train(batches * batch_size), batches, batch_size),
+            BUDGETS,
+            advance,
         ),
     }
 
@@ -151,7 +155,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """|d loss / d gate| at gate 1, summed over batches: {structure: (size,)}."""
     total = {s.name: torch.zeros(s.size) for s in structures}
-    for batch in _batches(task, task.train, batches, size):
+    for batch in _batches(task, task.first_train(batches * size), batches, size):
         device = device_of(model)
         gates = {n: place(g, device).requires_grad_() for n, g in ones(structures).items()}
         with gated(model, structures, gates):

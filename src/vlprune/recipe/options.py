@@ -13,6 +13,18 @@ from typing import Annotated, Any, ClassVar
 
 from ..files import shown
 from .checks import KEY, SEEDS, Checked, Flag, Number, OneOf, Text, Texts, Whole, checked, refuse
+from .columns import (
+    CAPTIONED,
+    CHATS,
+    GROUNDED,
+    LABELLED,
+    MASKED,
+    OBJECTS,
+    QUESTIONS,
+    STATEMENTS,
+    TYPED_QUESTIONS,
+    Columns,
+)
 
 __all__ = [
     "DETECTORS",
@@ -164,6 +176,7 @@ def check_teacher(weights: Mapping[str, Any]) -> None:
 # -- tasks -----------------------------------------------------------------------------
 
 Formats = Mapping[str, tuple[str, ...]]
+DATASET: Formats = {"dataset": ("path",)}
 
 
 @checked
@@ -171,16 +184,25 @@ class TaskOptions(Checked):
     """Of a task without options; base of the others.
 
     ``formats`` maps each format of data to what a split must name, ``also`` are keys that a
-    split may name in addition.
+    split may name in addition, all or none of them, and ``optional`` are keys that it may name one
+    by one. ``columns`` are the names by which the task reads the rows of a dataset
+    (:mod:`vlprune.recipe.columns`). A new model of a task that ``counts_words`` takes its
+    vocabulary from the training texts; ``stream_needs`` are options that replace a look at all
+    training items.
     """
 
     formats: ClassVar[Formats] = {}
-    also: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    also: ClassVar[Formats] = {}
+    optional: ClassVar[Formats] = {"dataset": ("name", "split")}
+    columns: ClassVar[Columns] = {}
+    counts_words: ClassVar[bool] = True
+    stream_needs: ClassVar[tuple[str, ...]] = ()
 
 
 CAPTIONS: Formats = {
     "karpathy": ("split_file", "images", "split"),
     "coco-captions": ("captions", "images"),
+    **DATASET,
 }
 
 
@@ -191,7 +213,9 @@ class ReasoningOptions(TaskOptions):
     formats: ClassVar[Formats] = {
         "nlvr2": ("statements", "images"),
         "nlvr1": ("folder", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = STATEMENTS
 
 
 @checked
@@ -199,6 +223,7 @@ class CaptioningOptions(TaskOptions):
     """Of ``captioning``. A longer prompt would leave no room for a caption of 20 tokens."""
 
     formats: ClassVar[Formats] = CAPTIONS
+    columns: ClassVar[Columns] = CAPTIONED
     prompt: Annotated[str, Text(0, 60)] = "a picture of"
     beams: Annotated[int, Whole(1, 64)] = 3
 
@@ -211,10 +236,14 @@ class VqaOptions(TaskOptions):
         "vqav2": ("questions", "annotations", "images"),
         "visual-genome": ("questions", "image_data", "images"),
         "easy-vqa": ("folder", "split"),
+        **DATASET,
     }
     also: ClassVar[Formats] = {
         "vqav2": ("visual_genome", "visual_genome_data", "visual_genome_images")
     }
+    columns: ClassVar[Columns] = QUESTIONS
+    stream_needs: ClassVar[tuple[str, ...]] = ("answers",)
+    answers: Annotated[str, Text()] = ""
 
 
 @checked
@@ -222,6 +251,7 @@ class ContrastOptions(TaskOptions):
     """Of tasks that contrast images with captions, against a queue of earlier ones."""
 
     formats: ClassVar[Formats] = CAPTIONS
+    columns: ClassVar[Columns] = CAPTIONED
     queue: Annotated[int, Whole(0, MANY)] = 0
     momentum: Annotated[float, Number(0, 1)] = 0.995
     alpha: Annotated[float, Number(0, 1)] = 0.4
@@ -246,7 +276,8 @@ class RetrievalOptions(ContrastOptions):
 class ZeroShotOptions(TaskOptions):
     """Of ``zero-shot``: ``names`` are the names of classes by the names of their folders."""
 
-    formats: ClassVar[Formats] = {"image-folder": ("folder",)}
+    formats: ClassVar[Formats] = {"image-folder": ("folder",), **DATASET}
+    columns: ClassVar[Columns] = LABELLED
     model: Annotated[str, OneOf(*DUAL_ENCODERS)] = "clip"
     templates: Annotated[Sequence[str], Texts()] = ("a photo of a {}.",)
     names: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
@@ -273,7 +304,9 @@ class BlipRetrievalOptions(ContrastOptions):
 class ClassificationOptions(TaskOptions):
     """Of ``classification``."""
 
-    formats: ClassVar[Formats] = {"image-folder": ("folder",)}
+    formats: ClassVar[Formats] = {"image-folder": ("folder",), **DATASET}
+    columns: ClassVar[Columns] = LABELLED
+    counts_words: ClassVar[bool] = False
     mixup: Annotated[float, Number(0, 1000)] = 0.8
     smoothing: Annotated[float, Number(0, 1, below=True)] = 0.1
     flip: Annotated[bool, Flag()] = True
@@ -284,7 +317,9 @@ class ClassificationOptions(TaskOptions):
 class SegmentationOptions(TaskOptions):
     """Of ``segmentation``."""
 
-    formats: ClassVar[Formats] = {"ade20k": ("images", "masks")}
+    formats: ClassVar[Formats] = {"ade20k": ("images", "masks"), **DATASET}
+    columns: ClassVar[Columns] = MASKED
+    counts_words: ClassVar[bool] = False
     multi_scale: Annotated[bool, Flag()] = False
     classes: Annotated[int, Whole(0, 1000)] = 0
     augment: Annotated[bool, Flag()] = True
@@ -314,7 +349,9 @@ class GroundingOptions(RegionOptions):
         "mdetr": ("annotations", "images"),
         "mdetr-captions": ("annotations", "images"),
         "refer": ("refs", "instances", "images", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = GROUNDED
 
 
 @checked
@@ -325,7 +362,9 @@ class DetectionOptions(RegionOptions):
         "coco-instances": ("instances", "images"),
         "coco2017": ("instances", "images"),
         "nlvr1-objects": ("folder", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = OBJECTS
     model: Annotated[str, OneOf(*GROUNDERS, *DETECTORS)] = "grounding-dino"
     names: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
 
@@ -334,7 +373,9 @@ class DetectionOptions(RegionOptions):
 class GqaOptions(RegionOptions):
     """Of ``gqa``. It needs answer heads, which only MDETR has."""
 
-    formats: ClassVar[Formats] = {"gqa": ("questions", "images")}
+    formats: ClassVar[Formats] = {"gqa": ("questions", "images"), **DATASET}
+    columns: ClassVar[Columns] = TYPED_QUESTIONS
+    stream_needs: ClassVar[tuple[str, ...]] = ("answers",)
     model: Annotated[str, OneOf("mdetr")] = "mdetr"
     answers: Annotated[str, Text()] = ""
 
@@ -348,7 +389,9 @@ class ChatOptions(TaskOptions):
         "messages": ("messages", "images"),
         "vqav2": ("questions", "annotations", "images"),
         "easy-vqa": ("folder", "split"),
+        **DATASET,
     }
+    columns: ClassVar[Columns] = CHATS
     template: Annotated[str, Text()] = ""
     prompt: Annotated[str, Text(0, 1000)] = ""
     longest: Annotated[int, Whole(0, 10**6)] = 0

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError, ValidationInfo, field_validator
 
-from ..errors import BudgetError, did_you_mean
+from ..errors import BudgetError
 from ..files import plain, shown
 from ..prices.budget import parse_budget
 from .checks import (
@@ -38,6 +38,7 @@ from .checks import (
     refusal,
     refuse,
 )
+from .data import DataSpec, data_mistakes
 from .machine import THREADS, Device, Logger
 from .options import (
     JSP_FAMILIES,
@@ -64,7 +65,6 @@ PATCHES = 2**14
 """The most patches per image of a new model: 128 by 128, as for 2,048 pixels in patches of 16."""
 PARAMETERS = 10**9
 """The most parameters of a new model."""
-SCENES = 10**6
 
 
 @checked
@@ -92,33 +92,6 @@ class ModelSpec(Checked):
         if 12 * self.width**2 * (self.vision_layers + self.text_layers) > PARAMETERS:
             text = f"{self.width} and so many layers make more than {PARAMETERS:,} parameters"
             yield ("width",), f"{KEY} {text}: make them smaller, or give model.path"
-
-
-@checked
-class DataSpec(Checked):
-    """Which data.
-
-    ``format`` is one that the task reads (docs/recipes.md lists them), with ``train`` and
-    ``test`` naming the files of each split, or ``folder`` where all lies in one place. The
-    format ``shapes`` generates ``train_items`` and ``test_items`` scenes into ``folder`` and
-    reads them as the format ``like`` (default: the task's first). 0 items means all.
-    ``$NAME`` is replaced from the environment.
-    """
-
-    format: Annotated[str, Text(1)] = "shapes"
-    like: Annotated[str, Text()] = ""
-    folder: Annotated[str, Text()] = ""
-    train: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
-    test: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
-    train_items: Annotated[int, Whole(0, MANY)] = 0
-    test_items: Annotated[int, Whole(0, MANY)] = 0
-
-    def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
-        """Scenes are generated, so their number is bounded by the disk."""
-        for name in ("train_items", "test_items"):
-            items = getattr(self, name)
-            if self.format == "shapes" and items and not 2 <= items <= SCENES:
-                yield (name,), f"{KEY} must be from 2 to {SCENES:,} generated scenes, not {items:,}"
 
 
 @checked
@@ -190,6 +163,7 @@ class Training(Checked):
     compile: Annotated[bool, Flag()] = False
     lora: LoraSpec = field(default_factory=LoraSpec)
     save_steps: Annotated[int, Whole(0, MANY)] = 500
+    workers: Annotated[int, Whole(0, 64)] = 0
 
     def conflicts(self) -> Iterable[tuple[tuple[str, ...], str]]:
         """The Trainer takes only one precision; adapters are no weights to average."""
@@ -289,7 +263,7 @@ class Recipe(Checked):
     @classmethod
     def _its_data(cls, data: DataSpec, seen: ValidationInfo) -> DataSpec:
         if "task" in seen.data:
-            wrong = [*_data_mistakes(seen.data["task"], data)]
+            wrong = [*data_mistakes(seen.data["task"], data)]
             if wrong:
                 raise refuse(*wrong)
         return data
@@ -316,6 +290,27 @@ class Recipe(Checked):
                 "must be 0 for a method that shares weights, since a repair would pull them apart"
             )
             yield ("calibration", "items"), f"{KEY} {text}; or give method.families=[prune]"
+        if self.data.streaming:
+            yield from self._streaming_conflicts()
+
+    def _streaming_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """A stream has no length, no second look, and nothing to set aside."""
+        takes = TASK_OPTIONS[self.task]
+        for name in ("train", "search", "retrain"):
+            phase = getattr(self, name)
+            if phase.on and not phase.steps:
+                text = "must be 0 with data.streaming, since a stream has no length"
+                yield (name, "epochs"), f"{KEY} {text}: give {name}.steps"
+        if takes.counts_words and not self.model.path:
+            text = "must be given with data.streaming: a new model needs the words of all texts"
+            yield ("model", "path"), f"{KEY} {text}"
+        for name in takes.stream_needs:
+            if not self.options.get(name):
+                text = "must be given with data.streaming, since a stream is not searched for them"
+                yield ("options", name), f"{KEY} {text}"
+        if self.method["name"] == "jsp":
+            text = "must not be jsp with data.streaming: it sets some of the training items aside"
+            yield ("method", "name"), f"{KEY} {text}"
 
     def to_yaml(self) -> str:
         """The recipe with every default spelled out, ready to be run again."""
@@ -342,6 +337,7 @@ class Recipe(Checked):
                 fp16=False,
                 compile=False,
                 gradient_checkpointing=False,
+                workers=0,
             )
 
         method, budget = dict(self.method), dict(self.budget)
@@ -377,7 +373,7 @@ class Recipe(Checked):
 
 TOY_IGNORES = {
     "model": ("path",),
-    "data": ("folder", "train", "test"),
+    "data": ("folder", "train", "test", "columns", "streaming"),
     "options": ("answers", "names"),
 }
 """What a toy does not use, so that it need not exist."""
@@ -443,32 +439,6 @@ def _made(body: dict[str, Any], wrong: list[Mistake], where: str, given: Sequenc
 
 def _is_below(key: str, other: str) -> bool:
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
-
-
-# -- what a task says about its data -----------------------------------------------------
-
-
-def _data_mistakes(task: str, data: DataSpec) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The mistakes: a format that the task does not read, and unknown or missing keys."""
-    takes = TASK_OPTIONS[task]
-    known = OneOf("shapes", *sorted(takes.formats))
-    for name, value in (("format", data.format), ("like", data.like)):
-        if value not in known.words and (value or name == "format"):
-            yield (name,), known.refuses(value)
-    if data.format not in takes.formats:
-        return
-    needs = takes.formats[data.format]
-    may = (*needs, *takes.also.get(data.format, ()))
-    for split, part in (("train", data.train), ("test", data.test)):
-        for key in part:
-            if key not in may:
-                text = f"unknown key '{KEY}': {data.format} reads {', '.join(may)}."
-                yield (split, key), text + did_you_mean(key, may)
-        wanted = may if any(key in part for key in may[len(needs) :]) else needs
-        missing = [key for key in wanted if key not in part]
-        if missing and (part or not data.folder):
-            text = f"{KEY} is missing: the format {data.format} reads {', '.join(wanted)}"
-            yield (split, missing[0]), text
 
 
 # -- values in YAML ----------------------------------------------------------------------

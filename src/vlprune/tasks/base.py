@@ -16,9 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..data.datasets.rows import Row
+from ..data.datasets.sources import Asked, class_names, open_rows, open_stream
+from ..data.datasets.streams import Stream
+from ..data.datasets.tables import Rows
 from ..data.files import Left, listed, open_image
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes.write import write_shapes
+from ..data.stored import Picture, StoredPicture
 from ..errors import DataError, RecipeError, did_you_mean
 from ..files import plain
 from ..folders.opening import from_folder, model_class, open_config, open_processor
@@ -63,7 +68,10 @@ class Task(ABC):
         self._load_data(data, folder)
         self.prepare()
         self.processor = self._processor()
-        self.pixels = PixelCache(getattr(self.processor, "image_processor", self.processor))
+        self.pixels = PixelCache(
+            getattr(self.processor, "image_processor", self.processor),
+            round(data.pixel_cache * 1024**3),
+        )
 
     def _load_data(self, data: DataSpec, folder: Path) -> None:
         """Fill ``train`` and ``test``; generated data go to ``data.folder``, else to ``folder``."""
@@ -98,15 +106,59 @@ class Task(ABC):
                     + (", or data.folder" if form in STANDARD else "")
                 )
         self.left = {"train": Left(), "test": Left()}
-        self.train = self.read(form, train, self.left["train"])
-        self.test = self.read(form, test, self.left["test"])
-        if data.format != "shapes":  # for shapes, the numbers set how many scenes are generated
+        if form == "dataset":
+            self._open_datasets(data)
+        else:
+            self.train = self.read(form, train, self.left["train"])
+            self.test = self.read(form, test, self.left["test"])
+        if data.format not in ("shapes", "dataset"):  # these have no more items than that
             self.train = self.train[: data.train_items or None]
             self.test = self.test[: data.test_items or None]
-        if not self.train or not self.test:
+        lists = [("test", self.test), *([] if self.streaming else [("train", self.train)])]
+        if not all(items for _, items in lists):
             raise DataError("the data set has no training items or no test items")
-        for split, items in (("train", self.train), ("test", self.test)):
+        for split, items in reversed(lists):
             check_images(split, [path for item in items for path in images_of(item)])
+
+    def _open_datasets(self, data: DataSpec) -> None:
+        """Fill ``train`` and ``test`` from Hugging Face datasets."""
+        train, test = (
+            Asked(part, given["path"], given.get("name", ""), given.get("split", ""), data.columns)
+            for part, given in (("train", data.train), ("test", data.test))
+        )
+        wanted, make = self.takes.columns, self.item
+        if data.streaming:
+            stream = open_stream(train, wanted, make, data.shuffle_buffer, data.train_items)
+            self.train = stream  # type: ignore[assignment]  # it refuses what it cannot do
+            self.test = open_stream(test, wanted, make).first(data.test_items, self.left["test"])
+        else:
+            self.train = open_rows(train, wanted, make, self.left["train"], data.train_items)
+            self.test = open_rows(test, wanted, make, self.left["test"], data.test_items)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether ``train`` is a :class:`~vlprune.data.streams.Stream`."""
+        return isinstance(self.train, Stream)
+
+    def first_train(self, number: int) -> Sequence[Any]:
+        """The first training items, at most ``number``."""
+        train: Any = self.train
+        found: Sequence[Any] = train.first(number) if self.streaming else train[:number]
+        return found
+
+    def class_names(self, column: str) -> list[str] | None:
+        """The classes of a column of the training set, where the set itself lists them in order.
+
+        Raises DataError for a stream that does not, since it is not looked through.
+        """
+        train: Any = self.train
+        listed = class_names(train, column) if isinstance(train, Rows | Stream) else None
+        if listed is None and self.streaming:
+            raise DataError(
+                "the stream of data.train does not list its classes (a column of the feature "
+                "ClassLabel does): store the labels so, or give data.streaming=false"
+            )
+        return listed
 
     @property
     def left_out(self) -> str:
@@ -115,16 +167,27 @@ class Task(ABC):
         return f"left out{';'.join(parts)}" if parts else ""
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the data for the report: items of each split, and entries left out."""
-        items = {"train": self.train, "test": self.test}
+        """Facts about the data for the report: items of each split, and entries left out.
+
+        A stream has no number of items, which is then None.
+        """
+        items = {"train": None if self.streaming else len(self.train), "test": len(self.test)}
         return {
-            split: {"items": len(items[split]), "left_out": dict(+left)}
+            split: {"items": items[split], "left_out": dict(+left)}
             for split, left in self.left.items()
         }
 
     @abstractmethod
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Any]:
         """The items of one split in the format ``form``; ``left`` counts the entries left out."""
+
+    @staticmethod
+    def item(row: Row, left: Left) -> Any:
+        """The item in a row of a dataset; None, counted in ``left``, for one that is left out.
+
+        Only tasks with the format ``dataset`` are asked.
+        """
+        raise NotImplementedError
 
     def contents(self) -> dict[str, Any]:
         """What the files say that options name, by option: a resumed run notices other contents."""
@@ -247,32 +310,41 @@ def check_images(split: str, paths: Sequence[Path]) -> None:
 
 
 class PixelCache:
-    """Pixel values of images by path; keeps as many images as fit in ``limit`` bytes."""
+    """Inputs made of images; keeps those of as many images as fit in ``limit`` bytes.
+
+    Each process has its own, and so has each worker of a loader.
+    """
 
     def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:
         self.image_processor = image_processor
-        self.room = limit
-        self.kept: dict[tuple[Path, Names, tuple[int, int] | None], dict[str, Tensor]] = {}
+        self.limit = self.room = limit
+        self.kept: dict[tuple[Picture, Names, tuple[int, int] | None], dict[str, Tensor]] = {}
 
-    def __call__(self, paths: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "kept": {}, "room": self.limit}
+
+    def __call__(self, pictures: Sequence[Picture], size: tuple[int, int] | None = None) -> Tensor:
         """(images, channels, height, width), float32; ``size`` as in :func:`open_image`."""
-        return self.inputs(paths, PIXELS, size)["pixel_values"]
+        return self.inputs(pictures, PIXELS, size)["pixel_values"]
 
     def inputs(
-        self, paths: Sequence[Path], names: Names, size: tuple[int, int] | None = None
+        self, pictures: Sequence[Picture], names: Names, size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
         """What the image processor makes under these names, for all images: (images, ...) each."""
-        found = [self._one(path, names, size) for path in paths]
+        found = [self._one(picture, names, size) for picture in pictures]
         return {name: torch.stack([one[name] for one in found]) for name in names}
 
-    def _one(self, path: Path, names: Names, asked: tuple[int, int] | None) -> dict[str, Tensor]:
-        found = self.kept.get((path, names, asked))
+    def _one(
+        self, picture: Picture, names: Names, asked: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        found = self.kept.get((picture, names, asked))
         if found is None:
-            image: Image.Image = open_image(path, asked)
+            image: Image.Image = open_image(picture, asked)
             made = self.image_processor(image, return_tensors="pt")
             found = {name: made[name][0] for name in names}
             size = sum(one.numel() * one.element_size() for one in found.values())
-            if size <= self.room:
+            seen_again = not isinstance(picture, StoredPicture) or picture.lasting
+            if seen_again and size <= self.room:
                 self.room -= size
-                self.kept[path, names, asked] = found
+                self.kept[picture, names, asked] = found
         return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.datasets.records import captioned_image
 from ..data.files import Left
 from ..device import moved_to
 from ..errors import RecipeError
@@ -37,6 +38,7 @@ class CaptioningTask(Task):
     takes: ClassVar[type[TaskOptions]] = CaptioningOptions
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
+    item = staticmethod(captioned_image)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
         return read_captioned(form, part, left)

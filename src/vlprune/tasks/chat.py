@@ -15,6 +15,7 @@ from ..data.conversations import (
     read_llava,
     read_messages,
 )
+from ..data.datasets.records import conversation
 from ..data.files import Left
 from ..data.images import open_image
 from ..data.questions import read_easy_vqa, read_vqav2
@@ -50,6 +51,7 @@ class ChatTask(Task):
     objects: ClassVar[int] = 2
     train: Sequence[Conversation]
     test: Sequence[Conversation]
+    item = staticmethod(conversation)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Conversation]:
         if form == "llava":

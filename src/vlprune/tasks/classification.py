@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.datasets.records import labelled_image
 from ..data.files import Left
 from ..data.pictures import LabelledImage, read_image_folder
 from ..device import device_of, moved_to, place
@@ -37,13 +38,15 @@ class ClassificationTask(Task):
     takes: ClassVar[type[TaskOptions]] = ClassificationOptions
     train: Sequence[LabelledImage]
     test: Sequence[LabelledImage]
+    item = staticmethod(labelled_image)
     classes: list[str]
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[LabelledImage]:
         return read_image_folder(part["folder"], left)
 
     def prepare(self) -> None:
-        self.classes = sorted({item.label for item in self.train})
+        listed = self.class_names("label")
+        self.classes = listed or _sorted({item.label for item in self.train})
         unknown = {item.label for item in self.test} - set(self.classes)
         if unknown:
             raise DataError(f"the test images have a class without training images: {min(unknown)}")
@@ -127,6 +130,12 @@ class ClassificationTask(Task):
         pixels = moved_to(model, self.pixels([item.image for item in items]))
         best = model(pixel_values=pixels).logits.argmax(1)
         return [self.classes[i] for i in best.tolist()]
+
+
+def _sorted(labels: set[str]) -> list[str]:
+    """The classes in order: by number if the labels of a dataset are numbers, else by name."""
+    numbers = all(label.isascii() and label.isdigit() for label in labels)
+    return sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
 
 
 class SoftTargets(Trainee):

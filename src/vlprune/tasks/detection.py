@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.datasets.records import scenery
 from ..data.files import Left
 from ..data.regions import Phrase, Scenery, read_coco_instances, read_nlvr1_objects
 from ..device import moved_to
@@ -58,6 +60,7 @@ class DetectionTask(RegionTask):
     takes: ClassVar[type[TaskOptions]] = DetectionOptions
     train: Sequence[Scenery]
     test: Sequence[Scenery]
+    item = staticmethod(scenery)
     classes: list[str]
     detector: ClassDetector | None
 
@@ -67,7 +70,12 @@ class DetectionTask(RegionTask):
         return read_coco_instances(part["instances"], part["images"], left)
 
     def prepare(self) -> None:
-        items = [*self.train, *self.test]  # prompts also name classes that only test images have
+        listed = self.class_names("labels")
+        if self.streaming:
+            self.classes = sorted(listed or ())
+            return
+        # prompts also name classes that only test images have
+        items = itertools.chain(self.train, self.test)
         self.classes = sorted({label for item in items for label in item.labels})
         if not self.classes:
             raise DataError("no image of the data set has a box")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.stored import Picture
 from ..device import moved_to
 from ..errors import UnsupportedError
 from ..files import plain
@@ -105,11 +105,11 @@ class DualEncoderTask(Task):
             return int(self.processor.tokenizer.model_max_length)
         return int(self.model_config.text_config.max_position_embeddings)
 
-    def looks(self, images: Sequence[Path]) -> dict[str, Tensor]:
+    def looks(self, images: Sequence[Picture]) -> dict[str, Tensor]:
         """The inputs of the image encoder: ``pixel_values``, and for SigLIP 2 where they belong."""
         return self.pixels.inputs(images, PATCHED if self.kind == "siglip2" else PIXELS)
 
-    def _image_features(self, model: Any, images: Sequence[Path]) -> Tensor:
+    def _image_features(self, model: Any, images: Sequence[Picture]) -> Tensor:
         """Unit-length features of images, (images, width)."""
         return ClipFeatures.image(model, **moved_to(model, self.looks(images)))
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.datasets.records import typed_question
 from ..data.files import Left
 from ..data.questions import TypedQuestion, read_answer_lists, read_gqa
 from ..device import moved_to
@@ -47,6 +48,7 @@ class GqaTask(RegionTask):
     objects: ClassVar[int] = 2
     train: Sequence[TypedQuestion]
     test: Sequence[TypedQuestion]
+    item = staticmethod(typed_question)
     answers: dict[str, list[str]]
     kinds: tuple[str, ...] = ANSWER_TYPES
     """The types in the order of the model's classes."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import box_iou
 
+from ..data.datasets.records import grounding
 from ..data.files import Left
 from ..data.regions import Box, Grounding, Phrase, read_mdetr, read_refer
 from ..device import moved_to
@@ -124,6 +125,7 @@ class GroundingTask(RegionTask):
     takes: ClassVar[type[TaskOptions]] = GroundingOptions
     train: Sequence[Grounding]
     test: Sequence[Grounding]
+    item = staticmethod(grounding)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Grounding]:
         if form == "refer":

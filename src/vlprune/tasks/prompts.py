@@ -19,6 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..data.conversations import ASSISTANT, USER, Turn
+from ..data.stored import Picture
 from ..errors import DataError, RecipeError, first_line
 from ..files import plain, read_text
 
@@ -29,7 +30,7 @@ IGNORED = -100
 LARGEST_TEMPLATE = 2**20
 
 Turns = Sequence[Turn]
-Opened = Callable[[Path], Image]
+Opened = Callable[[Picture], Image]
 
 
 class Prompts:
@@ -82,7 +83,7 @@ class Prompts:
         messages = []
         for turn in turns:
             parts: list[dict[str, str]] = [
-                {"type": "image"} if isinstance(part, Path) else {"type": "text", "text": part}
+                {"type": "image"} if not isinstance(part, str) else {"type": "text", "text": part}
                 for part in turn.parts
             ]
             if turn.role == ASSISTANT:
@@ -257,4 +258,4 @@ def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _opened(turns: Turns, opened: Opened) -> list[Image]:
-    return [opened(part) for turn in turns for part in turn.parts if isinstance(part, Path)]
+    return [opened(part) for turn in turns for part in turn.parts if not isinstance(part, str)]

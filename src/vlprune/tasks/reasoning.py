@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.datasets.records import statement
 from ..data.files import Left
 from ..data.pairs import Statement, read_nlvr1, read_nlvr2
 from ..device import moved_to
@@ -33,6 +34,7 @@ class ReasoningTask(Task):
     takes: ClassVar[type[TaskOptions]] = ReasoningOptions
     train: Sequence[Statement]
     test: Sequence[Statement]
+    item = staticmethod(statement)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Statement]:
         if form == "nlvr1":

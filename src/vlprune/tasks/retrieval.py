@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 from zlib import crc32
 
@@ -14,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
+from ..data.datasets.records import captioned_image
 from ..data.files import Left
+from ..data.stored import Picture
 from ..device import device_of, moved_to, place
 from ..errors import RecipeError
 from ..recipe.options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
@@ -42,6 +43,7 @@ class RetrievalTask(DualEncoderTask):
     takes: ClassVar[type[TaskOptions]] = RetrievalOptions
     train: Sequence[CaptionedImage]
     test: Sequence[CaptionedImage]
+    item = staticmethod(captioned_image)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
         return read_captioned(form, part, left)
@@ -152,7 +154,7 @@ class BlipRetrievalTask(RetrievalTask):
     def uses_queue(self) -> bool:
         return True
 
-    def _image_features(self, model: Any, images: Sequence[Path]) -> Tensor:
+    def _image_features(self, model: Any, images: Sequence[Picture]) -> Tensor:
         pixels = moved_to(model, self.pixels(images))
         states = model.vision_model(pixels).last_hidden_state
         return F.normalize(model.vision_proj(states[:, 0]), dim=-1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..data.datasets.records import masked_image
 from ..data.files import Left, open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
 from ..device import moved_to
@@ -44,6 +45,7 @@ class SegmentationTask(Task):
     takes: ClassVar[type[TaskOptions]] = SegmentationOptions
     train: Sequence[MaskedImage]
     test: Sequence[MaskedImage]
+    item = staticmethod(masked_image)
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[MaskedImage]:
         return read_ade20k(part["images"], part["masks"], left)
@@ -81,7 +83,12 @@ class SegmentationTask(Task):
 
     @cached_property
     def found_classes(self) -> int:
-        """Number of classes in the training masks: the largest class number plus 1."""
+        """Number of classes in the training masks: the largest class number plus 1.
+
+        Raises DataError for a stream, whose masks are not looked through.
+        """
+        if self.streaming:
+            raise DataError("the masks of a stream are not counted: give options.classes")
         masks = (open_mask(item.mask) for item in self.train)
         return 1 + max(int(mask[mask != IGNORE].max(initial=0)) for mask in masks)
 

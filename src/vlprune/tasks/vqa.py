@@ -9,8 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..data.datasets.records import question
 from ..data.files import Left, check_split
-from ..data.questions import Question, read_easy_vqa, read_visual_genome, read_vqav2
+from ..data.questions import (
+    Question,
+    read_answer_list,
+    read_easy_vqa,
+    read_visual_genome,
+    read_vqav2,
+)
 from ..device import moved_to
 from ..errors import DataError
 from ..recipe.options import TaskOptions, VqaOptions
@@ -27,7 +34,8 @@ class VqaTask(Task):
     """Visual question answering with a BlipForQuestionAnswering; the metric is ``accuracy``.
 
     The model learns the most frequent answer to each question. It is evaluated by ranking the
-    answers of the training set (``accuracy``) and by free generation (``accuracy_generated``).
+    answers of the training set, or those in the file that the option ``answers`` names
+    (``accuracy``), and by free generation (``accuracy_generated``).
     """
 
     name: ClassVar[str] = "vqa"
@@ -36,6 +44,7 @@ class VqaTask(Task):
     objects: ClassVar[int] = 2
     train: Sequence[Question]
     test: Sequence[Question]
+    item = staticmethod(question)
     answers: list[str]
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Question]:
@@ -56,7 +65,13 @@ class VqaTask(Task):
         return found
 
     def prepare(self) -> None:
+        if self.options["answers"]:
+            self.answers = read_answer_list(self.options["answers"])
+            return
         self.answers = sorted({max(q.answers, key=q.answers.count) for q in self.train})
+
+    def contents(self) -> dict[str, Any]:
+        return {"answers": self.answers} if self.options["answers"] else {}
 
     def new_processor(self) -> Any:
         return blip_processor(self.model_spec, [q.text for q in self.train] + self.answers)

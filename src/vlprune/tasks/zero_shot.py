@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.datasets.records import labelled_image
 from ..data.files import Left
 from ..data.pictures import LabelledImage, read_image_folder
 from ..errors import DataError, RecipeError, did_you_mean
@@ -28,9 +29,9 @@ TOP = 5
 class ZeroShotTask(DualEncoderTask):
     """Classification of an image folder by prompts; the metric is ``accuracy``.
 
-    A class is named after its folder, with spaces for underscores, or by ``options.names``. Its
-    vector is the mean of the unit-length features of its prompts, one per template in
-    ``options.templates``, scaled to unit length, as CLIP's authors do (Radford et al., ICML 2021,
+    A class is named after its folder or label, with spaces for underscores, or by
+    ``options.names``. Its vector is the mean of the unit-length features of its prompts, one per
+    template in ``options.templates``, scaled to unit length, as CLIP's authors do (Radford et al., ICML 2021,
     section 3.1.4). All classes of the training and the test folder are candidates. ``top5`` is
     given where there are more than five.
 
@@ -44,6 +45,7 @@ class ZeroShotTask(DualEncoderTask):
     takes: ClassVar[type[TaskOptions]] = ZeroShotOptions
     train: Sequence[LabelledImage]
     test: Sequence[LabelledImage]
+    item = staticmethod(labelled_image)
     labels: frozenset[str] = frozenset()
     classes: list[str]
     names: list[str]
@@ -55,7 +57,10 @@ class ZeroShotTask(DualEncoderTask):
         return items
 
     def prepare(self) -> None:
-        self.classes = sorted(self.labels | {item.label for item in (*self.train, *self.test)})
+        listed = self.class_names("label")
+        train = () if listed is not None else self.train
+        known = self.labels | {item.label for item in (*train, *self.test)}
+        self.classes = sorted(known | {*(listed or ())})
         given = self.options["names"]
         for folder in given:
             if folder not in self.classes:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,66 +16,37 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
-from ..device import device_of, use
+from ..device import device_of
 from ..errors import CheckpointError, RecipeError, UnsupportedError, VlpruneError
 from ..files import is_full, plain, reason
 from ..recipe.spec import Training
+from .arguments import arguments_of
 from .average import Average
 from .checkpoints import newest, seal, step_of
+from .loading import Collate, Endless, Items, Numbered, Seeded, as_it_was, length
 from .objective import Trainee
 from .ranks import agreed
 
 __all__ = ["fit", "prepare"]
 
-Collate = Callable[[list[Any], random.Random], Any]
-
-
-class _Items(Dataset[tuple[int, Any]]):
-    """A sequence as a torch data set of (index, item)."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.items[index]
-
-
-@dataclass
-class _Arguments(TrainingArguments):
-    """The Trainer's arguments, for training on the one device ``runs_on``.
-
-    Left to itself, the Trainer takes every GPU in sight, as one DataParallel model, or the first.
-    """
-
-    runs_on: str = "cpu"
-
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        own: torch.device = super()._setup_devices  # joins the other processes, if there are any
-        if PartialState().num_processes > 1:
-            return own
-        device = torch.device(self.runs_on)
-        use(device)
-        self._n_gpu = 0 if device.type == "cpu" else 1
-        return device
-
 
 class _Trainer(Trainer):
-    """The Trainer, noting how many losses in a row were not finite."""
+    """The Trainer, noting how many losses in a row were not finite.
 
+    Its loader draws from a generator of its own: left to itself, a loader draws one number from
+    the global one whenever it starts workers or begins an epoch without them, and what is dropped
+    out would then depend on ``workers``.
+    """
+
+    loader: Any = None
     not_finite: Tensor | None = None
     most_not_finite: Tensor | None = None
     rates: Mapping[str, float] = MappingProxyType({})
@@ -105,6 +73,19 @@ class _Trainer(Trainer):
             raise CheckpointError(f"cannot write the checkpoint {plain(folder)}: {why}") from (
                 OSError(errno.ENOSPC, why) if full else error
             )
+
+    def get_train_dataloader(self) -> Any:
+        prepared = super().get_train_dataloader()
+        self.loader = getattr(prepared, "base_dataloader", prepared)
+        self.loader.generator = torch.Generator().manual_seed(self.args.seed)
+        return prepared
+
+    def end_workers(self) -> None:
+        """End the workers now: an error's traceback would keep them for as long as it lives."""
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self.loader._iterator = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, its groups split where some weights learn more slowly."""
@@ -196,7 +177,7 @@ def prepare(seed: int, threads: int = 0) -> None:
 
 def fit(
     model: Any,
-    items: Sequence[Any],
+    items: Sequence[Any] | Endless,
     collate: Collate,
     spec: Training,
     *,
@@ -211,9 +192,11 @@ def fit(
     """Train the model in place and where it lies, as ``spec`` says; returns the Trainer's log.
 
     ``model`` is anything whose forward returns a loss for ``collate(items, rng)``; ``rng`` depends
-    on nothing but the seed and the batch. ``advance(steps done, note=...)`` is called during
-    training. With ``checkpoints`` and ``spec.save_steps`` the Trainer's checkpoints go there, and
-    training goes on from the last one that is whole; ``say`` gets a line for every other. Raises
+    on nothing but the seed and the batch. ``items`` may be a stream, which is then trained on by
+    ``spec.steps``. ``spec.workers`` processes make the batches. ``advance(steps done, note=...)``
+    is called during training. With ``checkpoints`` and ``spec.save_steps`` the Trainer's
+    checkpoints go there, and training goes on from the last one that is whole; ``say`` gets a line
+    for every other. Raises
     CheckpointError where a checkpoint cannot be written, VlpruneError where the loss is no longer
     finite, UnsupportedError under DeepSpeed, and where weights to average are sharded.
     TensorBoard's files, where ``report_to`` asks for them, go to ``logs``.
@@ -221,13 +204,16 @@ def fit(
     if not spec.on:
         return []
     set_seed(seed)  # a phase must not depend on whether the phase before was run or resumed
-    steps = spec.count(len(items), PartialState().num_processes)
+    processes = PartialState().num_processes
+    steps = spec.count(length(items), processes)
+    if spec.workers:  # else a tokenizer that was used before warns in every worker
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
         last = agreed(lambda: newest(folder, say))
-        arguments = _arguments(
-            spec, folder, saving, len(items), steps, seed, report_to, device_of(model)
+        arguments = arguments_of(
+            spec, folder, saving, items, steps, seed, report_to, device_of(model)
         )
         if logs is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
@@ -238,8 +224,12 @@ def fit(
         trainer = _Trainer(
             model=trainee,
             args=arguments,
-            train_dataset=_Items(items),
-            data_collator=_seeded(collate, seed),
+            train_dataset=(
+                Numbered(items, seed, spec, processes, step_of(last) if last else 0)
+                if isinstance(items, Endless)
+                else Items(items)
+            ),
+            data_collator=Seeded(collate, seed),
             callbacks=[*callbacks, watch],
         )
         first(trainer, callbacks)
@@ -262,53 +252,15 @@ def fit(
         if last and step_of(last) >= steps:  # the Trainer would take one more step
             state = _as_it_ended(trainer, last, callbacks)
         else:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except VlpruneError as error:
+                raise as_it_was(error) from None
+            finally:
+                trainer.end_workers()
             state = trainer.state
         # the last row describes this process only: its run time, and its loss since it resumed
         return [row for row in state.log_history if "train_runtime" not in row]
-
-
-def _arguments(
-    spec: Training,
-    folder: Path,
-    saving: bool,
-    items: int,
-    steps: int,
-    seed: int,
-    report_to: str,
-    device: torch.device,
-) -> _Arguments:
-    """The Trainer's arguments for a training as a recipe describes it."""
-    sgd = {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"}
-    return _Arguments(
-        **(sgd if spec.optimizer == "sgd" else {}),
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=spec.batch_size,
-        gradient_accumulation_steps=spec.accumulate,
-        learning_rate=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        warmup_steps=round(spec.warmup * steps),
-        lr_scheduler_type="cosine" if spec.decay == "cosine" else "constant_with_warmup",
-        max_grad_norm=spec.clip,
-        bf16=spec.bf16,
-        fp16=spec.fp16,
-        torch_compile=spec.compile,
-        seed=seed,
-        data_seed=seed,
-        logging_steps=min(50, max(1, steps // 20)),
-        save_strategy="steps" if saving else "no",
-        save_steps=spec.save_steps or steps,
-        logging_nan_inf_filter=False,  # the filter would log a NaN as a good loss
-        report_to=report_to,
-        remove_unused_columns=False,
-        ddp_broadcast_buffers=False,  # every rank computes the same buffers
-        dataloader_drop_last=items >= spec.batch_size,
-        disable_tqdm=True,
-        dataloader_pin_memory=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        runs_on=str(device),
-    )
 
 
 def _innermost(trainee: nn.Module) -> nn.Module:
@@ -334,13 +286,3 @@ def _as_it_ended(
         callback.on_train_begin(trainer.args, state, trainer.control)
         callback.on_train_end(trainer.args, state, trainer.control)
     return state
-
-
-def _seeded(collate: Collate, seed: int) -> Callable[[list[tuple[int, Any]]], Any]:
-    """A collator whose randomness depends on the seed and the batch's item numbers only."""
-
-    def collated(rows: list[tuple[int, Any]]) -> Any:
-        numbers = ",".join(str(index) for index, _ in rows)
-        return collate([item for _, item in rows], random.Random(f"{seed}/{numbers}"))
-
-    return collated

@@ -76,7 +76,7 @@ def export_folder(
 def _batches(task: Task, model: Any, int8: bool) -> tuple[list[Any], list[Any]]:
     """Inputs to trace and check an export on, and those to calibrate int8 on."""
     samples = [_forward_inputs(model, task.example_inputs(size)) for size in SIZES]
-    items = [task.train[i] for i in range(min(CALIBRATION, len(task.train)))] if int8 else []
+    items = list(task.first_train(CALIBRATION)) if int8 else []
     batches = [task.collate(items[i : i + 8]) for i in range(0, len(items), 8)]
     return samples, [_forward_inputs(model, batch) for batch in batches]
 

@@ -13,6 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.datasets.rows import Part
+from ...data.datasets.streams import Stream
+from ...data.datasets.tables import Rows, Table
+from ...data.stored import StoredPicture, StreamedPicture, TablePicture
 from ...errors import VlpruneError
 from ...files import digest
 
@@ -60,12 +64,16 @@ def of_data(items: Sequence[Any]) -> str:
     """The digest of a task's items and their pictures, by name, size and content.
 
     Pictures of more than :data:`WHOLE` bytes together are known by the names and sizes of all and
-    the contents of evenly spaced ones.
+    the contents of evenly spaced ones. A stream is known by its files' names and sizes.
     """
+    if isinstance(items, Stream):
+        return _hash([items.contents, items.buffer, items.most])
     pictures: dict[Path, int] = {}
     total = hashlib.sha256()
+    table = _table_of(items)
+    every = max(1, -(-table.stored_bytes() // WHOLE)) if table is not None else 1
     for item in items:
-        total.update(repr(list(_leaves(item, pictures))).encode())
+        total.update(repr(list(_leaves(item, pictures, every))).encode())
     for path in pictures:
         try:
             pictures[path] = os.stat(path).st_size
@@ -81,23 +89,41 @@ def of_data(items: Sequence[Any]) -> str:
     return total.hexdigest()[:16]
 
 
-def _leaves(value: Any, pictures: dict[Path, int]) -> Iterator[Any]:
-    """All that a value holds, paths as file names; the files are added to ``pictures``."""
-    if isinstance(value, Path):
+def _table_of(items: Any) -> Table | None:
+    """The table that the items come from; None for items that are a list."""
+    while isinstance(items, Part):
+        items = items.items
+    return items.table if isinstance(items, Rows) else None
+
+
+def _leaves(value: Any, pictures: dict[Path, int], every: int = 1) -> Iterator[Any]:
+    """All that a value holds, paths as file names; the files are added to ``pictures``.
+
+    Of pictures that a table holds, those in every so many rows are read.
+    """
+    if isinstance(value, TablePicture):
+        yield value.name
+        if value.row % every == 0:
+            yield hashlib.sha256(value.open().read()).hexdigest()
+    elif isinstance(value, StreamedPicture):
+        yield hashlib.sha256(value.content).hexdigest()
+    elif isinstance(value, StoredPicture):
+        yield str(value)
+    elif isinstance(value, Path):
         pictures.setdefault(value, 0)
         yield value.name
     elif dataclasses.is_dataclass(value):
         yield type(value).__name__
         for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name), pictures)
+            yield from _leaves(getattr(value, field.name), pictures, every)
     elif isinstance(value, Mapping):
         for key, entry in value.items():
             yield key
-            yield from _leaves(entry, pictures)
+            yield from _leaves(entry, pictures, every)
     elif isinstance(value, (list, tuple)):
         yield len(value)
         for entry in value:
-            yield from _leaves(entry, pictures)
+            yield from _leaves(entry, pictures, every)
     elif value is None or isinstance(value, (str, int, float, bytes)):
         yield value
     else:  # the text of anything else may hold an address

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ...data.datasets.rows import Part
+from ...data.datasets.streams import Stream
 from ...device import place
 from ...errors import UnsupportedError
 from ...folders.opening import guarded
@@ -75,14 +77,21 @@ class HeldOut(Sequence[Any]):
 class CalibrationBatches(Sequence[Any]):
     """Training items as the model takes them, drawn by the recipe's seed and collated on access.
 
+    Of a stream, they are the first ones.
+
     Nothing in a batch is random, so that a run that is resumed sees the same numbers.
     """
 
     def __init__(self, task: Task, recipe: Recipe) -> None:
         self.task, self.size = task, recipe.calibration.batch_size
-        order = list(range(len(task.train)))
+        train: Any = task.train
+        if isinstance(train, Stream):
+            self.items: Sequence[Any] = train.first(recipe.calibration.items)
+            self.chosen: Sequence[int] = range(len(self.items))
+            return
+        order = list(range(len(train)))
         random.Random(f"{recipe.seed}/calibration").shuffle(order)
-        self.chosen = order[: recipe.calibration.items]
+        self.items, self.chosen = train, order[: recipe.calibration.items]
 
     def __len__(self) -> int:
         return math.ceil(len(self.chosen) / self.size)
@@ -91,21 +100,19 @@ class CalibrationBatches(Sequence[Any]):
         if not 0 <= number < len(self):  # what ends a loop over a sequence
             raise IndexError(number)
         start = number * self.size
-        return self.task.collate(
-            [self.task.train[i] for i in self.chosen[start : start + self.size]]
-        )
+        return self.task.collate([self.items[i] for i in self.chosen[start : start + self.size]])
 
 
-def split(task: Task, recipe: Recipe) -> tuple[list[Any], HeldOut]:
+def split(task: Task, recipe: Recipe) -> tuple[Sequence[Any], HeldOut]:
     """The training items, split: 95 % to train on, the rest in held-out batches for the search."""
     order = list(range(len(task.train)))
     random.Random(f"{recipe.seed}/held out").shuffle(order)
     count = max(1, round(HELD_OUT * len(order)))
     aside = sorted(order[:count])
     rest = sorted(order[count:])
-    items = [task.train[i] for i in aside]
+    items = Part(task.train, aside)
     size = min(recipe.search.batch_size, len(items))
-    return [task.train[i] for i in rest], HeldOut(task, items, size)
+    return Part(task.train, rest), HeldOut(task, items, size)
 
 
 def new_model(task: Task, device: torch.device) -> Any:

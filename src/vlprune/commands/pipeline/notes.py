@@ -67,7 +67,8 @@ def _basis_of(recipe: Recipe, task: Task) -> Basis:
 
 def deciding(phase: Training) -> dict[str, Any]:
     """The settings of a phase that affect the weights at its end."""
-    return {name: value for name, value in asdict(phase).items() if name != "save_steps"}
+    changes_nothing = ("save_steps", "workers")
+    return {name: value for name, value in asdict(phase).items() if name not in changes_nothing}
 
 
 def search_key(recipe: Recipe, basis: Basis, round_to: Any) -> str:

@@ -14,6 +14,7 @@ from ...folders.notes import hashed
 from ...recipe.spec import Training
 from ...structures.plan import Plan
 from ...training.fit import fit
+from ...training.loading import Endless, length
 from ...training.teacher import Taught
 from .notes import deciding
 from .problem import Problem
@@ -67,7 +68,7 @@ def run_phase(
     phase: Phase,
     model: Any,
     trainee: nn.Module,
-    items: Sequence[Any],
+    items: Sequence[Any] | Endless,
     callbacks: Sequence[Any] = (),
 ) -> list[dict[str, float]]:
     """Train ``model`` in place through its ``trainee``; returns the Trainer's log.
@@ -79,7 +80,7 @@ def run_phase(
         return []
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    steps = spec.count(len(items), PartialState().num_processes)
+    steps = spec.count(length(items), PartialState().num_processes)
     with problem.progress.count(phase.title, steps) as advance:
         history = fit(
             trainee,

@@ -71,7 +71,9 @@ def full_report(
         for when in ("before", "after"):
             report["macs"][when] //= problem.batch_size
     if "calibration" in report:
-        report["calibration"]["items"] = min(recipe.calibration.items, len(task.train))
+        made = report["calibration"]["batches"] * recipe.calibration.batch_size
+        most = made if task.streaming else len(task.train)
+        report["calibration"]["items"] = min(recipe.calibration.items, most)
     return report | {
         "weight_bytes": dict(speed.weight_bytes),
         "task": recipe.task,

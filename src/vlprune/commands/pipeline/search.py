@@ -22,6 +22,7 @@ from ...recipe.spec import Recipe
 from ...structures.plan import Plan
 from ...training.adapters import Adapters
 from ...training.compressor import Compressor
+from ...training.loading import length
 from ...training.teacher import Taught
 from .evaluate import evaluated
 from .make import CalibrationBatches, model_from
@@ -87,7 +88,7 @@ def plan_search(problem: Problem, model: Any) -> PlannedSearch:
             loss=loss,
             calibration=_calibration(problem),
         )
-    _refuse_early(recipe, compressor, len(problem.items))
+    _refuse_early(recipe, compressor, length(problem.items))
     return PlannedSearch(compressor, loss)
 
 
