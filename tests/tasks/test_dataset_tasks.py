@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import datasets
 import pytest
 import torch
 
-from tables import parquet
-from vlprune.data.datasets.records import captioned_image
-from vlprune.data.datasets.sources import Asked, open_stream
+from tables import parquet, pictures
+from vlprune.data.datasets.records import captioned_image, conversation
+from vlprune.data.datasets.sources import Asked, open_rows, open_stream
+from vlprune.data.files import open_image
 from vlprune.errors import DataError
 from vlprune.recipe.columns import CAPTIONED
 from vlprune.recipe.options import TASK_OPTIONS
 from vlprune.recipe.spec import DataSpec, ModelSpec, Training
-from vlprune.tasks import TASKS
+from vlprune.tasks import TASKS, ChatTask
 from vlprune.training.loading import Items, Numbered, Seeded
 
 SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=32, patch_size=16)
@@ -34,12 +36,23 @@ def stored(path: Any) -> dict[str, Any]:
     return {"bytes": path.read_bytes(), "path": path.name}
 
 
+def parts(turn: Any) -> list[dict[str, str | None]]:
+    """The content of a message, pictures without a name."""
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "text": None}
+        for part in turn.parts
+    ]
+
+
 def row(item: Any) -> dict[str, Any]:
     """The item as a row whose columns have the names of the task."""
     kind = type(item).__name__
     if kind == "Statement":
         left, right = map(stored, item.images)
         return {"left_image": left, "right_image": right, "text": item.text, "label": item.truth}
+    if kind == "Conversation":
+        said = [{"role": turn.role, "content": parts(turn)} for turn in item.turns]
+        return {"messages": said, "images": [stored(path) for path in item.images]}
     image = stored(item.image)
     if kind == "CaptionedImage":
         return {"image": image, "text": list(item.captions)}
@@ -69,6 +82,8 @@ def as_tables(task: Any, folder: Path, **features: Any) -> DataSpec:
         rows = [row(item) for item in items]
         columns = {name: [one[name] for one in rows] for name in rows[0]}
         pictures = {n: datasets.Image() for n in columns if n.endswith(("image", "mask"))}
+        if "images" in columns:
+            pictures["images"] = datasets.List(datasets.Image())
         path = parquet(folder / f"{split}.parquet", columns, **{**pictures, **features})
         parts[split] = {"path": str(path)}
     return DataSpec("dataset", **parts)
@@ -103,6 +118,44 @@ def test_every_task_makes_the_same_batches_of_a_dataset(name: str, tmp_path: Pat
         "train": {"items": len(files.train), "left_out": {}},
         "test": {"items": len(files.test), "left_out": {}},
     }
+
+
+ASKED = [("human", "<image> and <image>?"), ("gpt", "two"), ("human", "sure?"), ("gpt", "yes")]
+CHATS: dict[str, Any] = {
+    "from": [{"from": who, "value": text} for who, text in ASKED],
+    "role": [{"role": "user", "content": "both?"}, {"role": "assistant", "content": "two"}],
+    "user": [{"user": "both?", "assistant": "two"}, {"user": "sure?", "assistant": "yes"}],
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_of_every_format(kind: str, streaming: bool, tmp_path: Path) -> None:
+    images = datasets.List(datasets.Image())
+    columns = {"talk": [CHATS[kind]] * 3, "pictures": [pictures(2)] * 3}
+    path = parquet(tmp_path / "chats.parquet", columns, pictures=images)
+    asked = Asked("train", str(path), columns={"messages": "talk", "images": "pictures"})
+    left: Counter[str] = Counter()
+    if streaming:
+        found = open_stream(asked, ChatTask.takes.columns, conversation).first(3, left)
+    else:
+        found = [*open_rows(asked, ChatTask.takes.columns, conversation, left)]
+    assert len(found) == 3
+    for one in found:
+        assert one.turns[1].parts == ("two",)
+        assert [open_image(image).size for image in one.images] == [(16, 12)] * 2
+        first, second = (open_image(image).tobytes() for image in one.images)
+        assert first != second
+        shown = [isinstance(part, str) for part in one.turns[0].parts]
+        assert shown == ([False, True, False, True] if kind == "from" else [False, False, True])
+
+
+def test_a_picture_too_many_is_told(tmp_path: Path) -> None:
+    images = datasets.List(datasets.Image())
+    columns = {"messages": [CHATS["from"]], "images": [pictures(3)]}
+    path = parquet(tmp_path / "chats.parquet", columns, images=images)
+    with pytest.raises(DataError, match=r"chats.parquet, row 0.*2 times <image>.* 3 pictures"):
+        open_rows(Asked("train", str(path)), ChatTask.takes.columns, conversation, Counter())
 
 
 def test_classes_are_numbered_as_the_dataset_numbers_them(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ class ZeroShotTask(DualEncoderTask):
 
     A class is named after its folder or label, with spaces for underscores, or by
     ``options.names``. Its vector is the mean of the unit-length features of its prompts, one per
-    template in ``options.templates``, scaled to unit length, as CLIP's authors do (Radford et al., ICML 2021,
-    section 3.1.4). All classes of the training and the test folder are candidates. ``top5`` is
-    given where there are more than five.
+    template in ``options.templates``, scaled to unit length, as CLIP's authors do (Radford et al.,
+    ICML 2021, section 3.1.4). All classes of the training and the test data are candidates.
+    ``top5`` is given where there are more than five.
 
     Training pairs each picture with the prompt of its class in a random template, in the model's
     own contrastive loss, where pictures of one class fit each other's prompts
