@@ -64,6 +64,19 @@ def test_every_private_attribute_is_stated_here() -> None:
     assert not {name for name in used - ours if not re.search(rf"\b{name}\b", stated)}
 
 
+# -- torch: loaders ------------------------------------------------------------------------
+
+
+def test_the_workers_of_a_loader_can_be_ended() -> None:
+    """fit: an error's traceback would keep them."""
+    loader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    iterator = loader._iterator
+    assert iterator is not None
+    iterator._shutdown_workers()  # type: ignore[attr-defined]
+    assert not any(worker.is_alive() for worker in iterator._workers)  # type: ignore[attr-defined]
+
+
 # -- transformers: folders -------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "reasoning": ("upop", {"teacher": {"logits": 1.0}, "skip": ["*text*0*"]}),
     "detection": ("magnitude", {"options": {"model": "glip", "queries": 5}}),
     "grounding": ("jsp", {"options": {"model": "mdetr", "queries": 5}}),
+    "chat": ("upop", {"options": {"new_tokens": 4, "longest": 4000}}),
+    "zero-shot": ("magnitude", {"options": {"templates": ["a {}.", "one {}."]}}),
     "gqa": ("taylor", {"options": {"model": "mdetr", "queries": 5}}),
 }
 
@@ -74,6 +76,10 @@ def parts_of(form: str, root: str) -> tuple[dict[str, str], dict[str, str]]:
 OTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "coco2017": GENERATED["coco-instances"],  # type: ignore[dict-item]
     "easy-vqa": ({"folder": "easy", "split": "train"}, {"folder": "easy", "split": "test"}),
+    "messages": (
+        {"messages": "messages.json", "images": "images/train2014"},
+        {"messages": "messages.json", "images": "images/train2014"},
+    ),
     "nlvr1": ({"folder": "nlvr1", "split": "train"}, {"folder": "nlvr1", "split": "test"}),
     "nlvr1-objects": ({"folder": "nlvr1", "split": "train"}, {"folder": "nlvr1", "split": "test"}),
     "visual-genome": (
@@ -83,8 +89,13 @@ OTHER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 """Formats that are not generated: written by :func:`scenes`."""
 
-FORMATS = [(task, form) for task, takes in TASK_OPTIONS.items() for form in takes.formats]
-"""Every task with every format that it reads."""
+FORMATS = [
+    (task, form)
+    for task, takes in TASK_OPTIONS.items()
+    for form in takes.formats
+    if form in OTHER or form in GENERATED
+]
+"""Every task with every format that it reads, but for datasets (tests/data/test_datasets.py)."""
 
 
 def scenes(folder: Path) -> None:
@@ -109,6 +120,17 @@ def scenes(folder: Path) -> None:
         for n in numbers
     ]
     _dump(genome / "questions.json", answers)
+    talks = [
+        {
+            "images": [picture.name],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                {"role": "assistant", "content": "red"},
+            ],
+        }
+        for picture in pictures
+    ]
+    _dump(folder / "messages.json", talks)
     for start, part in ((0, "dev"), (12, "hidden")):
         (folder / "nlvr1" / part / "images").mkdir(parents=True)
         lines = []

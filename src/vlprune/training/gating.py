@@ -177,7 +177,8 @@ class _BeforeForward(_Hook):
         if not torch.compiler.is_compiling():
             # before the backward pass: accelerate lets DeepSpeed step, and change it, right after
             owner.loss_scale = loss_scale(module)
-        if owner.first_batch is None:
+        known, given = owner.first_batch, {n for n, v in kwargs.items() if v is not None}
+        if known is None or known.keys() < given:  # one with pictures, after texts alone
             owner.first_batch = copied(module, args, kwargs)
 
 
