@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from tables import captioned, json_lines, parquet, png
 from vlprune.commands.pipeline import fingerprint
@@ -41,6 +42,7 @@ threads: 1
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place)
+    monkeypatch.setattr(Parquet, "SLEEP_ON_THREADS_SHUTDOWNS", False)  # five seconds
 
 
 @pytest.fixture

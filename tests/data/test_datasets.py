@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from tables import captioned, image_folder, json_lines, parquet, pictures, png, table, tar
@@ -36,6 +37,7 @@ from vlprune.recipe.columns import CAPTIONED, LABELLED, MASKED, OBJECTS, QUESTIO
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place)
+    monkeypatch.setattr(Parquet, "SLEEP_ON_THREADS_SHUTDOWNS", False)  # five seconds
 
 
 def source(tmp_path: Path, kind: str) -> tuple[str, dict[str, str]]:

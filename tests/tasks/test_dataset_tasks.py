@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from tables import parquet, pictures
 from vlprune.data.datasets.records import captioned_image, conversation
@@ -30,6 +31,7 @@ SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place)
+    monkeypatch.setattr(Parquet, "SLEEP_ON_THREADS_SHUTDOWNS", False)  # five seconds
 
 
 def stored(path: Any) -> dict[str, Any]:
