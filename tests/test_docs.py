@@ -144,7 +144,8 @@ def test_commands_in_the_documents_exist() -> None:
     assert seen >= 20
 
 
-@pytest.mark.parametrize("exports", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("exports", [False, True])
 def test_the_tutorial_runs(
     exports: bool, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

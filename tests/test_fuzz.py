@@ -89,6 +89,7 @@ def planted(python: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", FOUND)
 def test_a_planted_fault_is_found(plant: str, planted: dict[str, list[str]]) -> None:
     assert FOUND[plant] in planted[plant]

@@ -248,6 +248,7 @@ def test_a_loss_that_is_no_number_ends_the_run(run: Any, tmp_path: Path) -> None
     assert "the loss stopped being a finite number" in stderr
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_folder_and_one_plan(tmp_path: Path) -> None:
     out = tmp_path / "o"
     steps = ["train.steps=3", "search.steps=3", "retrain.steps=2"]

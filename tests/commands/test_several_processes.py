@@ -79,7 +79,7 @@ def side_by_side(python: Any, *args: str) -> list[Any]:
     return done
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(
     python: Any, tmp_path: Path
 ) -> None:

@@ -227,7 +227,11 @@ print(json.dumps(seen))
 """
 
 
-@pytest.mark.parametrize("options", [{}, {"shards": True}, {"no links": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"shards": True}, marks=pytest.mark.slow), {"no links": True}],
+    ids=str,
+)
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_model(
     tmp_path: Path, python: Any, options: dict[str, bool]
 ) -> None:

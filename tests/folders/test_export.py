@@ -46,7 +46,7 @@ def samples(model: Any) -> list[dict[str, torch.Tensor]]:
         ("clip", "onnx"),
         ("deit", "openvino"),
         pytest.param("blip_vqa", "openvino", marks=pytest.mark.slow),
-        ("segmenter", "torch-export"),
+        pytest.param("segmenter", "torch-export", marks=pytest.mark.slow),
     ],
 )
 def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_an_export_answers_as_the_model_does(family: str, to: str, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == [to]  # nothing else is left
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.slow), "torch-export"])
 def test_shared_weights_are_stored_once(to: str, tmp_path: Path) -> None:
     """Large enough that ONNX's optimizer does not fold them; ONNX Runtime does, at loading."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
@@ -216,6 +216,7 @@ def test_mistakes_get_one_sentence(
         export(traced, samples(traced), "onnx", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_export_is_evaluated_where_the_task_only_calls_forward(
     run: Any, tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -33,6 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_tells_and_keeps_what_it_measured(
     run: Any, pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,14 +30,11 @@ QUICK = {
 """One family per way in which a block is described and cut; all the others are variations."""
 
 
-LONG = (
-    "sharing_is_exact",
-    "folders_round_trip",
-    "a_second_cut_composes",
-    "calibration_is_exact",
-)
-"""Two thirds of these wait for `make slow`: each family beyond QUICK runs them under one unit, and
-each unit meets them in a third of the families. Every other check runs under every unit."""
+EVERYWHERE = ("order_is_execution_order", "masked_equals_cut", "costs_agree", "generation_agrees")
+"""What every family runs under every unit. Two thirds of the other checks wait for `make slow`:
+each family beyond QUICK runs them under one unit, and each unit meets them in a third of the
+families.
+"""
 
 
 def cases() -> Iterator[Any]:
@@ -45,7 +42,7 @@ def cases() -> Iterator[Any]:
     for number, family in enumerate(FAMILIES):
         for unit, check in product(UNITS, CHECKS):
             marks = [] if family in QUICK else [pytest.mark.whole]
-            if marks and check in LONG and unit != UNITS[number % len(UNITS)]:
+            if marks and check not in EVERYWHERE and unit != UNITS[number % len(UNITS)]:
                 marks = [pytest.mark.slow]
             yield pytest.param(family, unit, check, marks=marks, id=f"{family}-{unit}-{check}")
 
@@ -64,12 +61,19 @@ def test_family(family: str, unit: str, check: str) -> None:
     CHECKS[check](partial(copied, family), unit)
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant(variant: str) -> None:
-    for unit in UNITS:
-        for check in ("order_is_execution_order", "masked_equals_cut"):
-            CHECKS[check](partial(copied, variant), unit)
+def variants() -> Iterator[Any]:
+    """(variant, unit): each under one unit, under the others in `make slow`."""
+    for number, variant in enumerate(VARIANTS):
+        for unit in UNITS:
+            own = unit == UNITS[number % len(UNITS)]
+            mark = pytest.mark.whole if own else pytest.mark.slow
+            yield pytest.param(variant, unit, marks=mark, id=f"{variant}-{unit}")
+
+
+@pytest.mark.parametrize(("variant", "unit"), variants())
+def test_variant(variant: str, unit: str) -> None:
+    for check in ("order_is_execution_order", "masked_equals_cut"):
+        CHECKS[check](partial(copied, variant), unit)
 
 
 @cache

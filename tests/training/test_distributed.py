@@ -194,6 +194,7 @@ def test_ranks_whose_batches_differ_in_kind_agree(apart: list[dict[str, Any]]) -
     assert first["notes"] == second["notes"] == []
 
 
+@pytest.mark.slow
 def test_every_rank_shares_alike(tmp_path: Path, python: Any) -> None:
     """One hypernetwork in two processes, whose held-out batches differ; then tied training."""
     first, second = launch(python, tmp_path, "ddp", 2, JSP)

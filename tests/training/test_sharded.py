@@ -236,6 +236,7 @@ def test_sharded_models_of_every_kind_are_cut_or_put_back(python: Any, tmp_path:
         assert second[case][0].startswith("as if it differed"), case
 
 
+@pytest.mark.slow
 def test_four_processes_in_parts_and_copies_and_under_accelerate(
     python: Any, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ end()
 )
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_in_another_number_of_processes(python: Any, tmp_path: Path) -> None:
     for name in ("alone", "two", "one", "four"):
         (tmp_path / name).mkdir()

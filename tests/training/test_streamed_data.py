@@ -69,7 +69,13 @@ def test_a_search_on_a_stream_resumes_exactly(workers: int, tmp_path: Path, pyth
     assert one["same"]
 
 
-@pytest.mark.parametrize("split", ['{"dispatch_batches": True}', '{"dispatch_batches": False}'])
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param('{"dispatch_batches": True}', marks=pytest.mark.slow),
+        '{"dispatch_batches": False}',
+    ],
+)
 def test_several_processes_divide_a_stream(split: str, tmp_path: Path, python: Any) -> None:
     """Whether the first process reads for all, or each reads all and takes its part."""
     (one,) = searches(python, tmp_path / "one", 0, 1)

@@ -79,7 +79,7 @@ def test_the_number_of_workers_changes_no_bit(items: Any) -> None:
 
 
 @pytest.mark.parametrize("items", [ITEMS, Counted()], ids=["list", "stream"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_training_that_is_stopped_goes_on_exactly(
     tmp_path: Path, items: Any, workers: int
 ) -> None:
