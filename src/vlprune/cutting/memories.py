@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["forget", "forgetful", "memories"]
+__all__ = ["forgetful", "memories"]
 
 TORCH = frozenset(vars(nn.Module()))
 """What every module holds, its parameters and buffers among it."""
@@ -44,18 +44,20 @@ def _is_memory(value: object) -> bool:
 
 @contextmanager
 def forgetful(model: nn.Module) -> Iterator[None]:
-    """The model without memories while the block runs; afterwards with those it had before."""
+    """The model without memories while the block runs.
+
+    What a pass in the block fills anew is a memory, and is empty afterwards: it was computed with
+    other weights, or in another dtype. Anything else is a table, and has its entries back.
+    """
     before = [(held, dict(held)) for held in memories(model)]
-    forget(model)
+    for held, _ in before:
+        held.clear()
     try:
         yield
     finally:
-        forget(model)
+        filled = memories(model)
+        for held in filled:
+            held.clear()
         for held, entries in before:
-            held.update(entries)
-
-
-def forget(model: nn.Module) -> None:
-    """Empty all memories, which were computed with other weights."""
-    for held in memories(model):
-        held.clear()
+            if not any(held is one for one in filled):
+                held.update(entries)

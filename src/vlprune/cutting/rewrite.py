@@ -18,7 +18,6 @@ from ..structures.structure import Description, Structure
 from .apply import Slices, apply_plan
 from .fsdp import is_sharded, refuse_other_shards, reshard
 from .gates import evaluating
-from .memories import forget
 from .proof import Verification, compare, run_masked, verification
 from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
@@ -105,8 +104,6 @@ def _performed(
             carry_out(model, cut, undo)
             proof = compare(model, masked)
             write_record(model, cut.record, undo)
-    if masked.setting.forgets:
-        forget(model)
     found = verification(proof, masked, cut)
     if found.unseen:
         _tell_unseen(found.unseen)
