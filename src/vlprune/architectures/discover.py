@@ -16,8 +16,9 @@ from ..errors import UnsupportedError, did_you_mean
 from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of, span
-from .attention import UNITS, Leave, join, measure_multihead, measure_projected
+from .attention import UNITS, Leave, join
 from .layouts import ATTENTION, FFN
+from .measured import measure_multihead, measure_projected
 from .towers import child_of, default_tower, in_order, tower_of
 
 __all__ = ["discover"]
