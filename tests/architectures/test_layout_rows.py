@@ -154,3 +154,99 @@ def test_a_list_of_two_layers_is_an_ffn_and_a_longer_one_is_not() -> None:
 def test_what_a_detector_keeps_has_its_own_reason(variant: str, leaf: str, reason: str) -> None:
     dense = vlprune.discover(build(variant).model).dense
     assert reason in dense[f"model.decoder.layers.0.{leaf}"]
+
+
+class Normed(nn.Module):
+    """Attention with a norm, before the projections or behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.out_proj, self.norm, self.num_heads = nn.Linear(16, 16), nn.LayerNorm(16), 2
+
+
+class Before(Normed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return self.out_proj(self.query(y) * self.key(y) * self.value(y))
+
+
+class Behind(Normed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.norm(self.query(x) * self.key(x) * self.value(x)))
+
+
+class Twice(Normed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return self.out_proj(self.norm(self.query(y) * self.key(y) * self.value(y)))
+
+
+class Elsewhere(Normed):
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = self.value(x)
+        return self.out_proj(self.prepare(self.query(x) * self.key(x) * values))
+
+
+def test_a_norm_of_the_input_is_not_one_of_the_values() -> None:
+    assert vlprune.discover(nn.ModuleDict({"attention": Before()})).structures
+    for kind in (Behind, Twice, Elsewhere):
+        found = vlprune.discover(nn.ModuleDict({"attention": kind()}))
+        assert not found.structures, kind
+        assert "norm (LayerNorm) sits between" in found.dense["attention.query"]
+
+
+@pytest.mark.parametrize("variant", ["glpn", "pvt", "segformer"])
+def test_fewer_keys_and_values_are_no_obstacle(variant: str) -> None:
+    """A convolution makes the input of keys and values smaller; its width is that of the block."""
+    model = build(variant).model
+    found = {s.name for s in vlprune.discover(model) if s.kind == "attention"}
+    assert len(found) == 4  # one per stage, those with such a convolution among them
+
+
+def test_a_norm_of_any_shape_between_two_layers_of_an_ffn() -> None:
+    """ConvNeXt V2 normalises its neurons together, by parameters of shape (1, 1, 1, neurons)."""
+    config = T.ConvNextV2Config(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    found = vlprune.discover(T.ConvNextV2Model(config))
+    assert not found.structures
+    reason = found.dense["encoder.stages.0.layers.0.pwconv1"]
+    assert reason == "grn (ConvNextV2GRN) sits between its projections and has their width"
+
+
+def test_a_projection_in_a_wrapper_counts_if_the_wrapper_is_known() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, width: int, out: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, out)
+
+    class Gemma4ClippableLinear(Wrapper):
+        pass
+
+    for kind in (Wrapper, Gemma4ClippableLinear):
+        module: Any = nn.Module()
+        module.gate_proj, module.up_proj = kind(16, 24), kind(16, 24)
+        module.down_proj = kind(24, 16)
+        found = vlprune.discover(nn.ModuleDict({"mlp": module}))
+        assert bool(found.structures) == (kind is not Wrapper)
+        if found.structures:
+            assert found.structures[0].gates[0].module == "mlp.up_proj.linear"
+            assert not found.dense
+
+
+def test_scores_that_leave_a_block_count_as_well() -> None:
+    """LiLT adds the scores of words to those of places: a head is gone when both are."""
+    (layer, *_) = vlprune.discover(build("lilt").model, "head")
+    gated = {gate.module.rpartition(".")[2] for gate in layer.gates}
+    assert gated == {"query", "key", "value"}
+
+
+def test_what_no_row_takes_says_which_kind_of_block_it_is_part_of() -> None:
+    dense = vlprune.discover(build("lilt").model).dense
+    layer = "encoder.layer.0"
+    assert "an attention block (LiltSelfAttention)" in dense[f"{layer}.attention.self.layout_query"]
+    assert "an FFN (LiltIntermediate)" in dense[f"{layer}.layout_intermediate.dense"]
+    dense = vlprune.discover(build("qwen3_5").model).dense
+    assert "a recurrent block" in dense["model.layers.1.linear_attn.out_proj"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache, partial
@@ -72,17 +73,22 @@ def variants() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("variant", "unit"), variants())
 def test_variant(variant: str, unit: str) -> None:
-    for check in ("order_is_execution_order", "masked_equals_cut"):
+    for check in ("order_is_execution_order", "masked_equals_cut", "generation_agrees"):
         CHECKS[check](partial(copied, variant), unit)
 
 
 @cache
 def cut_as(family: str) -> dict[tuple[str, str], set[str]]:
-    """{(class of an attention block, unit): the layouts in which the family's blocks are cut}."""
-    model, layouts = build(family).model, defaultdict(set)
+    """{(class of an attention block, unit): the layouts in which the family's blocks are cut}.
+
+    Only of blocks that the family's inputs reach.
+    """
+    made, layouts = sample(family), defaultdict(set)
+    model = made.model
     for unit in UNITS:
         for structure in discover(model, unit):
-            if structure.core:
+            reached = not (made.idle and re.search(made.idle, structure.name))
+            if structure.core and reached:
                 name = stock_name(model.get_submodule(structure.core))
                 layouts[name, unit].add(structure.layout)
     return dict(layouts)
@@ -95,4 +101,6 @@ def test_a_native_class_is_cut_natively_in_the_family_that_tests_it(name: str) -
     assert family in FAMILIES or family in VARIANTS
     for unit in UNITS:
         claimed = {"native" if getattr(NATIVE[name], unit) else "padded"}
-        assert cut_as(family).get((name, unit)) == claimed, f"{name} under {unit} in {family}"
+        cut = cut_as(family).get((name, unit))
+        dense = unit == "qk_vo" and cut is None  # queries and gates in one projection
+        assert cut == claimed or dense, f"{name} under {unit} in {family}"

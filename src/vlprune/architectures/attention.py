@@ -132,7 +132,9 @@ class Block:
 
     @property
     def across_heads(self) -> bool:
-        """Whether queries or keys are normalised over all heads together."""
+        """Whether what a head does depends on the queries or keys of others, or goes elsewhere."""
+        if self.stock_name in layouts.SCORES_LEAVE:
+            return True
         for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
             weight = getattr(getattr(self.core, name, None), "weight", None)
             if isinstance(weight, Tensor) and math.prod(shape_of(weight)) not in (0, self.size):

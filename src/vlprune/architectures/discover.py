@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import get_args
@@ -92,9 +94,17 @@ class _Discovery:
     def _free(self, path: str, module: nn.Module, names: list[str]) -> bool:
         """Whether the module has all these children and none is part of another block already."""
         return all(
-            child_of(module, name) is not None and join(path, name) not in self.taken
+            child_of(module, name) is not None
+            and not {join(path, name), join(path, f"{name}.linear")} & self.taken
+            and self._known_wrapper(join(path, name))
             for name in names
         )
+
+    def _known_wrapper(self, path: str) -> bool:
+        """Whether ``path`` is no ``x.linear``, or its ``x`` leaves a zero a zero."""
+        owner, leaf = owner_of(path)
+        kind = stock_class(self.modules[owner]).__name__
+        return leaf != "linear" or kind in layouts.WRAPPERS
 
     def _guarded(
         self, path: str, names: list[str], build: Callable[[], list[Structure]]
@@ -192,7 +202,10 @@ class _Discovery:
         for child, layer in nearby.named_children():
             if child in inside or (holder and join(holder, child) in names):
                 continue
-            own = any(shape_of(p)[:1] == (size,) for p in layer.parameters(False)) and size > 1
+            own = size > 1 and any(
+                shape_of(p)[:1] == (size,) or math.prod(shape_of(p)) == size
+                for p in layer.parameters(False)
+            )
             norm = own and _is_residual_norm(layer, self.modules, path, names)
             deep = isinstance(layer, nn.ModuleList) and any(
                 is_linear(inner) and shape_of(inner.weight)[linear_axes(inner)[1]] == size
@@ -241,7 +254,7 @@ class _Discovery:
             owner, name = owner_of(path)
             kind = stock_class(self.modules[owner]).__name__
             told = layouts.DENSE.get(kind) or layouts.DENSE_CHILDREN.get(name)
-            self.dense[path or "(model)"] = told or _reason(module)
+            self.dense[path or "(model)"] = told or _reason(module, kind)
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
@@ -278,10 +291,18 @@ def _is_residual_norm(
     """Whether ``layer`` is as wide as the residual stream: a norm beside an FFN of equal width."""
     down = modules[join(path, names[-1])]
     width = shape_of(down.weight)[linear_axes(down)[0]]
-    return all(shape_of(p)[0] == width for p in layer.parameters(False))
+    return all(shape_of(p) == (width,) for p in layer.parameters(False))
 
 
-def _reason(module: nn.Module) -> str:
+_BLOCKS = {
+    "a recurrent block": r"DeltaNet|Mamba|ShortConv|Recurrent|Mixer|LinearAttention",
+    "an attention block": r"Atten|Attn|SelfOutput|Indexer",
+    "an FFN": r"MLP|Mlp|FFN|FeedForward|Intermediate|Output$",
+}
+
+
+def _reason(module: nn.Module, owner: str) -> str:
+    """Why a module that no row takes stays dense; ``owner`` is the class that holds it."""
     kind = stock_class(module).__name__
     if isinstance(module, nn.Embedding) or "Embedding" in kind:
         return "embedding: never pruned"
@@ -290,5 +311,8 @@ def _reason(module: nn.Module) -> str:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "convolution: not a transformer block"
     if is_linear(module):
+        for part, names in _BLOCKS.items():
+            if re.search(names, owner):
+                return f"part of {part} ({owner}) whose layout is in no row of the table"
         return "a projection outside attention and FFN"
     return f"parameters of {kind} itself"

@@ -15,7 +15,8 @@ from . import layouts
 __all__ = ["row_order", "source_of"]
 
 HEADS = r"(?:self\.)?(?:config\.)?(?:num_|n_)(?:attention_)?heads?"
-BLOCKS = re.compile(rf"\b3,\s*(?:{HEADS}|-1,\s*(?:self\.)?head_(?:dim|size))|\bquery_pos\b")
+SIZES = r"split\(\s*\[self\.q_dim, self\.kv_dim, self\.kv_dim\]"
+BLOCKS = re.compile(rf"\b3,\s*(?:{HEADS}|-1,\s*(?:self\.)?head_(?:dim|size))|\bquery_pos\b|{SIZES}")
 BY_HEAD = re.compile(rf"{HEADS},\s*3\b|\b3 \* (?:self\.)?head_(?:dim|size)\)")
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "NATIVE",
     "PADDED",
     "WIDTHS",
+    "WRAPPERS",
     "Native",
 ]
 
@@ -59,11 +60,22 @@ class Ffn:
 
 
 ATTENTION = (
+    Attention(  # Gemma 4 vision, before the row of the same names
+        "q_proj.linear", "k_proj.linear", ("v_proj.linear",), ("o_proj.linear",)
+    ),
     Attention("q_proj", "k_proj", ("v_proj",), ("out_proj",)),  # CLIP, SigLIP, OPT, Bart
     Attention("q_proj", "k_proj", ("v_proj",), ("o_proj",)),  # ViT, DETR, Swin, LLaMA, Qwen
     Attention("q_proj", "k_proj", ("v_proj",), ("projection_layer",)),  # InternVL
     Attention("q_proj", "k_proj", ("v_proj",), ("proj",)),  # Kimi vision
     Attention("q", "k", ("v",), ("o",)),  # T5
+    Attention("q", "k", ("v",), ("proj",)),  # Qwen2.5-Omni vision
+    Attention("query", "key", ("value",), ("proj",)),  # V-JEPA 2, PVT v2
+    Attention(  # CvT
+        "attention.projection_query",
+        "attention.projection_key",
+        ("attention.projection_value",),
+        ("output.dense",),
+    ),
     Attention("query", "key", ("value",), ("output",)),  # Pix2Struct
     Attention("q_lin", "k_lin", ("v_lin",), ("out_lin",)),  # DistilBERT
     Attention("query", "key", ("value",), ("out_proj",)),  # Grounding DINO
@@ -78,6 +90,7 @@ ATTENTION = (
     Attention(v=("value_proj",), o=("output_proj",)),  # deformable attention
     Attention(qkv="qkv", o=("projection",)),  # BLIP
     Attention(qkv="qkv", o=("proj",)),  # Qwen-VL vision, Florence-2, timm
+    Attention(qkv="attention.qkv", o=("output.dense",)),  # TimeSformer
     Attention(qkv="c_attn", o=("c_proj",)),  # GPT-2 (Conv1D)
     Attention(qkv="qkv_proj", o=("o_proj",)),  # Phi-3
     Attention(qkv="Wqkv", o=("Wo",)),  # ModernBERT
@@ -85,6 +98,7 @@ ATTENTION = (
 )
 
 FFN = (
+    Ffn("up_proj.linear", "down_proj.linear", gate="gate_proj.linear"),  # Gemma 4 vision
     Ffn("up_proj", "down_proj", gate="gate_proj"),  # LLaMA, Qwen, Gemma
     Ffn("up_proj", "down_proj"),  # DINOv3, Nemotron, Arcee
     Ffn("gate_up_proj", "down_proj", fused=True),  # Phi-3
@@ -100,10 +114,16 @@ FFN = (
     Ffn("linear1", "linear2"),
     Ffn("linear_fc1", "linear_fc2"),
     Ffn("c_fc", "c_proj"),
+    Ffn("dense1", "dense2"),  # Perceiver
+    Ffn("pwconv1", "pwconv2"),  # ConvNeXt
+    Ffn("pointwise_conv1", "pointwise_conv2"),  # ConvNeXt of DINOv3
     Ffn("intermediate.dense", "output.dense"),
     Ffn("intermediate_query.dense", "output_query.dense"),
     Ffn("mlp.layers.0", "mlp.layers.1", listed=True),  # D-FINE
 )
+
+# Modules around a projection that change its values one by one, and zero not at all.
+WRAPPERS = ("Gemma4ClippableLinear", "DiffusionGemmaClippableLinear")
 
 # Attributes that stock modules read in their forward, by meaning.
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
@@ -193,6 +213,68 @@ NATIVE: dict[str, Native] = {
         BridgeTowerSelfAttention="bridgetower",
         BridgeTowerCrossAttention="bridgetower",
         GPT2Attention="gpt2",
+        VitPoseBackboneSelfAttention="vitpose_backbone",
+        ViTMAEAttention="vit_mae",
+        PixioAttention="pixio",
+        RadioAttention="radio",
+        VideoMAESelfAttention="videomae",
+        VivitAttention="vivit",
+        VideoPrismAttention="videoprism_vision_model",
+        Tipsv2VisionAttention="tipsv2",
+        Tipsv2TextAttention="tipsv2",
+        SegformerAttention="segformer",
+        XCLIPAttention="xclip",
+        XCLIPCrossAttention="xclip",
+        Deimv2SelfAttention="deimv2",
+        PPDocLayoutV2SelfAttention="pp_doclayout_v2",
+        PPDocLayoutV3SelfAttention="pp_doclayout_v3",
+        PPDocLayoutV4SelfAttention="pp_doclayout_v4",
+        LwDetrAttention="lw_detr",
+        LwDetrViTAttention="lw_detr",
+        RfDetrAttention="rf_detr",
+        RfDetrDinov2Attention="rf_detr",
+        MaskFormerDetrSelfAttention="maskformer",
+        MaskFormerDetrCrossAttention="maskformer",
+        VideomtAttention="videomt",
+        SamHQAttention="sam_hq",
+        Sam2Attention="sam2",
+        Sam2MultiScaleAttention="sam2",
+        Ovis2VisionAttention="ovis2",
+        MllamaVisionAttention="mllama",
+        IdeficsVisionAttention="idefics",
+        InstructBlipVideoQFormerMultiHeadAttention="instructblipvideo",
+        Kosmos2_5TextAttention="kosmos2_5",
+        Kosmos2_5VisionAttention="kosmos2_5",
+        MiniCPMV4_6VisionAttention="minicpmv4_6",
+        HunYuanVLVisionAttention="hunyuan_vl",
+        Cosmos3EdgeVisionAttention="cosmos3_edge",
+        CamembertSelfAttention="camembert",
+        CamembertCrossAttention="camembert",
+        ElectraSelfAttention="electra",
+        ElectraCrossAttention="electra",
+        ErnieSelfAttention="ernie",
+        ErnieCrossAttention="ernie",
+        Data2VecTextSelfAttention="data2vec_text",
+        Data2VecTextCrossAttention="data2vec_text",
+        RobertaPreLayerNormSelfAttention="roberta_prelayernorm",
+        RobertaPreLayerNormCrossAttention="roberta_prelayernorm",
+        XLMRobertaXLSelfAttention="xlm_roberta_xl",
+        XLMRobertaXLCrossAttention="xlm_roberta_xl",
+        BertGenerationSelfAttention="bert_generation",
+        BertGenerationCrossAttention="bert_generation",
+        RoCBertSelfAttention="roc_bert",
+        SplinterSelfAttention="splinter",
+        MarkupLMSelfAttention="markuplm",
+        LayoutLMSelfAttention="layoutlm",
+        MBartAttention="mbart",
+        M2M100Attention="m2m_100",
+        PegasusAttention="pegasus",
+        PLBartAttention="plbart",
+        MarianAttention="marian",
+        BlenderbotAttention="blenderbot",
+        BlenderbotSmallAttention="blenderbot_small",
+        BigBirdPegasusDecoderAttention="bigbird_pegasus",
+        BioGptAttention="biogpt",
     ),
     **_rows(
         partial(Native, per_head=(("relative_position_bias.relative_position_bias_table", 1),)),
@@ -207,7 +289,34 @@ NATIVE: dict[str, Native] = {
         ViltSelfAttention="vilt",
         FlavaSelfAttention="flava",
     ),
-    **_rows(partial(Native, fold=True), GitSelfAttention="git"),
+    **_rows(
+        partial(Native, fold=True),
+        GitSelfAttention="git",
+        GLPNEfficientSelfAttention="glpn",
+        PvtEfficientSelfAttention="pvt",
+        MobileViTSelfAttention="mobilevit",
+        SuperGlueSelfAttention="superglue",
+        MegatronBertSelfAttention="megatron_bert",
+        RemBertSelfAttention="rembert",
+    ),
+    # masks or position biases for all heads, from callers or a table, would not fit fewer
+    **_rows(
+        partial(Native, head=False),
+        Swinv2SelfAttention="swinv2",
+        Swin2SRSelfAttention="swin2sr",
+        BeitAttention="beit_bias",
+        EomtAttention="eomt",
+        PPDocLayoutV2ReadingOrderSelfAttention="pp_doclayout_v2",
+    ),
+    # the same, and a derived temperature
+    **_rows(
+        partial(Native, head=False, fold=True),
+        Data2VecVisionSelfAttention="data2vec_vision_eager",
+        Data2VecVisionSdpaSelfAttention="data2vec_vision",
+        MPNetSelfAttention="mpnet",
+        DonutSwinSelfAttention="donut_swin",
+        MaskFormerSwinSelfAttention="maskformer_swin",
+    ),
     # the same temperature, but callers build masks for all heads, which would broadcast
     **_rows(
         partial(Native, head=False, fold=True),
@@ -232,6 +341,79 @@ NATIVE: dict[str, Native] = {
         Qwen3VLVisionAttention="qwen3_vl",
         DINOv3ViTAttention="dinov3",
         PixtralAttention="pixtral",
+        Sapiens2Attention="sapiens2",
+        MLCDAttention="mlcd_vision_model",
+        VJEPA2RopeAttention="vjepa2",
+        LightGlueAttention="lightglue",
+        AriaTextAttention="aria",
+        Cohere2Attention="cohere2",
+        Exaone4Attention="exaone4",
+        MllamaTextSelfAttention="mllama",
+        MllamaTextCrossAttention="mllama",
+        IdeficsAttention="idefics",
+        Glm4vTextAttention="glm4v",
+        Glm4vVisionAttention="glm4v",
+        GlmOcrTextAttention="glm_ocr",
+        GlmOcrVisionAttention="glm_ocr",
+        Glm4vMoeTextAttention="glm4v_moe",
+        Glm4vMoeVisionAttention="glm4v_moe",
+        Qwen3_5Attention="qwen3_5_vl",
+        Qwen3_5VisionAttention="qwen3_5_vl",
+        Qwen3VLMoeTextAttention="qwen3_vl_moe",
+        Qwen3VLMoeVisionAttention="qwen3_vl_moe",
+        CohereCompassAttention="cohere_compass",
+        CohereCompassVisionAttention="cohere_compass",
+        HyperCLOVAXAttention="hyperclovax_vision_v2",
+        PaddleOCRAttention="paddleocr_vl",
+        PaddleOCRVisionAttention="paddleocr_vl",
+        VideoLlama3VisionAttention="video_llama_3",
+        Kimi_K25VisionAttention="kimi_k25",
+        Ernie4_5_VLMoeTextAttention="ernie4_5_vl_moe",
+        Ernie4_5_VLMoeVisionAttention="ernie4_5_vl_moe",
+        MuseGlimmerVisionAttention="muse_glimmer",
+        Lfm2Attention="lfm2",
+        Lfm3VlVisionAttention="lfm3_vl",
+        MiniMaxM3VLVisionAttention="minimax_m3_vl",
+        Cosmos3EdgeTextAttention="cosmos3_edge",
+        Qwen2_5OmniAttention="qwen2_5_omni_thinker",
+        Qwen2_5OmniVisionAttention="qwen2_5_omni_thinker",
+        Qwen3OmniMoeThinkerTextAttention="qwen3_omni_moe_thinker",
+        Qwen3OmniMoeVisionAttention="qwen3_omni_moe_thinker",
+        Step3p7VisionAttention="step3p7",
+        Gemma4VisionAttention="gemma4",
+        HunYuanVLDenseV1Attention="hunyuan_vl",
+        ModernBertAttention="modernbert",
+        UltrabertAttention="ultravbert",
+        EuroBertAttention="eurobert",
+        RoFormerSelfAttention="roformer",
+        Starcoder2Attention="starcoder2",
+        CohereAttention="cohere",
+        OlmoAttention="olmo",
+        GraniteAttention="granite",
+        GlmAttention="glm",
+        Glm4Attention="glm4",
+        HeliumAttention="helium",
+        SmolLM3Attention="smollm3",
+        MinistralAttention="ministral",
+        Ministral3Attention="ministral3",
+        NemotronAttention="nemotron",
+        ArceeAttention="arcee",
+        Ernie4_5Attention="ernie4_5",
+        SeedOssAttention="seed_oss",
+        HunYuanDenseV1Attention="hunyuan_v1_dense",
+        ApertusAttention="apertus",
+        CwmAttention="cwm",
+        VaultGemmaAttention="vaultgemma",
+    ),
+    # relative positions are as long as a head, and the same for all heads
+    **_rows(
+        partial(Native, head_dim=False),
+        SegGptAttention="seggpt",
+        SamVisionAttention="sam_eager",
+        SamVisionSdpaAttention="sam",
+        SamHQVisionAttention="sam_hq_eager",
+        SamHQVisionSdpaAttention="sam_hq",
+        GotOcr2VisionAttention="got_ocr2",
     ),
     # the forward fixes its shapes: vlprune's subclass takes them from its head sizes
     **_rows(
@@ -251,10 +433,22 @@ DENSE = {
     "Florence2VisionChannelAttention": "attends over channels, not over tokens",
     "ConditionalDetrDecoderSelfAttention": "its queries and keys are sums of two projections",
     "ConditionalDetrDecoderCrossAttention": "its heads join projections of content and of position",
+    "DabDetrDecoderLayerSelfAttention": "its queries and keys are sums of two projections",
+    "DabDetrDecoderLayerCrossAttention": "its heads join projections of content and of position",
+    "MLPLayerWithBN": "a batch norm of its outputs follows it",
+    "FocalNetModulation": "mixes tokens by convolutions, without heads",
+    "SwiftFormerEfficientAdditiveAttention": "adds tokens up, without heads",
+    "GroupViTAssignAttention": "gives each token to one group, without heads",
 }
+
+# Classes that use the scores of a head elsewhere too, so that its queries and keys count as well.
+SCORES_LEAVE = frozenset(["LiltSelfAttention"])
 
 # Projections beside those of a row, by name.
 DENSE_CHILDREN = {
     "sampling_offsets": "deformable attention: where each head looks, and every head stays",
     "attention_weights": "deformable attention: how much each place counts, and every head stays",
+    "temporal_dense": "between the two attentions of a layer, as wide as the residual stream",
+    "per_layer_input_gate": "reads the residual stream into the embedding of its layer",
+    "per_layer_projection": "reads the embedding of its layer into the residual stream",
 }

@@ -6,7 +6,9 @@ same :class:`~vlprune.architectures.attention.Block`, or stays dense for a reaso
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +33,7 @@ def measure_projected(
 
     Raises Leave if the block cannot be measured.
     """
-    core_path = owner_of(join(path, row.qkv or row.q or row.v[0]))[0]
+    core_path = owner_of(join(path, (row.qkv or row.q or row.v[0]).removesuffix(".linear")))[0]
     core = modules[core_path]
     name = stock_name(core)
     for child in (row.q, row.k, row.qkv, *row.v, *row.o):
@@ -128,7 +130,7 @@ def _measure_apart(
         raise Leave(
             f"its {heads} heads give {heads * value_size} values, and its output takes {columns}"
         )
-    _check_between(core, columns, (row.q, row.k, *row.v, *row.o))
+    _check_between(core, columns, (row.q, row.k, *row.v, *row.o), row.o)
     q, k, v = (
         tuple(_part(path, child, modules) for child in children if child)
         for children in ((row.q,), (row.k,), row.v)
@@ -143,18 +145,52 @@ def _gates_itself(core: nn.Module) -> bool:
     return bool(re.search(r"-1,\s*self\.head_dim \* 2\), 2, dim=-1", text))
 
 
-def _check_between(core: nn.Module, width: int, projections: tuple[str, ...]) -> None:
+def _check_between(
+    core: nn.Module, width: int, projections: tuple[str, ...], out: tuple[str, ...]
+) -> None:
     """Raise Leave if a module between values and output has one number per column of the output.
 
-    A norm there mixes all heads, so that a head that is zero is not a head that is absent.
+    A norm there mixes all heads, so that a head that is zero is not a head that is absent. Layers
+    that the forward calls before its value projection (a norm of the input, a convolution that
+    makes keys and values fewer) are not between.
     """
+    value = next(name for name in reversed(projections) if name not in out)
     names = {name.rpartition(".")[2] for name in projections}
     for child, layer in core.named_children():
         own = any(shape_of(p) == (width,) for p in layer.parameters(recurse=False))
         of_queries = child.startswith(("q_", "k_", "query", "key"))
         if own and child not in names and not of_queries and not is_linear(layer):
+            if _runs_before(core, child, value):
+                continue
             kind = stock_class(layer).__name__
             raise Leave(f"{child} ({kind}) sits between its values and its output projection")
+
+
+def _runs_before(core: nn.Module, child: str, projection: str) -> bool:
+    """Whether the forward uses ``child`` only in statements before those of ``projection``.
+
+    False where the text of the forward cannot be read, or has loops.
+    """
+    tree = ast.parse(textwrap.dedent(source_of(stock_class(core).forward)))
+    simple = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    if any(isinstance(node, ast.For | ast.While) for node in simple):
+        return False
+    ours, theirs = (
+        [s.lineno for s in simple if not hasattr(s, "body") and _uses(s, name.rpartition(".")[2])]
+        for name in (child, projection)
+    )
+    return bool(ours) and bool(theirs) and max(ours) < min(theirs)
+
+
+def _uses(statement: ast.stmt, name: str) -> bool:
+    """Whether ``self.name`` is in the statement."""
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == name
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        for node in ast.walk(statement)
+    )
 
 
 def measure_multihead(path: str, module: Any, tower: str) -> Block:

@@ -50,6 +50,19 @@ _ORDER = {
     "Siglip2Model": ("vision_model", "text_model"),
     "FlavaModel": ("image_model", "text_model", "multimodal_model"),
     "PixtralAttentionLayer": ("attention", "feed_forward"),
+    "TimesformerLayer": ("temporal_attention", "attention"),
+    "GroupViTModel": ("vision_model", "text_model"),
+    "GroupViTStage": ("group_projector", "layers", "downsample"),
+    "XCLIPModel": ("vision_model", "mit", "text_model"),
+    "XCLIPVisionEncoderLayer": ("message_attn", "self_attn"),
+    "Kosmos2_5ForConditionalGeneration": (
+        "vision_model",
+        "image_to_text_projection",
+        "text_model",
+    ),
+    "Ernie4_5_VLMoeModel": ("vision_tower", "resampler_model", "language_model"),
+    "DeepseekVLHybridModel": ("vision_model", "high_res_vision_model"),
+    "InstructBlipVideoQFormerLayer": ("attention", "crossattention", "intermediate_query"),
     "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
 }
 

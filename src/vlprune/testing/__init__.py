@@ -1,7 +1,19 @@
 """The conformance suite, for the supported families and for architectures of your own."""
 
-from . import detectors, variants
+from . import chats, detectors, encoders, segmenters, texts, variants
 from .conformance import CHECKS
 from .families import FAMILIES, VARIANTS, Sample, build
 
-__all__ = ["CHECKS", "FAMILIES", "VARIANTS", "Sample", "build", "detectors", "variants"]
+__all__ = [
+    "CHECKS",
+    "FAMILIES",
+    "VARIANTS",
+    "Sample",
+    "build",
+    "chats",
+    "detectors",
+    "encoders",
+    "segmenters",
+    "texts",
+    "variants",
+]

@@ -1,0 +1,68 @@
+"""Image and video encoders, one row each.
+
+Variants, as in :mod:`vlprune.testing.variants`; what a row means is in :mod:`vlprune.testing.tiny`.
+"""
+
+from __future__ import annotations
+
+from .families import _ids, _ones, _pixels
+from .tiny import images, variant
+
+VIDEO = (2, 4, 3, 16, 16)
+BIG = (2, 3, 64, 64)
+PYRAMID = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+MIX = {**PYRAMID, "num_attention_heads": [2, 2, 2, 4], "mlp_ratios": [2, 2, 2, 2]}
+STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 2}
+GREAT = {"initializer_range": 0.3, "layer_scale_init_value": 0.5}
+
+# fmt: off
+# -- one width from the first layer to the last
+images("beit")
+images("beit_bias", kind="beit", use_relative_position_bias=True)
+images("beit_shared_bias", kind="beit", use_shared_relative_position_bias=True)
+images("data2vec_vision", kind="data2vec-vision", use_relative_position_bias=True)
+images("data2vec_vision_eager", kind="data2vec-vision", use_relative_position_bias=True, eager=True)
+images("vit_mae", mask_ratio=0.0)
+images("vitpose_backbone", head="AutoBackbone", image_size=[16, 16], patch_size=[8, 8])
+images("pixio")
+images("radio")
+images("sapiens2", num_key_value_attention_heads=2)
+images("mlcd_vision_model")
+images("mgp_str", kind="mgp-str", image_size=[16, 16], num_bpe_labels=9, num_wordpiece_labels=9)
+images("videomae", *VIDEO, num_frames=4)
+images("vivit", *VIDEO, num_frames=4, tubelet_size=[2, 8, 8])
+images("timesformer", *VIDEO, num_frames=4)
+variant("videoprism_vision_model", lambda: {"pixel_values_videos": _pixels(*VIDEO)}, num_frames=4,
+    tubelet_size=[1, 8, 8], num_spatial_layers=2, num_temporal_layers=2)
+variant("vjepa2", lambda: {"pixel_values_videos": _pixels(*VIDEO)}, crop_size=16, frames_per_clip=4,
+    pred_hidden_size=16, pred_num_attention_heads=2, pred_num_hidden_layers=1)
+variant("seggpt", lambda: {n: _pixels() for n in ("pixel_values", "prompt_pixel_values",
+    "prompt_masks")}, image_size=[32, 16], pretrain_image_size=16, merge_index=0,
+    intermediate_hidden_state_indices=[0, 1])
+
+# -- pyramids
+images("convnext", *BIG, **PYRAMID, **GREAT)
+images("dinov3_convnext", *BIG, **PYRAMID, **GREAT)
+images("swinv2", **STAGES, pretrained_window_sizes=[0, 0])
+images("swin2sr", patch_size=1, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+images("donut_swin", kind="donut-swin", **STAGES)
+images("maskformer_swin", kind="maskformer-swin", **STAGES)
+images("segformer", *BIG, **MIX)
+images("glpn", *BIG, **MIX)
+images("pvt", *BIG, **MIX, image_size=64)
+images("pvt_v2", *BIG, **MIX, image_size=64)
+images("mobilevit", *BIG, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+    image_size=64, patch_size=2, initializer_range=0.3)
+images("focalnet", 2, 3, 32, 32, embed_dim=8, hidden_sizes=[8, 16], depths=[1, 1], focal_levels=[1,
+    1], focal_windows=[3, 3], image_size=32, patch_size=4)
+images("cvt", 2, 3, 32, 32, embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 2, 3],
+    mlp_ratio=[2.0, 2.0, 2.0])
+
+# -- with words
+variant("xclip", lambda: {"input_ids": _ids(), "pixel_values": _pixels(*VIDEO),
+    "attention_mask": _ones()}, vision_config={"mit_hidden_size": 16, "mit_intermediate_size": 20,
+    "mit_num_attention_heads": 2, "num_frames": 4}, prompt_num_attention_heads=2)
+images("groupvit", also=lambda: {"input_ids": _ids()}, vision_config={"depths": [1, 1, 1],
+    "num_group_tokens": [4, 4, 0], "num_output_groups": [4, 4, 4]}, projection_intermediate_dim=20)
+images("tipsv2", also=lambda: {"input_ids": _ids(), "attention_mask": _ones()},
+    text_config={"hidden_size": 32, "num_attention_heads": 4})

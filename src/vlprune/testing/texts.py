@@ -1,0 +1,61 @@
+"""Text encoders and decoders that vision-language models are put together from, one row each.
+
+Variants, as in :mod:`vlprune.testing.variants`; what a row means is in :mod:`vlprune.testing.tiny`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .families import _ids, _pixels
+from .tiny import texts
+
+
+def seen(width: int = 24) -> dict[str, Any]:
+    """What an image encoder gives, for cross-attention."""
+    return {"encoder_hidden_states": _pixels(2, 4, width)}
+
+
+ENCODERS = "roc_bert splinter markuplm layoutlm lilt mpnet eurobert roformer"
+for name in ENCODERS.split():
+    texts(name)
+
+READERS = (
+    "camembert electra ernie data2vec-text roberta-prelayernorm xlm-roberta-xl rembert "
+    "bert-generation"
+)
+for name in READERS.split():  # encoders' classes as decoders that read an image encoder's states
+    texts(
+        name.replace("-", "_"),
+        kind=name,
+        head="AutoModelForCausalLM",
+        is_decoder=True,
+        add_cross_attention=True,
+        also=seen,
+    )
+texts("megatron_bert", kind="megatron-bert")
+texts(
+    "trocr",
+    head="AutoModelForCausalLM",
+    is_decoder=True,
+    add_cross_attention=True,
+    cross_attention_hidden_size=32,
+    also=lambda: seen(32),
+)
+
+TRANSLATORS = "mbart m2m_100 pegasus plbart marian blenderbot blenderbot-small bigbird_pegasus mvp"
+for name in TRANSLATORS.split():
+    texts(
+        name.replace("-", "_"),
+        kind=name,
+        head="AutoModelForSeq2SeqLM",
+        also=lambda: {"decoder_input_ids": _ids(4)},
+    )
+
+DECODERS = (
+    "biogpt starcoder2 cohere cohere2 olmo olmo2 olmo3 granite glm glm4 helium smollm3 "
+    "ministral ministral3 nemotron arcee exaone4 ernie4_5 seed_oss hunyuan_v1_dense apertus cwm "
+    "vaultgemma"
+)
+for name in DECODERS.split():
+    texts(name, head="AutoModelForCausalLM", generates=True)
