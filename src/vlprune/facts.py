@@ -325,7 +325,7 @@ class Section(_Facts):
     """The vlprune section in the ``config.json`` of a cut model."""
 
     version: int
-    attention: Literal["head_dim", "qk_vo", "head"]
+    attention: Literal["head_dim", "qk_vo", "head", "query_head"]
     fingerprint: str
     keep: dict[str, _Kept]
     share: dict[str, _Shared] = {}

@@ -68,16 +68,20 @@ def _shifted(real: Any) -> Any:
     return broken
 
 
-def test_a_padded_cut_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = build("llava")
-    description = discover(sample.model)
+@pytest.mark.parametrize("unit", ["head_dim", "qk_vo"])
+def test_indices_are_put_back_too(unit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of rotary pairs, and those of padded layers."""
+    sample = build("qwen3_vl")
+    description = discover(sample.model, unit)
     before = copy.deepcopy(sample.model.state_dict())
     monkeypatch.setattr(surgery, "slices_of", _shifted(surgery.slices_of))
     with pytest.raises(VerificationError):
         rewrite(sample.model, description, half(description), verify=sample.inputs)
     assert not any(isinstance(m, PaddedLinear) for m in sample.model.modules())
     after = sample.model.state_dict()
+    assert before.keys() == after.keys()
     assert all(before[k].equal(after[k]) for k in before)
+    assert not any(type(m).__name__.startswith("Cut") for m in sample.model.modules())
 
 
 def test_every_module_keeps_its_mode() -> None:
@@ -86,7 +90,11 @@ def test_every_module_keeps_its_mode() -> None:
     sample.model.model.vision_tower.eval()  # frozen by its owner
     before = {path: m.training for path, m in sample.model.named_modules()}
     compressor = vlprune.Compressor(
-        sample.model, vlprune.Magnitude(), {"params": 0.6}, example_inputs=sample.inputs
+        sample.model,
+        vlprune.Magnitude(),
+        {"params": 0.6},
+        example_inputs=sample.inputs,
+        attention="qk_vo",
     )
     compressor.finish()
     assert any(isinstance(m, PaddedLinear) for m in sample.model.modules())

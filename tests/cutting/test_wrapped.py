@@ -19,9 +19,11 @@ from vlprune.testing import build
 TARGETS = ["q_proj", "v_proj"]
 
 
-def compressor_of(model: Any, inputs: Any = None, fraction: float = 0.8) -> vlprune.Compressor:
+def compressor_of(
+    model: Any, inputs: Any = None, fraction: float = 0.8, attention: Any = "head_dim"
+) -> vlprune.Compressor:
     return vlprune.Compressor(
-        model, vlprune.Magnitude(), {"params": fraction}, example_inputs=inputs
+        model, vlprune.Magnitude(), {"params": fraction}, example_inputs=inputs, attention=attention
     )
 
 
@@ -32,7 +34,7 @@ def output(model: Any, inputs: Any) -> torch.Tensor:
 
 def padded() -> tuple[Any, Any]:
     sample = build("qwen2_5_vl")
-    small = compressor_of(sample.model, sample.inputs).finish()
+    small = compressor_of(sample.model, sample.inputs, attention="qk_vo").finish()
     assert any(isinstance(m, PaddedLinear) for m in small.modules())
     return small, sample.inputs
 

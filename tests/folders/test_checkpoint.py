@@ -94,6 +94,22 @@ def test_a_tower_loads_alone(tmp_path: Path) -> None:
         assert torch.equal(parameter, model.vision_model.get_parameter(name))
 
 
+@pytest.mark.parametrize("family", ["owlvit", "owlv2"])
+def test_a_tower_that_is_a_plain_module_opens_alone(family: str, tmp_path: Path) -> None:
+    """It has a config, but no name of its own that a record could start from."""
+    model = small(family)
+    vlprune.save(model, tmp_path / "m")
+    name = {"owlvit": "OwlViT", "owlv2": "Owlv2"}[family]
+    for part in ("Vision", "Text"):
+        cls = getattr(transformers, f"{name}{part}Model")
+        tower, told = cls.from_pretrained(tmp_path / "m", output_loading_info=True)
+        assert not told["missing_keys"]
+        assert not told["mismatched_keys"]
+        whole = model.state_dict()
+        for key, weight in tower.state_dict().items():
+            assert torch.equal(weight, whole[f"{family}.{key}"]), key
+
+
 def test_a_base_folder_loads_into_a_head_class(tmp_path: Path) -> None:
     sample = build("vit")
     base = sample.model.vit

@@ -258,11 +258,12 @@ def test_trained_on_and_saved_by_transformers_it_loads(folder: Path, tmp_path: P
     vlprune.load(folder, dtype=torch.float16)
 
 
-def test_index_buffers_are_those_of_the_plan(tmp_path: Path) -> None:
-    model = small("llava")
+@pytest.mark.parametrize(("unit", "buffer"), [("qk_vo", ".rows"), ("head_dim", ".pairs")])
+def test_index_buffers_are_those_of_the_plan(unit: str, buffer: str, tmp_path: Path) -> None:
+    model = small("llava", attention=unit)
     folder = vlprune.save(model, tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in tensors if n.endswith(".rows"))
+    name = next(n for n in tensors if n.endswith(buffer))
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     edit(folder / "config.json", lambda c: c["quantization_config"].pop("weights"))

@@ -98,5 +98,7 @@ def test_a_plan_is_plain_json() -> None:
 def test_a_plan_with_an_unknown_unit_names_its_file(tmp_path: Path) -> None:
     body = json.loads(Plan(keep={}).to_json()) | {"attention": "heads"}
     (tmp_path / "plan.json").write_text(json.dumps(body))
-    with pytest.raises(PlanError, match=r"plan.json: .*one of head_dim, qk_vo, head, not 'heads'"):
+    with pytest.raises(
+        PlanError, match=r"plan.json: .*one of head_dim, qk_vo, head, query_head, not 'heads'"
+    ):
         Plan.load(tmp_path / "plan.json")

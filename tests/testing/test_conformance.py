@@ -38,6 +38,42 @@ families.
 """
 
 
+GROUPED = (
+    "llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "paligemma",
+    "gemma3",
+    "smolvlm",
+    "idefics3",
+    "idefics2",
+    "internvl",
+    "internvl_qk_norm",
+)
+"""Families in which query heads share keys; in all others `query_head` means `head`."""
+
+
+def grouped_cases() -> Iterator[Any]:
+    """(family, check) under `query_head`, with the lanes they run in."""
+    for family, check in product(GROUPED, CHECKS):
+        quick = family == "llava"
+        lane = pytest.mark.whole if check == "masked_equals_cut" else pytest.mark.slow
+        yield pytest.param(family, check, marks=[] if quick else [lane], id=f"{family}-{check}")
+
+
+@pytest.mark.parametrize(("family", "check"), grouped_cases())
+def test_family_by_query_heads(family: str, check: str) -> None:
+    CHECKS[check](partial(copied, family), "query_head")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("family", FAMILIES)
+def test_query_heads_are_heads_where_keys_are_not_shared(family: str) -> None:
+    heads, queries = (discover(sample(family).model, unit) for unit in ("head", "query_head"))
+    assert (heads.structures != queries.structures) == (family in GROUPED)
+
+
 def cases() -> Iterator[Any]:
     """(family, unit, check) for all of them, with the lanes they run in."""
     for number, family in enumerate(FAMILIES):

@@ -1,4 +1,4 @@
-"""A measured attention block, and its structures in each of the three units.
+"""A measured attention block, and its structures in each of the units.
 
 What a block's projections look like is settled before, in ``measured.py``. Here one function per
 unit turns the block into structures.
@@ -7,7 +7,7 @@ unit turns the block into structures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
 from .layouts import Native
+from .rotary import PAIRS, WholeNorm, head_norms, turns_halves
 
 __all__ = ["UNITS", "Block", "Leave", "Part", "join"]
 
@@ -92,28 +93,35 @@ class Block:
         *,
         native: bool,
         attrs: list[Attr],
-        gates: list[tuple[Part, int, int]] | None = None,
+        gates: Sequence[tuple[Part, int, int] | Gate] = (),
         more: tuple[Slot, ...] = (),
         folds: tuple[str, ...] = (),
         share: float = 1.0,
+        more_swaps: tuple[tuple[str, str], ...] = (),
+        indices: tuple[tuple[str, str], ...] = (),
     ) -> Structure:
         """A structure of ``parts`` (rows, repeat, inner) and the slots ``more``.
 
-        The gates act on ``gates``, or on ``parts`` if ``gates`` is not given.
+        The gates are ``gates``, or on those parts, or on ``parts`` if there are none.
         """
         slots = [slot for part, repeat, inner in parts for slot in part.slots(repeat, inner)]
         swap = (self.core_path, f"{self.native.swap}:{self.stock_name}")
+        swaps = (swap,) if native and self.native.swap else ()
         return Structure(
             name=self.path + suffix,
             kind=kind,
             size=size,
             tower=self.tower,
             slots=(*slots, *more),
-            gates=tuple(part.gated(repeat, inner) for part, repeat, inner in gates or parts),
+            gates=tuple(
+                gate if isinstance(gate, Gate) else gate[0].gated(*gate[1:])
+                for gate in gates or parts
+            ),
             attrs=tuple(attrs) if native else (),
             folds=folds if native else (),
             layout="native" if native else "padded",
-            swap=swap if native and self.native.swap else None,
+            swaps=(*swaps, *more_swaps),
+            indices=indices,
             core=self.core_path if self.q else None,
             core_share=share,
         )
@@ -136,13 +144,29 @@ class Block:
         if self.stock_name in layouts.SCORES_LEAVE:
             return True
         for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
-            weight = getattr(getattr(self.core, name, None), "weight", None)
+            norm = getattr(self.core, name, None)
+            weight = getattr(norm, "weight", None) if not isinstance(norm, WholeNorm) else None
             if isinstance(weight, Tensor) and math.prod(shape_of(weight)) not in (0, self.size):
                 return True
         return False
 
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads shared keys before any cut, by the config, which a cut leaves."""
+        config = getattr(self.core, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        kv = getattr(config, "num_key_value_heads", None)
+        return isinstance(heads, int) and isinstance(kv, int) and heads > kv
 
-# -- the three units -------------------------------------------------------------------
+    @property
+    def turned(self) -> bool:
+        """Whether a rotary embedding turns the dimensions of whole heads in pairs."""
+        if self.wide > 1 or self.value_size != self.size or self.across_heads:
+            return False
+        return turns_halves(self.core, self.size)
+
+
+# -- the units -------------------------------------------------------------------------
 
 
 def whole_heads(block: Block) -> list[Structure]:
@@ -176,6 +200,37 @@ def whole_heads(block: Block) -> list[Structure]:
     ]
 
 
+def query_heads(block: Block) -> list[Structure]:
+    """One structure; a unit is the same query head of every KV group, in q and o.
+
+    All groups keep equally many, as grouped-query attention needs. Where no query heads share
+    keys, the units are whole heads.
+    """
+    group = block.heads // block.kv
+    if not block.k or (group == 1 and not block.grouped):
+        return whole_heads(block)
+    queries = [(part, block.kv, block.wide * block.size) for part in block.q]
+    gates = [part.gated(*layout) for part, *layout in queries] if block.across_heads else []
+    # A query of zeros still attends, evenly, so the gate is where its output is read.
+    gates += [
+        Gate(owner_of(name)[0], "input", 0, block.kv, block.value_size) for name, _ in block.columns
+    ]
+    attrs = block.attrs(layouts.HEAD_COUNTS, block.kv) + block.attrs(layouts.GROUPS, 1)
+    attrs += block.attrs(layouts.WIDTHS + block.native.widths, block.kv * block.size)
+    return [
+        block.structure(
+            "",
+            "attention",
+            group,
+            queries,
+            gates=gates,
+            native=block.native.head and not block.across_heads,
+            attrs=attrs,
+            more=block.out(block.kv, block.value_size),
+        )
+    ]
+
+
 def head_dims(block: Block) -> list[Structure]:
     """One structure; a unit is the same dimension of every head, in q, k, v and o (UPop).
 
@@ -183,6 +238,8 @@ def head_dims(block: Block) -> list[Structure]:
     """
     if block.value_size != block.size and block.q:
         raise Leave("its value heads have another size than its query heads")
+    if block.native.rotary and block.turned:
+        return [rotary_pairs(block)]
     parts = [(part, block.heads * block.wide, 1) for part in block.q]
     parts += [(part, block.kv, 1) for part in (*block.k, *block.v)]
     attrs = block.attrs(layouts.HEAD_SIZES, 1)
@@ -195,12 +252,38 @@ def head_dims(block: Block) -> list[Structure]:
             "attention",
             block.size,
             parts,
-            native=block.native.head_dim and not block.across_heads,
+            native=block.native.head_dim and not block.native.rotary and not block.across_heads,
             attrs=attrs,
             more=block.out(block.heads, 1),
             folds=block.folds,
         )
     ]
+
+
+def rotary_pairs(block: Block) -> Structure:
+    """The structure whose units are the pairs of q and k that a rotary embedding turns together.
+
+    A unit also has two neighbouring dimensions of v and o, which nothing turns.
+    """
+    norms = [join(block.core_path, name) for name, _ in head_norms(block.core)]
+    return block.structure(
+        "",
+        "attention",
+        block.size // 2,
+        [
+            *((part, 2 * block.heads, 1) for part in block.q),
+            *((part, 2 * block.kv, 1) for part in block.k),
+            *((part, block.kv, 2) for part in block.v),
+        ],
+        native=True,
+        attrs=[
+            *block.attrs(layouts.HEAD_SIZES, 2),
+            *block.attrs(layouts.WIDTHS + block.native.widths, 2 * block.heads),
+        ],
+        more=block.out(block.heads, 2),
+        more_swaps=((block.core_path, "pairs"), *((norm, "norm") for norm in norms)),
+        indices=tuple((path, PAIRS) for path in (block.core_path, *norms)),
+    )
 
 
 def qk_and_vo(block: Block) -> list[Structure]:
@@ -237,6 +320,7 @@ UNITS: Mapping[str, Callable[[Block], list[Structure]]] = {
     "head_dim": head_dims,
     "qk_vo": qk_and_vo,
     "head": whole_heads,
+    "query_head": query_heads,
 }
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -18,20 +19,23 @@ from ..errors import UnsupportedError, did_you_mean
 from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of, span
-from .attention import UNITS, Leave, join
+from .attention import UNITS, Block, Leave, join
 from .layouts import ATTENTION, FFN
 from .measured import measure_multihead, measure_projected
 from .towers import child_of, default_tower, in_order, tower_of
 
-__all__ = ["discover"]
+__all__ = ["discover", "discover_apart"]
 
 
 def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Description:
     """All structures of any model, and the reasons why its other modules stay dense.
 
     ``attention`` chooses the unit: ``"head_dim"`` (the same dimension of every head in q,
-    k, v and o, as in UPop), ``"qk_vo"`` (query-key and value-output dimensions apart) or
-    ``"head"`` (whole heads, or whole KV groups where queries share keys).
+    k, v and o, as in UPop), ``"qk_vo"`` (query-key and value-output dimensions apart),
+    ``"head"`` (whole heads, or whole KV groups where queries share keys) or ``"query_head"`` (the
+    same query head of every KV group, whose keys and values stay; whole heads where each query
+    head has its own). Where a rotary embedding turns head dimensions in pairs, a unit of
+    ``"head_dim"`` is a pair.
 
     Discovery needs no data, does not run the model and works on meta tensors. Calling it twice
     on one model gives equal descriptions.
@@ -46,11 +50,19 @@ def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Descrip
     return _Discovery(uncompiled(model), attention).run()
 
 
+def discover_apart(model: nn.Module, attention: AttentionUnit) -> Description:
+    """As :func:`discover`, with every dimension of a rotary head as a unit of its own, padded.
+
+    Folders written before vlprune knew pairs were cut so.
+    """
+    return _Discovery(uncompiled(model), attention, pairs=False).run()
+
+
 class _Discovery:
     """One walk over the modules of a model."""
 
-    def __init__(self, model: nn.Module, attention: AttentionUnit) -> None:
-        self.model, self.attention = model, attention
+    def __init__(self, model: nn.Module, attention: AttentionUnit, *, pairs: bool = True) -> None:
+        self.model, self.attention, self.pairs = model, attention, pairs
         self.modules = dict(model.named_modules())
         self.dense: dict[str, str] = {}
         self.taken: set[str] = set()
@@ -86,10 +98,16 @@ class _Discovery:
                     path,
                     names,
                     lambda row=row: structures(  # type: ignore[misc]
-                        measure_projected(path, row, self.modules, self._tower(path))
+                        self._measured(path, row)
                     ),
                 )
         return []
+
+    def _measured(self, path: str, row: layouts.Attention) -> Block:
+        block = measure_projected(path, row, self.modules, self._tower(path))
+        if block.native.rotary and not self.pairs:
+            return replace(block, native=replace(block.native, rotary=False, head_dim=False))
+        return block
 
     def _free(self, path: str, module: nn.Module, names: list[str]) -> bool:
         """Whether the module has all these children and none is part of another block already."""
@@ -129,6 +147,8 @@ class _Discovery:
             return []
         finally:
             self.taken.update(blocks)
+        touched = {owner_of(slot.param)[0] for one in found for slot in one.slots}
+        self.dense |= dict.fromkeys(set(blocks) - touched, "all query heads of a group read it")
         return found
 
     def _check_places(self, structure: Structure) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "DENSE",
     "DENSE_CHILDREN",
     "FFN",
+    "GROUPS",
     "HEAD_COUNTS",
     "HEAD_SIZES",
     "NATIVE",
@@ -129,6 +130,7 @@ WRAPPERS = ("Gemma4ClippableLinear", "DiffusionGemmaClippableLinear")
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads",)
+GROUPS = ("num_key_value_groups", "n_rep")
 WIDTHS = ("all_head_size", "split_size")
 
 
@@ -140,9 +142,10 @@ class Native:
     natively, so that every row is tested. ``head``: the forward accepts fewer heads.
     ``head_dim``: smaller heads, of the same size for q, k and v. ``qk_vo``: value heads of
     another size than query heads. ``fold``: the forward derives the softmax temperature from the
-    head size. ``swap``: vlprune's subclass takes over the forward. ``widths``: further attributes
-    equal to heads x head size. ``per_head``: parameters with one column per head, as (path below
-    the block, axis).
+    head size. ``rotary``: dimensions i and i + size/2 of a head are one unit, and a subclass hands
+    the forward the angles of those that stay. ``swap``: vlprune's subclass takes over the forward.
+    ``widths``: further attributes equal to heads x head size. ``per_head``: parameters with one
+    column per head, as (path below the block, axis).
     """
 
     family: str
@@ -150,6 +153,7 @@ class Native:
     head_dim: bool = True
     qk_vo: bool = False
     fold: bool = False
+    rotary: bool = False
     swap: str = ""
     widths: tuple[str, ...] = ()
     per_head: tuple[tuple[str, int], ...] = ()
@@ -323,9 +327,9 @@ NATIVE: dict[str, Native] = {
         GroundingDinoMultiheadAttention="grounding_dino",
         MMGroundingDinoMultiheadAttention="mm_grounding_dino",
     ),
-    # rotary embeddings tie head dimensions to fixed frequencies: whole heads only
+    # rotary embeddings turn dimensions in pairs
     **_rows(
-        partial(Native, head_dim=False),
+        partial(Native, rotary=True),
         LlamaAttention="llava",
         MistralAttention="idefics2",
         Qwen2Attention="internvl",

@@ -128,7 +128,7 @@ def callable_projections(model: nn.Module, structures: Sequence[Structure]) -> I
             module: Any = model.get_submodule(path)
             if type(module) is nn.MultiheadAttention:
                 swapped.append((module, type(module), dict(module.__dict__)))
-                module.__class__ = native_forward(f"multihead:{stock_name(module)}")
+                module.__class__ = native_forward(f"multihead:{stock_name(module)}", type(module))
                 adopt: Any = module.adopt
                 adopt()
         yield

@@ -86,7 +86,7 @@ def inspect(
         ),
     ],
     attention: Annotated[
-        str, typer.Option(help="Attention unit: head_dim, qk_vo or head.")
+        str, typer.Option(help="Attention unit: head_dim, qk_vo, head or query_head.")
     ] = "head_dim",
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Describe the architecture without weights.")
@@ -148,7 +148,8 @@ def compress(
         ),
     ] = False,
     attention: Annotated[
-        str, typer.Option(help="For a model: head_dim, qk_vo or head; default: head_dim.")
+        str,
+        typer.Option(help="For a model: head_dim, qk_vo, head or query_head; default: head_dim."),
     ] = "",
     max_shard_size: Annotated[
         str, typer.Option(help="For a model: the largest weight file; default: 2GB.")

@@ -28,6 +28,7 @@ from .sharing.ties import (
     ties_of,
     untie,
 )
+from .wrappers import stock_class
 from .zero import split_again
 
 __all__ = ["Slices", "apply_plan", "slices_of"]
@@ -128,12 +129,9 @@ def slices_of(
 
 def swap_forwards(model: nn.Module, cut: Sequence[Structure], undo: ExitStack) -> None:
     """Give modules vlprune's forward where the stock one does not take narrower weights."""
-    for structure in cut:
-        if structure.swap is None:
-            continue
-        path, key = structure.swap
+    for path, key in (swap for structure in cut for swap in structure.swaps):
         module: Any = model.get_submodule(path)
-        target = native_forward(key)
+        target = native_forward(key, stock_class(module))
         if not isinstance(module, target):
             undo.callback(_become, module, type(module), dict(module.__dict__))
             module.__class__ = class_in_unit(module, target)
@@ -237,9 +235,28 @@ def follow(
 ) -> None:
     """Set the module attributes that native forwards read to the numbers after the cut."""
     for structure in cut:
-        for attr in structure.attrs if structure.layout == "native" else ():
+        if structure.layout != "native":
+            continue
+        for attr in structure.attrs:
             module = model.get_submodule(attr.module)
             _set(module, attr.name, attr.per_unit * len(kept[structure.name]), undo)
+        for path, name in structure.indices:
+            _note_units(model.get_submodule(path), name, kept[structure.name], undo)
+
+
+def _note_units(module: nn.Module, name: str, kept: Sequence[int], undo: ExitStack) -> None:
+    """Let a buffer hold the units that stay, counted in those of the uncut module."""
+    before = module._buffers.get(name)
+    values = torch.as_tensor(kept, dtype=torch.long, device="cpu")
+    if before is not None:
+        values = before.cpu()[values]
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        expect_index(module, name, values)
+    undo.callback(
+        module._buffers.pop if before is None else module._buffers.__setitem__, name, before
+    )
+    module.register_buffer(name, values.to(device))
 
 
 def _set(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:

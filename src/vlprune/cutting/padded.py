@@ -20,7 +20,7 @@ __all__ = [
 
 def stock_name(module: nn.Module) -> str:
     """The name of the stock class, even where a cut or sharing has put a subclass in its place."""
-    return stock_class(module).__name__.removeprefix("Cut")
+    return stock_class(module).__name__
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -19,9 +19,14 @@ _REFUSED = {
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without those that FSDP2 and parametrizations derive from it."""
-    derived = ("FSDP", "Parametrized")
-    return next(c for c in type(module).__mro__ if not c.__name__.startswith(derived))
+    """The module's class without those that FSDP2, parametrizations and a cut derive from it."""
+    return next(c for c in type(module).__mro__ if not _is_derived(c))
+
+
+def _is_derived(cls: type) -> bool:
+    own = cls.__name__.startswith("Cut") and cls.__module__.startswith("vlprune.")
+    mixin = not issubclass(cls, nn.Module)
+    return own or mixin or cls.__name__.startswith(("FSDP", "Parametrized"))
 
 
 def uncompiled(model: Any) -> Any:

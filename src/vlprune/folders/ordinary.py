@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def ordinary(model: Any) -> Any:
                 raise UnsupportedError(
                     f"{cls.config_class.__name__} has no number for {kind} of the tower "
                     f"{tower or 'model'} that keeps {size} of {was} units in all layers"
-                    f"{_advice(kind)}"
+                    f"{_advice(members[0].kind, record.plan.attention)}"
                 )
             config = found
     shapes = _shapes(cls, config)
@@ -82,11 +83,16 @@ def ordinary(model: Any) -> Any:
     )
 
 
-def _advice(kind: str) -> str:
+def _advice(kind: str, unit: str) -> str:
     if kind == "ffn":
         return (
             ", or several towers share one: compress with uniform=True, or leave the tower dense "
             "with skip"
+        )
+    if unit in ("head", "query_head"):
+        return (
+            "; it may derive the head size from its width, so that fewer heads would be larger "
+            "ones: leave attention dense there with skip, or cut only FFNs"
         )
     return (
         '; cut whole heads (attention="head") where it has a head_dim of its own, or leave '
@@ -126,6 +132,8 @@ def _say(
 ) -> Any:
     """A config that gives these structures the wanted shapes; None if no such config exists."""
     params = {slot.param for s in members for slot in s.slots if slot.param in wanted}
+    cores = tuple(f"{s.core}." for s in members if s.core)  # keys stay where only queries go
+    params |= {name for name in wanted if name.startswith(cores)}
     now, before = members[0].size, sizes[members[0].name]
     if len({sizes[s.name] for s in members}) > 1:
         return None
@@ -163,22 +171,23 @@ def _changes(kind: str, before: int, now: int) -> Iterator[Any]:
             yield width
         return
 
-    def heads(one: Any) -> bool:
+    def heads(one: Any, queries_only: bool) -> bool:
         name = next((n for n in HEADS if isinstance(getattr(one, n, None), int)), None)
         if name is None:
             return False
         count = getattr(one, name)
         kv = getattr(one, KV_HEADS, None) or count
-        if kv != before:
+        if before != (count // kv if queries_only else kv):
             return False
         if getattr(one, "head_dim", None) is None:
             one.head_dim = one.hidden_size // count
-        setattr(one, name, count // kv * now)
-        if getattr(one, KV_HEADS, None) is not None:
+        setattr(one, name, kv * now if queries_only else count // kv * now)
+        if getattr(one, KV_HEADS, None) is not None and not queries_only:
             setattr(one, KV_HEADS, now)
         return True
 
-    yield heads
+    yield partial(heads, queries_only=False)
+    yield partial(heads, queries_only=True)
 
 
 def _shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:

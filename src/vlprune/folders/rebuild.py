@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..architectures import discover
+from ..architectures import discover, discover_apart
 from ..cutting.apply import apply_plan
 from ..errors import CheckpointError, VlpruneError
 from ..files import plain
@@ -65,13 +66,24 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
 
     def find(name: str) -> Structure | None:
         candidates = (name, prefix + name, name.removeprefix(prefix))
-        return next((own[c] for c in candidates if c in own), None)
+        for candidate in candidates:
+            if candidate in own:
+                return own[candidate]
+        inside = [n for n in own if n.endswith(f".{name}")]  # a class around a plain tower
+        return own[inside[0]] if len(inside) == 1 else None
+
+    @cache
+    def apart() -> dict[str, Structure]:
+        described = discover_apart(model, record.plan.attention)  # type: ignore[arg-type]
+        return {structure.name: structure for structure in described}
 
     for name, units in record.plan.keep.items():
         found = find(name)
         if found is None:
             unknown.append(name)
             continue
+        if found.size != record.sizes[name]:
+            found = apart().get(found.name, found)
         if found.size != record.sizes[name]:
             raise CheckpointError(
                 f"describes {name} with {found.size} units, its vlprune section with "

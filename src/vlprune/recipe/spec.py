@@ -186,7 +186,7 @@ class Training(Checked):
         return max(1, math.ceil(self.epochs * max(1, batches // self.accumulate)))
 
 
-ATTENTION = ("head_dim", "qk_vo", "head")
+ATTENTION = ("head_dim", "qk_vo", "head", "query_head")
 
 
 @checked

@@ -284,9 +284,11 @@ def write_record(model: nn.Module, record: Record, undo: ExitStack | None = None
     config.quantization_config = record.section()
     # CLIPVisionModel.from_pretrained(folder of a CLIPModel) reads only the sub-config.
     own = {id(getattr(config, name, None)) for name in getattr(config, "sub_configs", {})}
-    for path, module in model.named_modules():
+    holders = [(path, module) for path, module in model.named_modules() if path]
+    whole = [holder for holder in holders if hasattr(holder[1], "base_model_prefix")]
+    for path, module in (*whole, *holders):  # OWL-ViT's towers are plain modules with a config
         sub: Any = getattr(module, "config", None)
-        if path and id(sub) in own and hasattr(module, "base_model_prefix"):
+        if id(sub) in own:
             own.discard(id(sub))
             sub.quantization_config = record.section(prefix=path + ".")
 

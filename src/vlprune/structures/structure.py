@@ -16,7 +16,7 @@ from typing import Literal
 
 __all__ = ["Attr", "Description", "Gate", "Slot", "Structure", "fingerprint", "unit_of"]
 
-AttentionUnit = Literal["head_dim", "qk_vo", "head"]
+AttentionUnit = Literal["head_dim", "qk_vo", "head", "query_head"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class Attr:
 class Structure:
     """Units that live and die together.
 
-    ``layout`` is ``"native"`` when the module's own forward (or the vlprune subclass named
-    by ``swap``, a (module path, key) pair) accepts the narrower weights, ``"padded"`` when the
+    ``layout`` is ``"native"`` when the module's own forward (or the vlprune subclasses named
+    by ``swaps``, (module path, key) pairs) accepts the narrower weights, ``"padded"`` when the
     narrow result is scattered back to the full width so that the forward stays untouched.
+    ``indices`` are (module path, buffer name) pairs: forwards there ask which units stay.
     ``folds`` are query parameters to be multiplied by ``sqrt(kept / size)``, for a forward that
     derives its softmax temperature from the head size. ``core`` is the module that computes
     attention scores, ``core_share`` the fraction of its MACs that follow this structure.
@@ -82,7 +83,8 @@ class Structure:
     attrs: tuple[Attr, ...] = ()
     folds: tuple[str, ...] = ()
     layout: Literal["native", "padded"] = "native"
-    swap: tuple[str, str] | None = None
+    swaps: tuple[tuple[str, str], ...] = ()
+    indices: tuple[tuple[str, str], ...] = ()
     core: str | None = None
     core_share: float = 0.0
 
@@ -100,7 +102,10 @@ def unit_of(structures: Iterable[Structure]) -> str:
         return "qk_vo"
     if not attention:
         return ""
-    return "head" if all(s.slots[0].inner > 1 for s in attention) else "head_dim"
+    first = [s.slots[0] for s in attention]
+    if any(slot.inner == 1 for slot in first):
+        return "head_dim"
+    return "query_head" if any(slot.repeat > 1 for slot in first) else "head"
 
 
 @dataclass(frozen=True)
