@@ -16,6 +16,7 @@ import torch
 from vlprune.architectures import discover
 from vlprune.architectures.layouts import NATIVE
 from vlprune.cutting.padded import stock_name
+from vlprune.structures.structure import AttentionUnit
 from vlprune.testing import CHECKS, FAMILIES, VARIANTS, build
 from vlprune.testing.families import Sample
 
@@ -99,16 +100,26 @@ def test_family(family: str, unit: str, check: str) -> None:
 
 
 def variants() -> Iterator[Any]:
-    """(variant, unit): each under one unit, under the others in `make slow`."""
+    """(variant, unit): each under one unit, under the others in `make slow`.
+
+    Of the rows of tables, only those that test a native class have a unit outside `make slow`.
+    """
+    named = {row.family for row in NATIVE.values()}
     for number, variant in enumerate(VARIANTS):
-        for unit in UNITS:
-            own = unit == UNITS[number % len(UNITS)]
-            mark = pytest.mark.whole if own else pytest.mark.slow
+        row = isinstance(VARIANTS[variant], partial)
+        own = ("head_dim", "head")[number % 2] if row else UNITS[number % len(UNITS)]
+        for unit in (*UNITS, "query_head"):
+            quick = unit == own and (variant in named or not row)
+            mark = pytest.mark.whole if quick else pytest.mark.slow
             yield pytest.param(variant, unit, marks=mark, id=f"{variant}-{unit}")
 
 
 @pytest.mark.parametrize(("variant", "unit"), variants())
-def test_variant(variant: str, unit: str) -> None:
+def test_variant(variant: str, unit: AttentionUnit) -> None:
+    if unit == "query_head":
+        heads, queries = (discover(sample(variant).model, u) for u in ("head", "query_head"))
+        if heads.structures == queries.structures:
+            pytest.skip("no query heads share keys: the same as whole heads")
     for check in ("order_is_execution_order", "masked_equals_cut", "generation_agrees"):
         CHECKS[check](partial(copied, variant), unit)
 

@@ -33,7 +33,8 @@ def table(families: Iterable[str]) -> str:
                 cells.append("padded")
             else:
                 cells.append(f"{len(layouts) - padded} native, {padded} padded")
-        row = [f"`{family}`", type(model).__name__, "native", *cells]
+        ffn = "native" if any(s.kind == "ffn" for s in discover(model)) else "dense"
+        row = [f"`{family}`", type(model).__name__, ffn, *cells]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -90,7 +90,8 @@ chats("shieldgemma2", 4, head="ShieldGemma2ForImageClassification", generates=Fa
     text_config={"model_type": "gemma3_text"}, mm_tokens_per_image=4)
 chats("step3p7", 1, text_config={**FULL, "sliding_window": 16, "mlp_layer_types": ["dense",
     "dense"]})
-chats("gemma4", 1, audio_config=None, vision_config={"pooling_kernel_size": 2,
+chats("gemma4", 1, idle="audio", audio_config={"conv_kernel_size": 3, "output_proj_dims": 32,
+    "subsampling_conv_channels": [8, 8]}, vision_config={"pooling_kernel_size": 2,
     "position_embedding_size": 16}, text_config={**FULL, "vocab_size_per_layer_input": 64,
     "hidden_size_per_layer_input": 8}, also=lambda: {"pixel_values": _pixels(2, 4, 192),
     "image_position_ids": torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]] * 2), **types(1)})

@@ -25,7 +25,7 @@ images("data2vec_vision_eager", kind="data2vec-vision", use_relative_position_bi
 images("vit_mae", mask_ratio=0.0)
 images("vitpose_backbone", head="AutoBackbone", image_size=[16, 16], patch_size=[8, 8])
 images("pixio")
-images("radio")
+images("radio", max_img_size=32)
 images("sapiens2", num_key_value_attention_heads=2)
 images("mlcd_vision_model")
 images("mgp_str", kind="mgp-str", image_size=[16, 16], num_bpe_labels=9, num_wordpiece_labels=9)

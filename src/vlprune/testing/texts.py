@@ -16,7 +16,7 @@ def seen(width: int = 24) -> dict[str, Any]:
     return {"encoder_hidden_states": _pixels(2, 4, width)}
 
 
-ENCODERS = "roc_bert splinter markuplm layoutlm lilt mpnet eurobert roformer"
+ENCODERS = "splinter markuplm layoutlm lilt mpnet eurobert roformer"
 for name in ENCODERS.split():
     texts(name)
 
@@ -33,6 +33,7 @@ for name in READERS.split():  # encoders' classes as decoders that read an image
         add_cross_attention=True,
         also=seen,
     )
+texts("roc_bert", pronunciation_vocab_size=64, shape_vocab_size=64)
 texts("megatron_bert", kind="megatron-bert")
 texts(
     "trocr",

@@ -1,8 +1,8 @@
 """Tiny models of any model type: its config with every size made small, by the sizes' names.
 
 transformers names the same things alike (``hidden_size``, ``num_attention_heads``, ...), so one
-table of small numbers fits hundreds of model types, and a family needs to say only where it
-differs.
+table of small numbers fits hundreds of model types. A row of ``encoders``, ``segmenters``,
+``chats`` or ``texts`` names a model type and says only where its config differs from that table.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ _FFNS = (
     "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "mlp_dim", "d_ff",
     "dim_feedforward", "encoder_feedforward_dim", "hidden_dim_ffn",
 )  # fmt: skip
-_KV = ("num_key_value_heads",)
 _HEAD_SIZES = ("head_dim", "d_kv")
 
 _KINDS = {  # width, depth, heads, FFN: unlike each other, so that a mix-up of towers shows
@@ -53,6 +52,7 @@ _KINDS = {  # width, depth, heads, FFN: unlike each other, so that a mix-up of t
     "decoder": (32, 2, 4, 48),
 }
 _ALWAYS = {
+    "num_key_value_heads": 2,
     "vocab_size": VOCAB,
     "max_position_embeddings": VOCAB,
     "image_size": IMAGE,
@@ -86,7 +86,16 @@ def variant(
     eager: bool = False,
     **more: Any,
 ) -> None:
-    """Add the variant ``name``: a tiny model of the type ``kind`` under the class ``head``."""
+    """Add the variant ``name``: a tiny model of the type ``kind`` under the class ``head``.
+
+    ``kind`` is a model type of transformers (``name`` if empty), ``head`` one of its classes or an
+    auto class. ``inputs`` makes the inputs of a forward pass, and of ``generate`` where the model
+    ``generates``. ``idle`` is as in :class:`~vlprune.testing.families.Sample`; ``eager`` builds the
+    model for the eager attention implementation. ``more`` goes into the config, nested as it is.
+    Raises ValueError if there is a variant of that name.
+    """
+    if name in VARIANTS:
+        raise ValueError(f"there is a variant {name!r} already")
     kind = kind or name
     if kind in CONFIG_MAPPING:  # an older transformers has fewer
         VARIANTS[name] = partial(_sample, kind, head, more, inputs, generates, idle, eager)
@@ -120,7 +129,7 @@ def images(name: str, *shape: int, **more: Any) -> None:
 
 
 def texts(name: str, **more: Any) -> None:
-    """Add a text model."""
+    """Add a text model; the second of its two texts is shorter."""
     also = more.pop("also", dict)
 
     def inputs() -> dict[str, Any]:
@@ -182,21 +191,17 @@ def _model_type(config_class: Any, name: str) -> str:
 
 
 def _sizes(config_class: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    kind = "text"
-    if {"patch_size", "image_size", "backbone_config", "num_channels"} & {
-        *defaults
-    } or "vision" in config_class.__name__.lower():
+    """Small sizes under all names that they have in transformers."""
+    pictures = {"patch_size", "image_size", "backbone_config", "num_channels"}
+    if pictures & {*defaults} or "vision" in config_class.__name__.lower():
         kind = "vision"
-    elif "num_key_value_heads" in defaults:
-        kind = "decoder"
+    else:
+        kind = "decoder" if "num_key_value_heads" in defaults else "text"
     width, depth, heads, ffn = _KINDS[kind]
     sizes = dict(_ALWAYS)
-    for names, value in (
-        (_WIDTHS, width), (_DEPTHS, depth), (_HEADS, heads), (_FFNS, ffn),
-        (_KV, 2), (_HEAD_SIZES, width // heads),
-    ):  # fmt: skip
-        sizes |= dict.fromkeys(names, value)
-    return sizes
+    sizes |= dict.fromkeys(_WIDTHS, width) | dict.fromkeys(_DEPTHS, depth)
+    sizes |= dict.fromkeys(_HEADS, heads) | dict.fromkeys(_HEAD_SIZES, width // heads)
+    return sizes | dict.fromkeys(_FFNS, ffn)
 
 
 def _like(default: Any, value: Any) -> Any:
