@@ -288,7 +288,7 @@ def write_record(model: nn.Module, record: Record, undo: ExitStack | None = None
     whole = [holder for holder in holders if hasattr(holder[1], "base_model_prefix")]
     for path, module in (*whole, *holders):  # OWL-ViT's towers are plain modules with a config
         sub: Any = getattr(module, "config", None)
-        if id(sub) in own:
+        if sub is not None and id(sub) in own:  # a part that this model lacks is None
             own.discard(id(sub))
             sub.quantization_config = record.section(prefix=path + ".")
 
