@@ -10,6 +10,7 @@ change the order of the data and the hypernetwork. ``scratch`` is a model of the
 random weights, trained for as long as the dense model and all that follows. Results are added to
 OUT/results.jsonl as they come, so a run that is stopped goes on; the tables are printed at the end.
 ``--costs`` prints disk, memory, MACs and latency, tied and materialised, and what a step costs.
+``--larger`` prints what a search of DeiT-S and a text tower of 12 layers takes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import copy
 import json
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -82,6 +84,12 @@ EXPERIMENTS = {
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
     ),
 }  # fmt: skip
+
+LARGER = Experiment(
+    "gqa", options={**MDETR, "fusion_width": 96}, batch=4,
+    model=replace(TOWERS, width=384, heads=6, vision_layers=12, text_layers=12, image_size=224),
+)  # fmt: skip
+"""DeiT-S and a text tower of 12 layers, from random weights: what a search of that size takes."""
 
 SEARCHES: dict[str, Sequence[str]] = {
     "jsp": ("prune", "cross", "block"),
@@ -310,12 +318,11 @@ def costs(name: str, share: float, out: Path) -> str:
             f"| {label} | {params / 1e6:.2f} M | {disk / 1e6:.2f} MB | {memory / 1e6:.2f} MB | "
             f"{macs / 1e6:.1f} M | {times} |"
         )
-    return "\n".join([*lines, "", step_cost(name, task, models["dense"])])
+    return "\n".join([*lines, "", step_cost(EXPERIMENTS[name], task, models["dense"])])
 
 
-def step_cost(name: str, task: Any, model: Any, every: int = 20, rounds: int = 3) -> str:
+def step_cost(what: Experiment, task: Any, model: Any, every: int = 20, rounds: int = 3) -> str:
     """CPU seconds of a training step with the search, relative to plain training."""
-    what = EXPERIMENTS[name]
     batch = task.collate(list(task.train[: what.batch]))
     search = JSP(every=every, mismatch=what.mismatch)
     compressor = Compressor(copy.deepcopy(model), search, {"params": 0.6}, held_out=[batch])
@@ -334,24 +341,61 @@ def step_cost(name: str, task: Any, model: Any, every: int = 20, rounds: int = 3
             spent[label].append((time.process_time() - began) / (2 * every))
     plain, searched = (min(spent[label]) for label in twins)
     return (
-        f"A step of {name}: {plain:.3f} s plain, {searched:.3f} s searched "
+        f"A step of {what.task}: {plain:.3f} s plain, {searched:.3f} s searched "
         f"(x {searched / plain:.3f}), one structure step every {every}."
     )
+
+
+def larger(out: Path) -> str:
+    """Size, seconds a step, peak memory and the outcome of a few turns for the larger pair."""
+    data = DataSpec(train_items=64, test_items=8, folder=str(out / "scenes-larger"))
+    task = TASKS[LARGER.task](LARGER.model, data, out, LARGER.options)
+    prepare(0, torch.get_num_threads())
+    model = task.new_model()
+    size = sum(p.numel() for p in model.parameters())
+    said = step_cost(LARGER, task, model, every=20, rounds=1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    batches = [task.collate(list(task.train[i : i + 4])) for i in (0, 4)]
+    small, seconds = searched(model, batches, turns=8)
+    return (
+        f"{size / 1e6:.1f} M parameters. {said} Peak memory {peak / 1e9:.2f} GB.\n"
+        f"Eight turns and as many steps: {seconds:.0f} s; the plan keeps "
+        f"{small / size:.1%} of the parameters (asked for 60 %)."
+    )
+
+
+def searched(model: Any, batches: Sequence[Any], turns: int) -> tuple[int, float]:
+    """The parameters that a short search leaves, and its CPU seconds."""
+    twin = copy.deepcopy(model)
+    search = JSP(turns=turns, every=1)
+    compressor = Compressor(twin, search, {"params": 0.6}, held_out=list(batches))
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-5)
+    began = time.process_time()
+    for number in range(turns):
+        optimizer.zero_grad()
+        twin(**batches[number % len(batches)]).loss.backward()
+        compressor.step(0.1 + 0.4 * number / turns)
+        optimizer.step()
+    small = compressor.finish()
+    return sum(p.numel() for p in small.parameters()), time.process_time() - began
 
 
 def main() -> None:
     """Run what is asked for and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiments", nargs="+", choices=list(EXPERIMENTS))
+    parser.add_argument("experiments", nargs="*", default=[], metavar="|".join(EXPERIMENTS))
     parser.add_argument("-o", "--out", type=Path, default=Path("jsp-runs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.65])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--larger", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.larger:
+        print(larger(options.out))
     log = options.out / "results.jsonl"
     for name in options.experiments:
         if options.costs:
@@ -373,7 +417,7 @@ def main() -> None:
                     with log.open("a") as file:
                         file.write(json.dumps({**key, **row}) + "\n")
                     print(name, method, at, seed, row["cut"], row["end"], flush=True)
-    if log.exists() and not options.costs:
+    if log.exists() and not (options.costs or options.larger):
         print(table([json.loads(line) for line in log.open()]))
 
 

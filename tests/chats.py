@@ -165,15 +165,59 @@ def qwen2_vl(folder: Path) -> tuple[Any, Any]:
     return T.Qwen2VLForConditionalGeneration(config), open_processor(folder)
 
 
+def internvl(folder: Path) -> tuple[Any, Any]:
+    """With a processor that also takes videos, opened from ``folder`` as a user would."""
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    }  # fmt: skip
+    tokens = tokenizer("<|im_start|>", "<|im_end|>", **names)
+    tokens.eos_token = "<|im_end|>"
+    config = T.InternVLConfig(
+        vision_config=_vision(28, 14) | {"image_size": [28, 28], "patch_size": [14, 14]},
+        text_config={"model_type": "qwen2", **_language(tokens)}, downsample_ratio=0.5,
+        image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    pictures = T.GotOcr2ImageProcessor(
+        size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=2
+    )
+    pictures.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    config.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"))
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": 1}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    video_part = {"video_processor_type": "InternVLVideoProcessor"}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video_part))
+    return T.InternVLForConditionalGeneration(config), open_processor(folder)
+
+
+def paligemma(folder: Path) -> tuple[Any, Any]:
+    """Not a chat model by its processor, which takes an answer as a suffix of its prompt."""
+    tokens = tokenizer("<image>")
+    pictures = T.SiglipImageProcessor(size={"height": 28, "width": 28})
+    pictures.image_seq_length = 4
+    processor = T.PaliGemmaProcessor(pictures, tokens)
+    config = T.PaliGemmaConfig(
+        vision_config=_vision(28, 14, model_type="siglip_vision_model", vision_use_head=False),
+        text_config={"model_type": "gemma", **_language(tokens, head_dim=8)},
+        image_token_id=processor.image_token_id, image_token_index=processor.image_token_id,
+        projection_dim=32,
+    )  # fmt: skip
+    return T.PaliGemmaForConditionalGeneration(config), processor
+
+
 CHATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
     "llava": lambda folder: llava(),
     "idefics3": lambda folder: idefics3(),
     "gemma3": lambda folder: gemma3(),
     "qwen2_vl": qwen2_vl,
+    "internvl": internvl,
 }
 """Model and processor of each family; a folder may be filled."""
 ENDS = {
     "llava": "</s>", "idefics3": "<end_of_utterance>", "gemma3": "<|im_end|>",
-    "qwen2_vl": "<|im_end|>",
+    "qwen2_vl": "<|im_end|>", "internvl": "<|im_end|>",
 }  # fmt: skip
 """The token that ends an answer."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import vlprune
 from vlprune.architectures import discover_apart
-from vlprune.architectures.rotary import RotaryPairs, WholeNorm
+from vlprune.architectures.layouts import NATIVE, Native
+from vlprune.architectures.rotary import RotaryPairs, WholeNorm, pairing_of
 from vlprune.cutting.padded import PaddedLinear
 from vlprune.errors import VerificationError
 from vlprune.structures.structure import Description
@@ -136,3 +139,45 @@ def test_where_keys_are_not_shared_query_heads_are_heads() -> None:
 def test_what_all_query_heads_read_says_so() -> None:
     dense = vlprune.discover(build("llava").model, "query_head").dense
     assert "query heads" in dense["model.language_model.layers.0.self_attn.k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("module", "layout"),
+    [
+        ("llama.modeling_llama.LlamaAttention", "halves halves"),
+        ("qwen2_vl.modeling_qwen2_vl.VisionAttention", "halves halves"),
+        ("dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention", "halves halves"),
+        ("cohere2.modeling_cohere2.Cohere2Attention", "neighbours neighbours"),
+        ("glm.modeling_glm.GlmAttention", "neighbours halves"),
+        ("gpt_oss.modeling_gpt_oss.GptOssAttention", "halves once"),
+        ("llama4.modeling_llama4.Llama4TextAttention", ""),  # complex numbers
+        ("clip.modeling_clip.CLIPAttention", ""),
+    ],
+)
+def test_pairs_are_found_by_running_the_rotation(module: str, layout: str) -> None:
+    path, _, name = module.rpartition(".")
+    cls = getattr(importlib.import_module(f"transformers.models.{path}"), name)
+    assert pairing_of(cls) == layout
+
+
+def test_neighbours_that_are_turned_together_are_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.Cohere2Config(
+        vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, sliding_window=8,
+    )  # fmt: skip
+    model = transformers.Cohere2ForCausalLM(config)
+    sample = Sample(model, {"input_ids": torch.arange(5, 11)[None]})
+    monkeypatch.setitem(NATIVE, "Cohere2Attention", Native("", rotary=True))
+    structures = vlprune.discover(sample.model)
+    assert {(s.layout, s.size) for s in structures if s.kind != "ffn"} == {("native", 4)}
+    vlprune.rewrite(sample.model, structures, thinned(structures), verify=sample.inputs)
+    assert sample.model.model.layers[0].self_attn.head_dim == 6
+
+
+def test_heads_that_are_turned_in_part_stay_padded() -> None:
+    sample = build("llava")
+    for layer in sample.model.model.language_model.layers:
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+        layer.self_attn.config.rope_parameters = {"partial_rotary_factor": 0.5}
+    layouts = {s.layout for s in vlprune.discover(sample.model) if s.tower == "text"}
+    assert layouts == {"native", "padded"}  # FFNs and attention

@@ -11,6 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
+import chats
 import vlprune
 from chats import CHATS, ENDS
 from vlprune.commands.pipeline.compress import compress
@@ -21,6 +22,7 @@ from vlprune.recipe.spec import DataSpec, LoraSpec, ModelSpec, Recipe, Training
 from vlprune.tasks import ChatTask
 from vlprune.tasks.chat_metric import relaxed_match
 from vlprune.tasks.prompts import Prompts
+from vlprune.tasks.suffixes import SuffixPrompts, takes_suffixes
 
 CAT, DOG = Path("cat.png"), Path("dog.png")
 ONE = (Turn("user", (CAT, "what is this?")), Turn("assistant", ("a cat",)))
@@ -180,6 +182,38 @@ def test_a_model_answers_what_it_is_asked(family: Any) -> None:
     )
 
 
+def test_an_answer_that_is_the_suffix_of_a_prompt(tmp_path: Path) -> None:
+    """PaliGemma: the prompt is read in both directions, and its processor ends the answer."""
+    model, processor = chats.paligemma(tmp_path)
+    assert takes_suffixes(processor)
+    assert not takes_suffixes(CHATS["llava"](tmp_path)[1])
+    prompts = SuffixPrompts(processor)
+    batch = prompts.answered([ONE, MANY, LATER], opened)
+    decode = processor.tokenizer.decode
+    for turns, ids, labels in zip(
+        (ONE, MANY, LATER), batch["input_ids"], batch["labels"], strict=True
+    ):
+        assert decode(labels[labels != -100]) == f"{turns[-1].text}</s>"
+        said = decode(ids, skip_special_tokens=True).split("\n", len(turns) - 1)
+        texts = ["".join(part for part in t.parts if isinstance(part, str)) for t in turns]
+        assert [one.strip() for one in said] == texts
+    asked = prompts.asked([ONE[:-1]], opened)
+    length = asked["input_ids"].shape[1]
+    assert batch["input_ids"][0, :length].equal(asked["input_ids"][0])
+    assert not asked["token_type_ids"].any()
+    assert "labels" not in asked
+    loss = model.eval()(**batch).loss
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    place = batch["labels"][1].ne(-100).nonzero()[-1]
+    other["input_ids"][1, place] = 5  # the end of an answer, which nothing before it sees
+    before, after = (model(**one).logits[1, : int(place)] for one in (batch, other))
+    assert torch.allclose(before, after, atol=1e-5)
+    assert torch.isfinite(loss)
+    longest = batch["attention_mask"].sum(1).tolist()[2]
+    shorter = SuffixPrompts(processor, longest=longest - 1).answered([LATER], opened)
+    assert decode(shorter["labels"][shorter["labels"] != -100]) == f"{LATER[-3].text}</s>"
+
+
 def test_long_conversations_lose_their_last_turns(family: Any) -> None:
     name, _, processor = family
     whole = Prompts(processor).answered([LATER], opened)["input_ids"].shape[1]
@@ -247,10 +281,11 @@ SHORT = Training(steps=2, batch_size=4, learning_rate=1e-3)
 FEW = DataSpec(train_items=8, test_items=2)
 
 
-@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("name", [*CHATS, "paligemma"])
 def test_a_recipe_for_each_family(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, processor = CHATS[name](tmp_path / "source")
+    make = chats.paligemma if name == "paligemma" else CHATS[name]
+    model, processor = make(tmp_path / "source")
     vlprune.save(model, tmp_path / "dense", processor=processor)
     recipe = Recipe(
         task="chat", budget={"params": 0.8}, method={"name": "upop"},

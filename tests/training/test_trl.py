@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import transformers
+from PIL import Image
 
+import chats
 import vlprune
 from vlprune.errors import UnsupportedError
 from vlprune.testing import build
@@ -56,6 +58,42 @@ def test_a_search_in_an_sft_trainer(tmp_path: Path) -> None:
     before = [p.detach().clone() for p in resumed.model.parameters()]
     trainer.train()
     assert not any(a.equal(b) for a, b in zip(resumed.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_search_on_conversations_with_pictures(family: str, tmp_path: Path) -> None:
+    """SFTTrainer prepares the pictures itself; the search sees the language and vision towers."""
+    model, processor = getattr(chats, family)()
+    pictures = [Image.new("RGB", (32, 24), (40 * n, 90, 200 - 40 * n)) for n in range(4)]
+    rows = [
+        {
+            "images": [picture],
+            "prompt": [{"role": "user", "content": "what is this"}],
+            "completion": [{"role": "assistant", "content": "a cat" if n % 2 else "two dog"}],
+        }
+        for n, picture in enumerate(pictures)
+    ]
+    compressor = vlprune.Compressor(model, vlprune.UPop(interval=1), {"params": 0.9})
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=2,
+        report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_steps=0,
+        max_length=None,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, processing_class=processor,
+        train_dataset=datasets.Dataset.from_list(rows), callbacks=[compressor.callback()],
+    )  # fmt: skip
+    trainer.train()
+    assert compressor.search.steps == 4
+    towers = {s.tower for s in compressor.structures if s.name in compressor.plan().keep}
+    assert {"vision", "text"} <= towers
+    dense = sum(p.numel() for p in model.parameters())
+    small = compressor.finish()
+    assert sum(p.numel() for p in small.parameters()) < 0.92 * dense
+    vlprune.save(small, tmp_path / "small", processor=processor)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "small")
+    for name, weight in small.state_dict().items():
+        assert weight.equal(loaded.state_dict()[name]), name
 
 
 def test_adapters_are_refused_before_the_first_step(tmp_path: Path) -> None:

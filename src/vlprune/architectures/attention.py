@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..cutting.wrappers import stock_class
 from ..structures.shards import shape_of
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from . import layouts
 from .layouts import Native
-from .rotary import PAIRS, WholeNorm, head_norms, turns_halves
+from .rotary import PAIRS, WholeNorm, head_norms, pairing_of, turns_a_part
 
 __all__ = ["UNITS", "Block", "Leave", "Part", "join"]
 
@@ -161,9 +162,10 @@ class Block:
     @property
     def turned(self) -> bool:
         """Whether a rotary embedding turns the dimensions of whole heads in pairs."""
-        if self.wide > 1 or self.value_size != self.size or self.across_heads:
+        if self.wide > 1 or self.value_size != self.size or self.across_heads or self.size % 2:
             return False
-        return turns_halves(self.core, self.size)
+        known = bool(pairing_of(stock_class(self.core))) and not turns_a_part(self.core)
+        return known and head_norms(self.core, self.size) is not None
 
 
 # -- the units -------------------------------------------------------------------------
@@ -265,14 +267,17 @@ def rotary_pairs(block: Block) -> Structure:
 
     A unit also has two neighbouring dimensions of v and o, which nothing turns.
     """
-    norms = [join(block.core_path, name) for name, _ in head_norms(block.core)]
+    norms = [join(block.core_path, name) for name, _ in head_norms(block.core, block.size) or ()]
+    halves = pairing_of(stock_class(block.core)).startswith("halves")
+    repeat, inner = (2, 1) if halves else (1, 2)
+    norm = "norm" if halves else "norm of neighbours"
     return block.structure(
         "",
         "attention",
         block.size // 2,
         [
-            *((part, 2 * block.heads, 1) for part in block.q),
-            *((part, 2 * block.kv, 1) for part in block.k),
+            *((part, repeat * block.heads, inner) for part in block.q),
+            *((part, repeat * block.kv, inner) for part in block.k),
             *((part, block.kv, 2) for part in block.v),
         ],
         native=True,
@@ -281,7 +286,7 @@ def rotary_pairs(block: Block) -> Structure:
             *block.attrs(layouts.WIDTHS + block.native.widths, 2 * block.heads),
         ],
         more=block.out(block.heads, 2),
-        more_swaps=((block.core_path, "pairs"), *((norm, "norm") for norm in norms)),
+        more_swaps=((block.core_path, "pairs"), *((path, norm) for path in norms)),
         indices=tuple((path, PAIRS) for path in (block.core_path, *norms)),
     )
 

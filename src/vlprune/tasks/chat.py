@@ -25,6 +25,7 @@ from .base import Advance, Task
 from .chat_metric import relaxed_match
 from .new_models import llava_config, llava_processor
 from .prompts import IGNORED, Prompts
+from .suffixes import SuffixPrompts, takes_suffixes
 from .vqa_metric import normalise, vqa_accuracy
 
 __all__ = ["ChatTask"]
@@ -70,7 +71,8 @@ class ChatTask(Task):
 
     def _processor(self) -> Any:
         processor = super()._processor()
-        self.prompts = Prompts(processor, self.options["template"], self.options["longest"])
+        kind = SuffixPrompts if takes_suffixes(processor) else Prompts
+        self.prompts = kind(processor, self.options["template"], self.options["longest"])
         return processor
 
     def model_type(self) -> Any:

@@ -23,7 +23,7 @@ from ..data.stored import Picture
 from ..errors import DataError, RecipeError, first_line
 from ..files import plain, read_text
 
-__all__ = ["IGNORED", "Prompts"]
+__all__ = ["IGNORED", "Opened", "Prompts", "Turns", "opened_parts"]
 
 IGNORED = -100
 """The label of a token that is not part of the loss."""
@@ -151,7 +151,7 @@ class Prompts:
         kept = [list(turns) for turns in conversations]
         while True:
             rendered = [self._rendered(turns) for turns in kept]
-            images = [_opened(turns, opened) for turns in kept]
+            images = [opened_parts(turns, opened) for turns in kept]
             batch = self._tokens([text for text, _ in rendered], images, "right")
             rows = [
                 ids[mask.bool()].tolist()
@@ -218,7 +218,7 @@ class Prompts:
     def _places_of_last(self, row: Sequence[int], turns: Turns, opened: Opened) -> list[int]:
         """The places of the last answer among ``turns``, with which ``row`` begins."""
         text, spans = self._rendered(turns)
-        ids = self._tokens([text], [_opened(turns, opened)], "right")["input_ids"][0].tolist()
+        ids = self._tokens([text], [opened_parts(turns, opened)], "right")["input_ids"][0].tolist()
         last = self._places(ids, text, spans[-1:], turns[-1:], opened)
         if not last or ids[: last[-1] + 1] != list(row[: last[-1] + 1]):
             self._refuse()
@@ -233,7 +233,7 @@ class Prompts:
     def asked(self, conversations: Sequence[Turns], opened: Opened) -> dict[str, Tensor]:
         """Inputs to generate the next answer of each conversation from, padded on the left."""
         texts = [self._text(turns, asks=True) for turns in conversations]
-        images = [_opened(turns, opened) for turns in conversations]
+        images = [opened_parts(turns, opened) for turns in conversations]
         return {**self._tokens(texts, images, "left")}
 
     def texts(self, tokens: Tensor) -> list[str]:
@@ -257,5 +257,6 @@ def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _opened(turns: Turns, opened: Opened) -> list[Image]:
+def opened_parts(turns: Turns, opened: Opened) -> list[Image]:
+    """The pictures of a conversation, in their order."""
     return [opened(part) for turn in turns for part in turn.parts if not isinstance(part, str)]
