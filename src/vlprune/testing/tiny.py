@@ -111,8 +111,12 @@ def _sample(
     eager: bool,
 ) -> Sample:
     config, model_class = tiny_config(CONFIG_MAPPING[kind], more), getattr(T, head)
-    make = model_class.from_config if head.startswith("Auto") else model_class._from_config
-    model = make(config, **({"attn_implementation": "eager"} if eager else {}))
+    if eager:
+        config._attn_implementation = "eager"
+    if head.startswith("Auto"):
+        model = model_class.from_config(config, trust_remote_code=False)
+    else:
+        model = model_class(config)
     for parameter in model.parameters():  # stock convolutions shrink what they pass on
         if parameter.dim() > 2 and float(parameter.detach().std(correction=0)) < 0.1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
