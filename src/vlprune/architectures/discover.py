@@ -17,6 +17,8 @@ from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of, span
 from .attention import UNITS, Leave, join
+from .experts import experts_at, experts_structure
+from .latent import expansions_at, latent_structures
 from .layouts import ATTENTION, FFN
 from .measured import measure_multihead, measure_projected
 from .towers import child_of, default_tower, in_order, tower_of
@@ -60,7 +62,7 @@ class _Discovery:
         order: dict[str, int] = {}
         for path, module in in_order(self.model):
             order[path] = len(order)
-            for match in (self._attention, self._ffn):
+            for match in (self._attention, self._experts, self._ffn):
                 structures += match(path, module)
         structures.sort(key=lambda s: order[s.core or s.gates[0].module])
         self._explain_rest()
@@ -71,6 +73,14 @@ class _Discovery:
     def _attention(self, path: str, module: nn.Module) -> list[Structure]:
         """The structures of the attention block at ``path``; none if it is not one."""
         structures = UNITS[self.attention]
+        if parts := expansions_at(module):
+            return self._guarded(
+                path,
+                [*parts],
+                lambda: latent_structures(
+                    path, parts, self.modules, self._tower(path), self.attention
+                ),
+            )
         if isinstance(module, nn.MultiheadAttention):
             return self._guarded(
                 path,
@@ -132,6 +142,20 @@ class _Discovery:
                 )
 
     # -- FFN ---------------------------------------------------------------------------
+
+    def _experts(self, path: str, module: nn.Module) -> list[Structure]:
+        """The neurons of experts whose weights are parameters of one module."""
+        row = experts_at(module)
+        if row is None:
+            return []
+        names = sorted({owner_of(name)[0] for name in row.weights})
+        for name, child in module.named_modules():
+            inside = names == [""] and name and not name.startswith("parametrizations")
+            if inside and any(True for _ in child.parameters(recurse=False)):
+                self.dense[join(path, name)] = _reason(child)
+        return self._guarded(
+            path, names, lambda: [experts_structure(path, module, row, self._tower(path))]
+        )
 
     def _ffn(self, path: str, module: nn.Module) -> list[Structure]:
         found = []
@@ -289,6 +313,8 @@ def _reason(module: nn.Module) -> str:
         return "normalisation: as wide as the residual stream"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "convolution: not a transformer block"
+    if "Router" in kind:
+        return "which experts a token goes to, and every expert stays"
     if is_linear(module):
         return "a projection outside attention and FFN"
     return f"parameters of {kind} itself"

@@ -233,6 +233,16 @@ NATIVE: dict[str, Native] = {
         DINOv3ViTAttention="dinov3",
         PixtralAttention="pixtral",
     ),
+    # latent attention: the forward splits by the numbers of its module, and keeps its own scale
+    **_rows(
+        partial(Native, qk_vo=True),
+        DeepseekV3Attention="deepseek_v3",
+        Glm4MoeLiteAttention="glm4_moe_lite",
+        Mistral4Attention="mistral4",
+        MiniCPM3Attention="minicpm3",
+    ),
+    # the same, but what is rotated must begin at an even place
+    **_rows(partial(Native, head_dim=False), DeepseekV2Attention="deepseek_v2"),
     # the forward fixes its shapes: vlprune's subclass takes them from its head sizes
     **_rows(
         partial(Native, qk_vo=True, swap="fused"),
@@ -257,4 +267,6 @@ DENSE = {
 DENSE_CHILDREN = {
     "sampling_offsets": "deformable attention: where each head looks, and every head stays",
     "attention_weights": "deformable attention: how much each place counts, and every head stays",
+    "q_a_proj": "a latent that passes through a norm, which mixes all of its dimensions",
+    "kv_a_proj_with_mqa": "a latent that passes through a norm, which mixes all of its dimensions",
 }

@@ -51,6 +51,19 @@ _ORDER = {
     "FlavaModel": ("image_model", "text_model", "multimodal_model"),
     "PixtralAttentionLayer": ("attention", "feed_forward"),
     "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
+    "Ernie4_5_VLMoeModel": ("vision_tower", "resampler_model"),
+    # the expert that every token goes to runs before the others
+    "Ernie4_5_MoeSparseMoeBlock": ("shared_experts",),
+    "Ernie4_5_VLMoeMoeBlock": ("shared_experts",),
+    "HunYuanMoEV1Moe": ("shared_mlp",),
+    "LagunaSparseMoeBlock": ("shared_experts",),
+    "MiniMaxM3VLSparseMoeBlock": ("shared_experts",),
+    "Qwen2MoeSparseMoeBlock": ("shared_expert",),
+    "Qwen3NextSparseMoeBlock": ("shared_expert",),
+    "Qwen3OmniMoeTalkerTextSparseMoeBlock": ("shared_expert",),
+    "Qwen3_5MoeSparseMoeBlock": ("shared_expert",),
+    "Qwen4ExpTextSparseMoeBlock": ("shared_expert",),
+    "Step3p7SparseMoeBlock": ("shared_experts",),
 }
 
 

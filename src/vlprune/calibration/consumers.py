@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cutting.padded import is_linear, linear_axes
 from ..structures.structure import Slot, Structure
-from ..structures.units import owner_of, positions
+from ..structures.units import laid_out, owner_of
 
 __all__ = ["Consumer", "Rows", "consumers_of", "rows_of"]
 
@@ -64,9 +64,7 @@ def consumers_of(model: nn.Module, structure: Structure) -> tuple[Consumer, ...]
             continue
         shape = module.weight.shape
         out_axis, in_axis = linear_axes(module)
-        every = positions(slot, structure.size, range(structure.size))
-        laid_out = every.reshape(slot.repeat, structure.size, slot.inner).transpose(0, 1)
-        columns = laid_out.reshape(structure.size, -1)
+        columns = laid_out(slot, structure.size).transpose(0, 1).reshape(structure.size, -1)
         found.append(Consumer(structure.name, path, columns, shape[in_axis], shape[out_axis]))
     return tuple(found)
 
@@ -74,12 +72,13 @@ def consumers_of(model: nn.Module, structure: Structure) -> tuple[Consumer, ...]
 def rows_of(model: nn.Module, structure: Structure) -> tuple[Rows, ...]:
     """The projections whose rows are the structure's head dimensions, in the order of its slots.
 
-    For ``attention_qk`` that is q, then k; for ``attention_vo`` the values. Empty for other units.
+    For ``attention_qk`` that is q, then k; for ``attention_vo`` the values. Empty for other units,
+    and where other rows lie between those of the heads.
     """
     found = []
     for slot in structure.slots:
         path, leaf = owner_of(slot.param)
-        if slot.inner != 1 or leaf not in ("weight", "in_proj_weight"):
+        if slot.inner != 1 or slot.period or leaf not in ("weight", "in_proj_weight"):
             continue
         module = model.get_submodule(path)
         if leaf == "weight" and (not is_linear(module) or slot.axis != linear_axes(module)[0]):

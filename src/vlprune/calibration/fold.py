@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..cutting.gates import evaluating
 from ..device import device_of
 from ..structures.plan import Plan
-from ..structures.structure import Structure
+from ..structures.shards import shape_of
+from ..structures.structure import Slot, Structure
 from ..structures.units import positions
 from .batches import Batches
 from .blocks import Block, hooked
@@ -93,7 +94,7 @@ def fold_layers(
 def _changing(model: nn.Module, block: Block, plan: Plan) -> list[str]:
     """The parameters that folding the plan changes in a block."""
     cut = [s for s in block.structures if len(plan.kept(s)) < s.size]
-    names = [slot.param for s in cut if s.kind != "ffn" for slot in s.slots]
+    names = [slot.param for s in cut for slot in _silenced(model, s)]
     for consumer in block.consumers:
         if any(consumer.structure == s.name for s in cut):
             layer = model.get_submodule(consumer.module)
@@ -296,13 +297,19 @@ def _once(
     return seen["x"], seen["y"], seen.get("t", seen["y"])
 
 
+def _silenced(model: nn.Module, structure: Structure) -> tuple[Slot, ...]:
+    """All of attention, so that scores are computed without what goes; what reads experts."""
+    if structure.kind != "ffn":
+        return structure.slots
+    last = structure.slots[-1]
+    return (last,) if len(shape_of(model.get_parameter(last.param))) == 3 else ()
+
+
 @torch.no_grad()
 def _silence(model: nn.Module, structure: Structure, kept: Sequence[int]) -> None:
-    """Zero the rows of head dimensions that go, so that scores are computed without them."""
+    """Zero the weights of units that go, where no repair of the layer behind them will."""
     gone = sorted(set(range(structure.size)) - set(kept))
-    if structure.kind == "ffn" or not gone:
-        return
-    for slot in structure.slots:
+    for slot in _silenced(model, structure) if gone else ():
         weight = model.get_parameter(slot.param)
         weight.index_fill_(slot.axis, positions(slot, structure.size, gone).to(weight.device), 0.0)
 
