@@ -61,11 +61,15 @@ def test_family(family: str, unit: str, check: str) -> None:
     CHECKS[check](partial(copied, family), unit)
 
 
+LIKE_ANOTHER = ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "jamba", "mistral4")
+"""Variants with the experts and the attention of another one: in `make slow`."""
+
+
 def variants() -> Iterator[Any]:
     """(variant, unit): each under one unit, under the others in `make slow`."""
     for number, variant in enumerate(VARIANTS):
         for unit in UNITS:
-            own = unit == UNITS[number % len(UNITS)]
+            own = unit == UNITS[number % len(UNITS)] and variant not in LIKE_ANOTHER
             mark = pytest.mark.whole if own else pytest.mark.slow
             yield pytest.param(variant, unit, marks=mark, id=f"{variant}-{unit}")
 

@@ -70,9 +70,9 @@ def forward(model, inputs):
         return tensors_of(model(**inputs))
 
 # scalars that stay whole; projections that are padded, and sharded each by itself; a forward of
-# vlprune's own and a folded temperature in a sharded attention; transposed weights
+# vlprune's own and a folded temperature in a sharded attention; transposed weights; experts
 for family, wrap in [("clip", "layer"), ("qwen2_vl", "linear"), ("blip", "attention"),
-                     ("gpt2", "layer")]:
+                     ("gpt2", "layer"), ("deepseek_v3", "layer")]:
     sample, other = build(family), build(family)
     model = sharded(sample.model, wrap)
     description = vlprune.discover(model)
@@ -224,7 +224,7 @@ def test_sharded_models_of_every_kind_are_cut_or_put_back(python: Any, tmp_path:
     same_plan, refused = first.pop("prices")
     assert same_plan, "another plan by MACs than in one process"
     assert "before fully_shard" in refused
-    assert len(first) == 4
+    assert len(first) == 5
     for case, (error, same, dense, small, bits, again) in first.items():
         assert "process 1 has failed" in error, case
         assert "as if it differed" in error, case

@@ -180,17 +180,18 @@ def _values(block: _Latent) -> tuple[list[Slot], list[Gate], list[Attr]]:
 
 
 def _dims(block: _Latent) -> list[Structure]:
-    """One structure; a unit is the same dimension of queries and keys, and of values."""
+    """One structure; a unit is the same dimension of queries and keys, and of values.
+
+    Where the two differ in size, it is a dimension of the values alone.
+    """
     _check_order(block)
-    if block.nope != block.value:
-        raise Leave(
-            f"its heads have {block.nope} dimensions without position and {block.value} of values: "
-            "take qk_vo or head"
-        )
-    (slots, gates, attrs), (more, gates_of, attrs_of) = _without_position(block), _values(block)
-    parts = slots + more, gates + gates_of, attrs + attrs_of
-    native = block.native.head_dim
-    return [block.structure("", block.nope, *parts, native, block.nope + block.value)]
+    slots, gates, attrs = _values(block)
+    native, share = block.native.head_dim, block.value
+    if block.nope == block.value:
+        more, gates_of, attrs_of = _without_position(block)
+        slots, gates, attrs = more + slots, gates_of + gates, attrs_of + attrs
+        share += block.nope
+    return [block.structure("", block.value, slots, gates, attrs, native, share)]
 
 
 def _apart(block: _Latent) -> list[Structure]:

@@ -241,7 +241,26 @@ NATIVE: dict[str, Native] = {
         Mistral4Attention="mistral4",
         MiniCPM3Attention="minicpm3",
     ),
-    # the same, but what is rotated must begin at an even place
+    # rotary embeddings again, in models with experts
+    **_rows(
+        partial(Native, head_dim=False),
+        MixtralAttention="mixtral",
+        Qwen2MoeAttention="qwen2_moe",
+        Qwen3MoeAttention="qwen3_moe",
+        Qwen3VLMoeTextAttention="qwen3_vl_moe",
+        Qwen3VLMoeVisionAttention="qwen3_vl_moe",
+        PhimoeAttention="phimoe",
+        GraniteMoeSharedAttention="granitemoe",
+        JambaAttention="jamba",
+        NemotronHAttention="nemotron_h",
+        Llama4TextAttention="llama4",
+        AriaTextAttention="aria",
+        Glm4vMoeTextAttention="glm4v_moe",
+        Glm4vMoeVisionAttention="glm4v_moe",
+        Ernie4_5_VLMoeTextAttention="ernie4_5_vl_moe",
+        Ernie4_5_VLMoeVisionAttention="ernie4_5_vl_moe",
+    ),
+    # the same as before those, but what is rotated must begin at an even place
     **_rows(partial(Native, head_dim=False), DeepseekV2Attention="deepseek_v2"),
     # the forward fixes its shapes: vlprune's subclass takes them from its head sizes
     **_rows(

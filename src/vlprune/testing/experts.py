@@ -60,11 +60,9 @@ _DEEPSEEK: dict[str, Any] = {
 }
 
 
-@_family
+@_variant
 def mixtral() -> Sample:
-    sample = _decoder(T.MixtralForCausalLM, head_dim=8, num_local_experts=4)
-    sample.generate = _words()
-    return sample
+    return _decoder(T.MixtralForCausalLM, head_dim=8, num_local_experts=4)
 
 
 @_variant
@@ -167,10 +165,12 @@ def nemotron_h() -> Sample:
 @_variant
 def llama4() -> Sample:
     """Experts that compute on every token, of which all but one are zero."""
-    return _decoder(
+    sample = _decoder(
         T.Llama4ForCausalLM, head_dim=8, num_local_experts=4, intermediate_size_mlp=40,
         interleave_moe_layer_step=2, attention_chunk_size=16,
     )  # fmt: skip
+    sample.rounding = 1e-6  # positions are turned in float32
+    return sample
 
 
 @_variant
