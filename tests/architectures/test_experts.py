@@ -16,8 +16,10 @@ import vlprune
 from vlprune.architectures import experts
 from vlprune.architectures.attention import Leave
 from vlprune.calibration.store import Originals
-from vlprune.cutting.gates import gated
+from vlprune.cutting.difference import difference, tensors_of
+from vlprune.cutting.gates import gated, ones
 from vlprune.cutting.grouped import is_aligned
+from vlprune.cutting.sharing.mixed import mixed
 from vlprune.prices import cost
 from vlprune.structures.plan import Plan
 from vlprune.structures.structure import Gate, Slot, Structure
@@ -237,6 +239,22 @@ def test_gates_written_into_weights_do_what_they_did(family: str) -> None:
     assert torch.allclose(wanted, found, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "bridgetower"])
+def test_a_mixture_outlives_the_gates_of_one_pass(family: str) -> None:
+    sample = build(family)
+    description = vlprune.discover(sample.model, "head")
+    of_weights = {s.name: s for s in description if s.gates[0].at == "weight"}
+    target, source = [*of_weights][1::-1]
+    plan = Plan(share={target: (source, (0, 1))}, attention="head")
+    with torch.no_grad(), mixed(sample.model, description.structures, plan):
+        alone = tensors_of(sample.model(**sample.inputs))
+        with gated(sample.model, description.structures, ones(description.structures)):
+            passes = [tensors_of(sample.model(**sample.inputs)) for _ in range(2)]
+        passes.append(tensors_of(sample.model(**sample.inputs)))
+    for found in passes:
+        assert difference(alone, found).relative < 1e-6
+
+
 # -- what it costs ---------------------------------------------------------------------------
 
 
@@ -307,8 +325,9 @@ def test_latent_attention_that_stays_dense() -> None:
     assert why.startswith("its projections have 40, 57 and 32 rows and columns, which are not")
     attention.kv_b_proj = nn.Linear(10, 4 * 14, bias=False)
     assert vlprune.discover(model, "head").structures[0].layout == "padded"
-    why = vlprune.discover(model, "qk_vo").dense["model.layers.0.self_attn.kv_b_proj"]
-    assert why == "the row order of the heads in Other is not known"
+    for unit in ("qk_vo", "head_dim"):
+        why = vlprune.discover(model, unit).dense["model.layers.0.self_attn.kv_b_proj"]  # type: ignore[arg-type]
+        assert why == "the row order of the heads in Other is not known"
 
 
 def test_values_of_another_size_than_keys_are_cut_alone() -> None:
