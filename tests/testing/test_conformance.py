@@ -61,7 +61,10 @@ def test_family(family: str, unit: str, check: str) -> None:
     CHECKS[check](partial(copied, family), unit)
 
 
-LIKE_ANOTHER = ("qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "jamba", "mistral4")
+LIKE_ANOTHER = (
+    "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "jamba", "mistral4", "glm_moe_dsa",
+    "mistral_large4", "youtu",
+)  # fmt: skip
 """Variants with the experts and the attention of another one: in `make slow`."""
 
 

@@ -240,7 +240,12 @@ NATIVE: dict[str, Native] = {
         Glm4MoeLiteAttention="glm4_moe_lite",
         Mistral4Attention="mistral4",
         MiniCPM3Attention="minicpm3",
+        DeepseekV32Attention="deepseek_v32",
+        GlmMoeDsaAttention="glm_moe_dsa",
+        YoutuAttention="youtu",
     ),
+    # the same, with a scale of its own for every head
+    **_rows(partial(Native, head=False, qk_vo=True), MistralLarge4TextAttention="mistral_large4"),
     # rotary embeddings again, in models with experts
     **_rows(
         partial(Native, head_dim=False),

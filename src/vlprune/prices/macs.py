@@ -137,7 +137,11 @@ def measure_macs(
         for handle in _projection_hooks(model, by_projection):
             hooks.callback(handle.remove)
         experts = _experts(model, structures)
-        for path in {*experts, *(s.core for s in structures if s.core)}:
+        cores = {s.core for s in structures if s.core}
+        inside = {
+            c: [f"{c}.{n}" for n, _ in model.get_submodule(c).named_children()] for c in cores
+        }
+        for path in {*experts, *cores, *(p for paths in inside.values() for p in paths)}:
             for handle in counter.watch(path, model.get_submodule(path)):
                 hooks.callback(handle.remove)
         # the fast path's fused kernel has no formula
@@ -147,10 +151,14 @@ def measure_macs(
         torch.backends.mha.set_fastpath_enabled(False)
         with running(model), evaluating(model), counter:
             model(**moved_to(model, example_inputs))
-    by_core = {
-        core: done - sum(n for path, n in by_projection.items() if path.startswith(core + "."))
-        for core, done in counter.core.items()
-    }
+    by_core = {}
+    for core in cores:  # without what its modules do: projections, or an indexer of tokens
+        own = model.get_submodule(core)._parameters
+        modules = sum(
+            max(counter.core[path], _starting(path + ".", by_projection)) for path in inside[core]
+        )
+        fused = sum(_starting(f"{core}.{name}", by_projection) for name in own)
+        by_core[core] = counter.core[core] - modules - fused
     shapes = {name: shape_of(p) for name, p in named_weights(model).items()}
     for path, names in experts.items():  # each in proportion to its size: all see the same tokens
         sizes_of = {name: math.prod(shapes[name][1:]) for name in names}
@@ -159,6 +167,10 @@ def measure_macs(
     unit = {s.name: _macs_per_unit(s, shapes, by_projection, by_core) for s in structures}
     sizes = {s.name: s.size for s in structures}
     return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))
+
+
+def _starting(prefix: str, macs: Mapping[str, int]) -> int:
+    return sum(done for name, done in macs.items() if name.startswith(prefix))
 
 
 def _experts(model: nn.Module, structures: Sequence[Structure]) -> dict[str, list[str]]:

@@ -58,6 +58,7 @@ _DEEPSEEK: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+_INDEXER: dict[str, Any] = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 
 
 @_variant
@@ -258,6 +259,27 @@ def glm4_moe_lite() -> Sample:
 @_variant
 def mistral4() -> Sample:
     return _decoder(T.Mistral4ForCausalLM, **_DEEPSEEK)
+
+
+@_variant
+def deepseek_v32() -> Sample:
+    """Each token attends to the tokens that an indexer chooses."""
+    return _decoder(T.DeepseekV32ForCausalLM, **_DEEPSEEK, **_INDEXER)
+
+
+@_variant
+def glm_moe_dsa() -> Sample:
+    return _decoder(T.GlmMoeDsaForCausalLM, **_DEEPSEEK, **_INDEXER)
+
+
+@_variant
+def mistral_large4() -> Sample:
+    return _decoder(T.MistralLarge4TextModel, **_DEEPSEEK)
+
+
+@_variant
+def youtu() -> Sample:
+    return _decoder(T.YoutuForCausalLM, **_LATENT)
 
 
 @_variant
