@@ -24,7 +24,7 @@ from vlprune.prices import cost
 from vlprune.structures.plan import Plan
 from vlprune.structures.structure import Gate, Slot, Structure
 from vlprune.structures.units import laid_out, positions, span, spread, unit_squares
-from vlprune.testing import build
+from vlprune.testing import CHECKS, build
 from vlprune.training.gating import Gating
 
 KERNELS = ("eager", "batched_mm", "grouped_mm")
@@ -301,6 +301,11 @@ def test_latent_attention_in_three_units() -> None:
     assert core.q_b_proj.weight.shape == (4 * 6, 12)
     assert core.kv_b_proj.weight.shape == (4 * 5, 10)
     assert core.o_proj.weight.shape == (32, 4 * 3)
+
+
+@pytest.mark.parametrize("unit", ["head", "qk_vo"])
+def test_an_indexer_beside_the_scores_costs_the_heads_nothing(unit: Any) -> None:
+    CHECKS["costs_agree"](lambda: build("deepseek_v32"), unit)
 
 
 def test_dimensions_without_position_cost_their_part_of_the_scores() -> None:
