@@ -20,6 +20,7 @@ from vlprune.cutting.difference import difference, tensors_of
 from vlprune.cutting.gates import gated, ones
 from vlprune.cutting.grouped import is_aligned
 from vlprune.cutting.sharing.mixed import mixed
+from vlprune.folders.ordinary import ordinary
 from vlprune.prices import cost
 from vlprune.structures.plan import Plan
 from vlprune.structures.structure import Gate, Slot, Structure
@@ -186,7 +187,7 @@ def test_every_class_of_transformers_that_holds_experts_so_is_understood() -> No
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "aria", "nemotron_h"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
 @pytest.mark.parametrize("width", [8, 7])
 def test_masked_is_cut_under_every_implementation(family: str, kernel: str, width: int) -> None:
     sample = build(family)
@@ -253,6 +254,11 @@ def test_a_mixture_outlives_the_gates_of_one_pass(family: str) -> None:
         passes.append(tensors_of(sample.model(**sample.inputs)))
     for found in passes:
         assert difference(alone, found).relative < 1e-6
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_vl_moe"])
+def test_folders_with_experts_are_loaded_by_plain_from_pretrained(family: str) -> None:
+    CHECKS["folders_round_trip"](lambda: build(family), "head")
 
 
 # -- what it costs ---------------------------------------------------------------------------
@@ -365,3 +371,16 @@ def test_squares_of_a_slot_with_a_period_are_those_of_its_own_rows() -> None:
     assert unit_squares(lambda name: weight, [structure])["s"].tolist() == [
         1 + 36, 4 + 49, 9 + 64,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
+def test_experts_of_one_width_are_an_ordinary_model(family: str) -> None:
+    sample = build(family)
+    description = vlprune.discover(sample.model, "head")
+    plan = Plan({s.name: tuple(range(8)) for s in the_experts(description)}, attention="head")
+    small = vlprune.rewrite(sample.model, description, plan)
+    plain = ordinary(small)
+    assert plain is not small
+    with torch.no_grad():
+        wanted, found = (model(**sample.inputs).logits for model in (small, plain))
+    assert torch.allclose(wanted, found, atol=1e-6)

@@ -78,7 +78,7 @@ def qwen3_moe() -> Sample:
     return _decoder(T.Qwen3MoeForCausalLM, **_FEW, head_dim=8, num_experts=4)
 
 
-@_family
+@_variant
 def qwen3_vl_moe() -> Sample:
     vision = {
         "depth": 2,
