@@ -638,3 +638,16 @@ def test_a_loaded_model_keeps_the_conversions_of_its_weights() -> None:
     import transformers.core_model_loading as loading
 
     assert "_weight_conversions" in inspect.getsource(loading)
+
+
+def test_experts_are_run_by_flags_through_a_registry() -> None:
+    """cutting, calibration: widths that no kernel takes, and experts that are taken apart."""
+    model = build("mixtral").model
+    experts: Any = next(m for name, m in model.named_modules() if name.endswith("experts"))
+    for flag in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm"):
+        assert isinstance(getattr(experts, flag), bool)
+    own = type(experts).forward.__wrapped__
+    names = ["self", "hidden_states", "top_k_index", "top_k_weights"]
+    assert [*inspect.signature(own).parameters] == names
+    moe = importlib.import_module("transformers.integrations.moe")
+    assert moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"].__module__ == "vlprune.cutting.grouped"

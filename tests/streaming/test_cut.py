@@ -7,6 +7,7 @@ import errno
 import filecmp
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def same(one: Path, other: Path) -> None:
         ("qwen2_5_vl", "head"),
         ("dinov2_swiglu", "head"),  # weights are split as they are loaded
         ("detr", "head_dim"),  # frozen statistics of a batch norm
+        ("gpt_oss", "head"),  # gate and up of a neuron lie side by side
     ],
 )
 def test_the_bytes_are_those_of_a_cut_in_memory(family: str, unit: str, tmp_path: Path) -> None:
@@ -101,6 +103,24 @@ def test_the_bytes_are_those_of_a_cut_in_memory(family: str, unit: str, tmp_path
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
     assert done.proof is not None
     assert done.proof.by_passes + done.proof.by_weights == len(done.cut.structures)
+    assert vlprune.load(tmp_path / "small")
+
+
+@pytest.mark.parametrize(("family", "unit"), [("mixtral", "head"), ("deepseek_v3", "qk_vo")])
+def test_experts_that_are_merged_as_they_are_loaded(
+    family: str, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in one file: save_pretrained never parts what it splits from one weight in memory
+    monkeypatch.setattr(f"{__name__}.SIZE", 10_000_000)
+    folder = source(tmp_path / "dense", family)
+    plan = halved(folder, unit)
+    in_memory(folder, plan, tmp_path / "memory")
+    done = streamed(folder, plan, tmp_path / "small")
+    same(tmp_path / "memory", tmp_path / "small")
+    assert done.proof is not None
+    assert done.proof.by_passes == len(done.cut.structures)
+    names = load_file(tmp_path / "small" / "model.safetensors")
+    assert any(re.search(r"experts\.3\.", name) for name in names), "not saved expert by expert"
     assert vlprune.load(tmp_path / "small")
 
 

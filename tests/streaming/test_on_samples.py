@@ -105,6 +105,8 @@ def both(
         ("blip_vqa", "qk_vo", True, torch.float32),
         ("swin", "head_dim", False, torch.float32),  # lists of layers inside of others
         ("detr", "head_dim", False, torch.float32),
+        ("mixtral", "head", False, torch.float32),  # experts are taken apart
+        pytest.param("deepseek_v3", "qk_vo", True, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_the_weights_are_those_of_a_model_in_memory(

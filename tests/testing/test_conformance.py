@@ -99,6 +99,13 @@ def test_family(family: str, unit: str, check: str) -> None:
     CHECKS[check](partial(copied, family), unit)
 
 
+LIKE_ANOTHER = (
+    "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "jamba", "mistral4", "glm_moe_dsa",
+    "mistral_large4", "youtu",
+)  # fmt: skip
+"""Variants with the experts and the attention of another one: in `make slow`."""
+
+
 def variants() -> Iterator[Any]:
     """(variant, unit): each under one unit, under the others in `make slow`.
 
@@ -110,7 +117,7 @@ def variants() -> Iterator[Any]:
         place = named.index(variant) if variant in named else 1
         own = ("head_dim", "head")[place // 2 % 2] if row else UNITS[number % len(UNITS)]
         for unit in (*UNITS, "query_head"):
-            quick = unit == own and not (row and place % 2)
+            quick = unit == own and variant not in LIKE_ANOTHER and not (row and place % 2)
             mark = pytest.mark.whole if quick else pytest.mark.slow
             yield pytest.param(variant, unit, marks=mark, id=f"{variant}-{unit}")
 

@@ -71,9 +71,9 @@ def forward(model, inputs):
 
 # scalars that stay whole; projections that are padded, and sharded each by itself; a forward of
 # vlprune's own and a folded temperature in a sharded attention; rotary pairs and their norms;
-# transposed weights
+# transposed weights; experts
 for family, wrap in [("clip", "layer"), ("idefics2", "linear"), ("blip", "attention"),
-                     ("qwen3_vl", "attention"), ("gpt2", "layer")]:
+                     ("qwen3_vl", "attention"), ("gpt2", "layer"), ("deepseek_v3", "layer")]:
     sample, other = build(family), build(family)
     model = sharded(sample.model, wrap)
     description = vlprune.discover(model)
@@ -225,7 +225,7 @@ def test_sharded_models_of_every_kind_are_cut_or_put_back(python: Any, tmp_path:
     same_plan, refused = first.pop("prices")
     assert same_plan, "another plan by MACs than in one process"
     assert "before fully_shard" in refused
-    assert len(first) == 5
+    assert len(first) == 6
     for case, (error, same, dense, small, bits, again) in first.items():
         assert "process 1 has failed" in error, case
         assert "as if it differed" in error, case

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +19,11 @@ from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of, span
 from .attention import UNITS, Block, Leave, join
+from .experts import experts_at, experts_structure
+from .latent import expansions_at, latent_structures
 from .layouts import ATTENTION, FFN
 from .measured import measure_multihead, measure_projected
+from .reasons import reason_of
 from .towers import child_of, default_tower, in_order, tower_of
 
 __all__ = ["discover", "discover_apart"]
@@ -74,7 +76,7 @@ class _Discovery:
         order: dict[str, int] = {}
         for path, module in in_order(self.model):
             order[path] = len(order)
-            for match in (self._attention, self._ffn):
+            for match in (self._attention, self._experts, self._ffn):
                 structures += match(path, module)
         structures.sort(key=lambda s: order[s.core or s.gates[0].module])
         self._explain_rest()
@@ -85,6 +87,14 @@ class _Discovery:
     def _attention(self, path: str, module: nn.Module) -> list[Structure]:
         """The structures of the attention block at ``path``; none if it is not one."""
         structures = UNITS[self.attention]
+        if parts := expansions_at(module):
+            return self._guarded(
+                path,
+                [*parts],
+                lambda: latent_structures(
+                    path, parts, self.modules, self._tower(path), self.attention
+                ),
+            )
         if isinstance(module, nn.MultiheadAttention):
             return self._guarded(
                 path,
@@ -162,6 +172,20 @@ class _Discovery:
                 )
 
     # -- FFN ---------------------------------------------------------------------------
+
+    def _experts(self, path: str, module: nn.Module) -> list[Structure]:
+        """The neurons of experts whose weights are parameters of one module."""
+        row = experts_at(module)
+        if row is None:
+            return []
+        names = sorted({owner_of(name)[0] for name in row.weights})
+        for name, child in module.named_modules():
+            inside = names == [""] and name and not name.startswith("parametrizations")
+            if inside and any(True for _ in child.parameters(recurse=False)):
+                self.dense[join(path, name)] = reason_of(child, stock_class(module).__name__, name)
+        return self._guarded(
+            path, names, lambda: [experts_structure(path, module, row, self._tower(path))]
+        )
 
     def _ffn(self, path: str, module: nn.Module) -> list[Structure]:
         found = []
@@ -273,8 +297,7 @@ class _Discovery:
                 continue
             owner, name = owner_of(path)
             kind = stock_class(self.modules[owner]).__name__
-            told = layouts.DENSE.get(kind) or layouts.DENSE_CHILDREN.get(name)
-            self.dense[path or "(model)"] = told or _reason(module, kind)
+            self.dense[path or "(model)"] = reason_of(module, kind, name)
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:
@@ -312,27 +335,3 @@ def _is_residual_norm(
     down = modules[join(path, names[-1])]
     width = shape_of(down.weight)[linear_axes(down)[0]]
     return all(shape_of(p) == (width,) for p in layer.parameters(False))
-
-
-_BLOCKS = {
-    "a recurrent block": r"DeltaNet|Mamba|ShortConv|Recurrent|Mixer|LinearAttention",
-    "an attention block": r"Atten|Attn|SelfOutput|Indexer",
-    "an FFN": r"MLP|Mlp|FFN|FeedForward|Intermediate|Output$",
-}
-
-
-def _reason(module: nn.Module, owner: str) -> str:
-    """Why a module that no row takes stays dense; ``owner`` is the class that holds it."""
-    kind = stock_class(module).__name__
-    if isinstance(module, nn.Embedding) or "Embedding" in kind:
-        return "embedding: never pruned"
-    if "Norm" in kind:
-        return "normalisation: as wide as the residual stream"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "convolution: not a transformer block"
-    if is_linear(module):
-        for part, names in _BLOCKS.items():
-            if re.search(names, owner):
-                return f"part of {part} ({owner}) whose layout is in no row of the table"
-        return "a projection outside attention and FFN"
-    return f"parameters of {kind} itself"

@@ -396,6 +396,11 @@ NATIVE: dict[str, Native] = {
         HeliumAttention="helium",
         Ernie4_5Attention="ernie4_5",
         HunYuanDenseV1Attention="hunyuan_v1_dense",
+        MixtralAttention="mixtral",
+        Qwen2MoeAttention="qwen2_moe",
+        Qwen3MoeAttention="qwen3_moe",
+        PhimoeAttention="phimoe",
+        GraniteMoeSharedAttention="granitemoe",
     ),
     # rotary embeddings that turn a part of a head, have angles of their own, or keep them inside
     **_rows(
@@ -412,6 +417,9 @@ NATIVE: dict[str, Native] = {
         GlmAttention="glm",
         Glm4Attention="glm4",
         NemotronAttention="nemotron",
+        JambaAttention="jamba",
+        NemotronHAttention="nemotron_h",
+        Llama4TextAttention="llama4",
     ),
     # relative positions are as long as a head, and the same for all heads
     **_rows(
@@ -423,6 +431,21 @@ NATIVE: dict[str, Native] = {
         SamHQVisionSdpaAttention="sam_hq",
         GotOcr2VisionAttention="got_ocr2",
     ),
+    # latent attention: the forward splits by the numbers of its module, and keeps its own scale
+    **_rows(
+        partial(Native, qk_vo=True),
+        DeepseekV3Attention="deepseek_v3",
+        Glm4MoeLiteAttention="glm4_moe_lite",
+        Mistral4Attention="mistral4",
+        MiniCPM3Attention="minicpm3",
+        DeepseekV32Attention="deepseek_v32",
+        GlmMoeDsaAttention="glm_moe_dsa",
+        YoutuAttention="youtu",
+    ),
+    # the same, with a scale of its own for every head
+    **_rows(partial(Native, head=False, qk_vo=True), MistralLarge4TextAttention="mistral_large4"),
+    # the same, but what is rotated must begin at an even place
+    **_rows(partial(Native, head_dim=False), DeepseekV2Attention="deepseek_v2"),
     # the forward fixes its shapes: vlprune's subclass takes them from its head sizes
     **_rows(
         partial(Native, qk_vo=True, swap="fused"),
@@ -459,4 +482,6 @@ DENSE_CHILDREN = {
     "temporal_dense": "between the two attentions of a layer, as wide as the residual stream",
     "per_layer_input_gate": "reads the residual stream into the embedding of its layer",
     "per_layer_projection": "reads the embedding of its layer into the residual stream",
+    "q_a_proj": "a latent that passes through a norm, which mixes all of its dimensions",
+    "kv_a_proj_with_mqa": "a latent that passes through a norm, which mixes all of its dimensions",
 }

@@ -23,7 +23,7 @@ from .attention import Block, Leave, Part, join
 from .fused import row_order, source_of
 from .layouts import NATIVE, PADDED, Native
 
-__all__ = ["measure_multihead", "measure_projected"]
+__all__ = ["measure_multihead", "measure_projected", "native_of", "number_of"]
 
 
 def measure_projected(
@@ -42,7 +42,7 @@ def measure_projected(
             raise Leave(f"its projection {child} is a {kind}, not a Linear")
     measure = _measure_fused if row.qkv else _measure_apart
     q, k, v, numbers = measure(path, row, modules, core)
-    native = _native(core, name)
+    native = native_of(core, name)
     return Block(
         path=path,
         core_path=core_path,
@@ -89,8 +89,8 @@ def _measure_fused(
     if not order:
         raise Leave(f"the row order of the fused projection in {name} is not known")
     value_size = getattr(core, "value_dim", None)
-    heads, size = _number(core, layouts.HEAD_COUNTS), _number(core, layouts.HEAD_SIZES)
-    kv = _number(core, layouts.KV_COUNTS)
+    heads, size = number_of(core, layouts.HEAD_COUNTS), number_of(core, layouts.HEAD_SIZES)
+    kv = number_of(core, layouts.KV_COUNTS)
     if size and not heads:  # only its config says how many
         heads = rows // size - 2 * kv if kv else rows // size // 3
     size, kv = size or (rows // 3 // heads if heads else 0), kv or heads
@@ -112,9 +112,9 @@ def _measure_apart(
 ) -> Measured:
     """Measure separate projections; some blocks have only values. Raises Leave if that fails."""
     name, rows = stock_name(core), _rows(path, row.q or row.v[0], modules)
-    size = _number(core, layouts.HEAD_SIZES)
+    size = number_of(core, layouts.HEAD_SIZES)
     if not size:
-        counted = _number(core, layouts.HEAD_COUNTS)
+        counted = number_of(core, layouts.HEAD_COUNTS)
         if not counted or rows % counted:
             raise Leave(f"{name} does not say how many heads it has")
         size = rows // counted
@@ -213,7 +213,7 @@ def measure_multihead(path: str, module: Any, tower: str) -> Block:
         core_path=path,
         core=module,
         stock_name=name,
-        native=_native(module, name),
+        native=native_of(module, name),
         tower=tower,
         heads=heads,
         kv=heads,
@@ -226,13 +226,13 @@ def measure_multihead(path: str, module: Any, tower: str) -> Block:
     )
 
 
-def _native(core: nn.Module, name: str) -> Native:
+def native_of(core: nn.Module, name: str) -> Native:
     """The table's entry for the forward; PADDED for unknown classes, even under a known name."""
     known = stock_class(core).__module__.startswith(("transformers.", "torch.nn.", "vlprune."))
     return NATIVE.get(name, PADDED) if known else PADDED
 
 
-def _number(module: nn.Module, names: tuple[str, ...]) -> int:
+def number_of(module: nn.Module, names: tuple[str, ...]) -> int:
     """The first of ``names`` that is a positive whole number on the module, else 0."""
     for name in names:
         value = getattr(module, name, None)

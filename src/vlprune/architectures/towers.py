@@ -64,6 +64,18 @@ _ORDER = {
     "DeepseekVLHybridModel": ("vision_model", "high_res_vision_model"),
     "InstructBlipVideoQFormerLayer": ("attention", "crossattention", "intermediate_query"),
     "InstructBlipQFormerLayer": ("attention", "crossattention", "intermediate_query"),
+    # the expert that every token goes to runs before the others
+    "Ernie4_5_MoeSparseMoeBlock": ("shared_experts",),
+    "Ernie4_5_VLMoeMoeBlock": ("shared_experts",),
+    "HunYuanMoEV1Moe": ("shared_mlp",),
+    "LagunaSparseMoeBlock": ("shared_experts",),
+    "MiniMaxM3VLSparseMoeBlock": ("shared_experts",),
+    "Qwen2MoeSparseMoeBlock": ("shared_expert",),
+    "Qwen3NextSparseMoeBlock": ("shared_expert",),
+    "Qwen3OmniMoeTalkerTextSparseMoeBlock": ("shared_expert",),
+    "Qwen3_5MoeSparseMoeBlock": ("shared_expert",),
+    "Qwen4ExpTextSparseMoeBlock": ("shared_expert",),
+    "Step3p7SparseMoeBlock": ("shared_experts",),
 }
 
 

@@ -21,6 +21,7 @@ from ..structures.structure import Structure
 from ..structures.units import owner_of
 from .consumers import Consumer, consumers_of
 from .moments import of_all_processes
+from .taken_apart import called_at, taken_apart
 
 __all__ = ["Block", "blocks_of", "callable_projections", "hooked", "members_of"]
 
@@ -55,7 +56,7 @@ def blocks_of(
     def note(path: str, *_: Any) -> None:
         called[path] += 1
 
-    watched = {*members, *(c.module for own in consumers.values() for c in own)}
+    watched = {*members, *(called_at(c.module) for own in consumers.values() for c in own)}
     hooks = ((model.get_submodule(p).register_forward_pre_hook, partial(note, p)) for p in watched)
     with hooked(hooks), torch.no_grad():
         for call in calls:
@@ -69,8 +70,8 @@ def blocks_of(
     order = {path: number for number, path in enumerate(merged)}
     blocks = []
     for path in sorted(order.keys() & members.keys(), key=order.__getitem__):
-        own = [c for s in members[path] for c in consumers[s.name] if c.module in order]
-        own.sort(key=lambda c: order[c.module])
+        own = [c for s in members[path] for c in consumers[s.name] if called_at(c.module) in order]
+        own.sort(key=lambda c: order[called_at(c.module)])
         blocks.append(Block(path, tuple(members[path]), tuple(own), path in again))
     return blocks
 
@@ -119,7 +120,7 @@ def callable_projections(model: nn.Module, structures: Sequence[Structure]) -> I
     """Every nn.MultiheadAttention calls its output projection as a module while the block runs.
 
     The stock forward passes the projection's weight to one function, so no hook would see its
-    input; vlprune's own forward computes the same.
+    input; vlprune's own forward computes the same. Experts get a layer each.
     """
     swapped: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     cores = {s.core for s in structures if s.core}
@@ -131,7 +132,8 @@ def callable_projections(model: nn.Module, structures: Sequence[Structure]) -> I
                 module.__class__ = native_forward(f"multihead:{stock_name(module)}", type(module))
                 adopt: Any = module.adopt
                 adopt()
-        yield
+        with taken_apart(model, structures):
+            yield
     finally:
         for module, cls, attributes in swapped:
             module.__class__ = cls

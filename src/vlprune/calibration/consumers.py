@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..cutting.padded import is_linear, linear_axes
 from ..structures.structure import Slot, Structure
-from ..structures.units import owner_of, positions
+from ..structures.units import laid_out, owner_of
+from .taken_apart import parts_of, reads_experts
 
 __all__ = ["Consumer", "Rows", "consumers_of", "rows_of"]
 
@@ -43,7 +44,8 @@ class Rows:
     """Rows of a projection that belong to a structure: ``heads`` heads of ``size`` dimensions.
 
     ``module`` is the path of the projection, "" for a parameter that no module of its own holds;
-    ``weight`` and ``bias`` (or "") are parameters, ``start`` the first row.
+    ``weight`` and ``bias`` (or "") are parameters, ``start`` the first row, ``period`` how far
+    apart the heads begin (0: one directly behind the other).
     """
 
     module: str
@@ -52,21 +54,49 @@ class Rows:
     start: int
     heads: int
     size: int
+    period: int = 0
+
+    def of(self, tensor: Tensor, axis: int = -1) -> Tensor:
+        """These rows of a weight, or these places of an output: ``heads * size`` on the axis."""
+        if not self.period:
+            return tensor.narrow(axis, self.start, self.heads * self.size)
+        return tensor.index_select(axis, self._places(tensor))
+
+    def with_new(self, tensor: Tensor, new: Tensor) -> Tensor:
+        """``tensor`` with ``new`` on these places of its last axis."""
+        return tensor.index_copy(-1, self._places(tensor), new)
+
+    def put(self, tensor: Tensor, new: Tensor) -> None:
+        """Write ``new`` (heads * size, ...) to these rows of a weight or bias, in place."""
+        tensor.index_copy_(0, self._places(tensor), new.to(tensor.dtype))
+
+    def _places(self, tensor: Tensor) -> Tensor:
+        slot = Slot("", 0, self.start, self.heads, 1, self.period)
+        return laid_out(slot, self.size).reshape(-1).to(tensor.device)
 
 
 def consumers_of(model: nn.Module, structure: Structure) -> tuple[Consumer, ...]:
-    """The layers that read the structure's units; none for query-key dimensions."""
+    """The layers that read the structure's units; none for query-key dimensions.
+
+    Those of experts are there while :func:`.taken_apart.taken_apart` is in effect.
+    """
     found = []
     for slot in structure.slots:
         path, leaf = owner_of(slot.param)
         module: Any = model.get_submodule(path)
+        columns = laid_out(slot, structure.size).transpose(0, 1).reshape(structure.size, -1)
+        if experts := reads_experts(model, structure, slot):
+            shape = getattr(module, leaf).shape
+            width, out = shape[slot.axis], shape[3 - slot.axis]
+            found += [
+                Consumer(structure.name, part, columns, width, out)
+                for part in parts_of(path, experts)
+            ]
+            continue
         if leaf != "weight" or not is_linear(module) or slot.axis != linear_axes(module)[1]:
             continue
         shape = module.weight.shape
         out_axis, in_axis = linear_axes(module)
-        every = positions(slot, structure.size, range(structure.size))
-        laid_out = every.reshape(slot.repeat, structure.size, slot.inner).transpose(0, 1)
-        columns = laid_out.reshape(structure.size, -1)
         found.append(Consumer(structure.name, path, columns, shape[in_axis], shape[out_axis]))
     return tuple(found)
 
@@ -86,7 +116,8 @@ def rows_of(model: nn.Module, structure: Structure) -> tuple[Rows, ...]:
             continue
         bias = _bias_beside(structure.slots, slot, path, leaf.replace("weight", "bias"))
         name = path if leaf == "weight" else ""
-        found.append(Rows(name, slot.param, bias, slot.start, slot.repeat, structure.size))
+        layout = slot.start, slot.repeat, structure.size, slot.period
+        found.append(Rows(name, slot.param, bias, *layout))
     return tuple(found)
 
 

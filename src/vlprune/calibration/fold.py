@@ -21,17 +21,20 @@ from torch import Tensor, nn
 from ..cutting.gates import evaluating
 from ..device import device_of
 from ..structures.plan import Plan
-from ..structures.structure import Structure
+from ..structures.shards import shape_of
+from ..structures.structure import Slot, Structure
 from ..structures.units import positions
 from .batches import Batches
 from .blocks import Block, hooked
 from .consumers import Consumer
+from .expert_moments import ExpertMoments
 from .landing import Landing, Replay, landing_of, value_at
 from .moments import Moments, flat
 from .passes import calls_of, ready, weight_of
 from .solve import Repair, repair
 from .store import Originals, Parked, Shelf, Steps, lies_in, put
 from .streams import Stream, streams
+from .taken_apart import Part, called_at, reads_experts, token_weights
 
 __all__ = ["fold_layers"]
 
@@ -93,11 +96,16 @@ def fold_layers(
 def _changing(model: nn.Module, block: Block, plan: Plan) -> list[str]:
     """The parameters that folding the plan changes in a block."""
     cut = [s for s in block.structures if len(plan.kept(s)) < s.size]
-    names = [slot.param for s in cut if s.kind != "ffn" for slot in s.slots]
+    names = [slot.param for s in cut for slot in _silenced(model, s)]
     for consumer in block.consumers:
         if any(consumer.structure == s.name for s in cut):
             layer = model.get_submodule(consumer.module)
             names += [f"{consumer.module}.{leaf}" for leaf, _ in layer.named_parameters()]
+            if isinstance(layer, Part):
+                leaves = (
+                    ("down_proj", "down_proj_bias") if layer.bias is not None else ("down_proj",)
+                )
+                names += [f"{called_at(consumer.module)}.{leaf}" for leaf in leaves]
     return list(dict.fromkeys(names))
 
 
@@ -133,10 +141,17 @@ def _fold_block(
     for n in here[:1]:
         with small[n].awake():
             for c in cut:
-                landings[c.module] = landing_of(pairs[n].replay, model.get_submodule(c.module))
+                layer = model.get_submodule(c.module)
+                if not isinstance(layer, Part):
+                    landings[c.module] = landing_of(pairs[n].replay, layer)
     for n in here:  # the dense pass goes on while the block is still dense
         values: dict[str, Tensor] = {}
-        hooks = [h for c in cut for h in _value_hooks(model, pairs[n].replay, c, landings, values)]
+        hooks = [
+            h
+            for c in cut
+            if c.module in landings
+            for h in _value_hooks(model, pairs[n].replay, c, landings, values)
+        ]
         with hooked(hooks):
             dense[n].resume()
         pairs[n].wanted.update(values)
@@ -144,9 +159,13 @@ def _fold_block(
     for structure in block.structures:
         _silence(model, structure, plan.kept(structure))
     done = {}
+    experts = ExpertMoments(model, [c for c in cut if called_at(c.module) != c.module], batches)
     for c in cut:
         tower = by_name[c.structure].tower
-        sums = _sums(model, c, landings.get(c.module), pairs, batches, tower)
+        if called_at(c.module) == c.module:
+            sums = _sums(model, c, landings.get(c.module), pairs, batches, tower)
+        else:
+            sums = experts.sums(c, pairs, tower)
         done[c.module] = _repaired(model, c, sums, plan.kept(by_name[c.structure]))
     facts = {name: (r.before, r.after, r.damping) for name, r in done.items()}
     changed = {name: model.get_parameter(name) for name in _changing(model, block, plan)}
@@ -193,10 +212,13 @@ def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) ->
             def note(path: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
                 wanted[path].append(output)  # noqa: B023
 
-            def take(path: str, _module: nn.Module, args: Any, _output: Tensor) -> None:
-                weights = batches.weights(structure.tower, number, args[0])  # noqa: B023
+            def take(path: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+                tower = structure.tower  # noqa: B023
+                weights = token_weights(batches, tower, number, layer, args[0])  # noqa: B023
+                # other tokens may have come to an expert
+                target = output if isinstance(layer, Part) else wanted[path].pop(0)  # noqa: B023
                 into = sums[path][batches.held_out(number)]  # noqa: B023
-                into.add(flat(args[0]), weights, flat(wanted[path].pop(0)))  # noqa: B023
+                into.add(flat(args[0]), weights, flat(target))
 
             for values, hook in ((dense, note), (small, take)):
                 put(model, values)
@@ -296,13 +318,21 @@ def _once(
     return seen["x"], seen["y"], seen.get("t", seen["y"])
 
 
+def _silenced(model: nn.Module, structure: Structure) -> tuple[Slot, ...]:
+    """All of attention, so that scores are computed without what goes; what reads experts that
+    cannot be taken apart."""
+    if structure.kind != "ffn":
+        return structure.slots
+    last = structure.slots[-1]
+    unread = not reads_experts(model, structure, last)
+    return (last,) if unread and len(shape_of(model.get_parameter(last.param))) == 3 else ()
+
+
 @torch.no_grad()
 def _silence(model: nn.Module, structure: Structure, kept: Sequence[int]) -> None:
-    """Zero the rows of head dimensions that go, so that scores are computed without them."""
+    """Zero the weights of units that go, where no repair of the layer behind them will."""
     gone = sorted(set(range(structure.size)) - set(kept))
-    if structure.kind == "ffn" or not gone:
-        return
-    for slot in structure.slots:
+    for slot in _silenced(model, structure) if gone else ():
         weight = model.get_parameter(slot.param)
         weight.index_fill_(slot.axis, positions(slot, structure.size, gone).to(weight.device), 0.0)
 

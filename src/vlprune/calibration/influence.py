@@ -158,11 +158,8 @@ Watch = Callable[[str, nn.Module, Any, Tensor], Tensor]
 
 def _watch_rows(watch: Watch, rows: Rows, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Watch the rows of a projection that are queries; of a fused one, they are a part."""
-    stop = rows.start + rows.heads * rows.size
-    queries = watch(rows.weight, module, args, output[..., rows.start : stop])
-    if queries.shape == output.shape:
-        return queries
-    return torch.cat([output[..., : rows.start], queries, output[..., stop:]], -1)
+    queries = watch(rows.weight, module, args, rows.of(output))
+    return queries if queries.shape == output.shape else rows.with_new(output, queries)
 
 
 @contextmanager
@@ -207,8 +204,10 @@ def small_enough(
     return batches.split(max(1, max(IN_MEMORY, size // 2) // max(1, held)))
 
 
-def _requiring_grad(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_()
+def _requiring_grad(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor) or output.requires_grad:  # a router may give two tensors
+        return output
+    return output.detach().requires_grad_()
 
 
 def _mean(sums: Mapping[str, Tensor], shapes: Mapping[str, int], count: int) -> dict[str, Tensor]:

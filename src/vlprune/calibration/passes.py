@@ -20,6 +20,7 @@ from .consumers import Consumer
 from .moments import Moments, flat
 from .store import Shelf
 from .streams import streams
+from .taken_apart import token_weights
 
 __all__ = ["calls_of", "input_hook", "kinds_of_calls", "moments_by_block", "ready", "weight_of"]
 
@@ -132,7 +133,8 @@ def _watch(
     number: int,
 ) -> Iterator[tuple[Any, Any]]:
     def take(consumer: Consumer, x: Tensor) -> None:
-        weights = batches.weights(towers[consumer.structure], number, x)
+        layer = model.get_submodule(consumer.module)
+        weights = token_weights(batches, towers[consumer.structure], number, layer, x)
         found[consumer.module].add(flat(x), weights)
 
     for consumer in consumers:

@@ -140,11 +140,10 @@ def head_moments(
 
 def _rows_hook(model: nn.Module, rows: Rows, take: Callable[[Tensor], None]) -> tuple[Any, Any]:
     """The hook that hands the rows' outputs to ``take``: (..., heads * size)."""
-    stop = rows.start + rows.heads * rows.size
     if rows.module:
 
         def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            take(output[..., rows.start : stop])
+            take(rows.of(output))
 
         return model.get_submodule(rows.module).register_forward_hook, after
     owner: Any = model.get_submodule(owner_of(rows.weight)[0])
@@ -152,13 +151,13 @@ def _rows_hook(model: nn.Module, rows: Rows, take: Callable[[Tensor], None]) -> 
 
     def before(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = [*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :])]
-        bias = module.in_proj_bias[rows.start : stop] if rows.bias else None
+        bias = rows.of(module.in_proj_bias) if rows.bias else None
         x = (
             given[which]
             if module.batch_first or given[which].dim() < 3
             else given[which].transpose(0, 1)
         )
-        take(nn.functional.linear(x, module.in_proj_weight[rows.start : stop], bias))
+        take(nn.functional.linear(x, rows.of(module.in_proj_weight, 0), bias))
 
     return partial(owner.register_forward_pre_hook, with_kwargs=True), before
 
@@ -326,14 +325,13 @@ def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows_times(model: nn.Module, rows: Rows, by: Tensor) -> None:
     """Multiply each head's rows, weight and bias, by its matrix (heads, size, size)."""
-    stop = rows.start + rows.heads * rows.size
     weight: Tensor = model.get_parameter(rows.weight)
     owner = model.get_submodule(rows.module) if rows.module else None
     if owner is not None and linear_axes(owner) == (1, 0):
         weight = weight.T
     for tensor in (weight, *([model.get_parameter(rows.bias)] if rows.bias else [])):
-        part = tensor[rows.start : stop]
+        part = rows.of(tensor, 0)
         new = by @ part.double().unflatten(0, (rows.heads, rows.size)).reshape(
             rows.heads, rows.size, -1
         )
-        part.copy_(new.reshape(part.shape).to(part.dtype))
+        rows.put(tensor, new.reshape(part.shape))

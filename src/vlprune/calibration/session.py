@@ -122,6 +122,12 @@ class Session:
             ]
         return self._unreached
 
+    @property
+    def unread(self) -> list[str]:
+        """Structures whose neurons no layer reads that a calibration could work on."""
+        ffns = [s for s in self.structures if s.kind == "ffn"]
+        return [s.name for s in ffns if not consumers_of(self.model, s)]
+
     def _blocks(self) -> list[Block]:
         """The blocks that the batches reach, in the order of a forward pass."""
         with evaluating(self.model), callable_projections(self.model, self.structures):
@@ -268,6 +274,12 @@ class Session:
             notes.append(
                 f"no calibration batch reached {len(self.unreached)} of {len(self.structures)} "
                 f"structures: {', '.join(self.unreached)}"
+            )
+        if self.unread:
+            notes.append(
+                f"the neurons of {', '.join(self.unread)} are read by no layer that could be "
+                "watched or repaired: these experts are built unlike all others, so OBS leaves "
+                "them whole, and no repair follows their cut by another method"
             )
         wrong = max(self.errors.before.values(), default=0.0) if self.errors is not None else 0.0
         if self.errors is not None and not self.errors.kept and wrong > NOTHING:

@@ -16,7 +16,7 @@ from ..errors import PlanError
 from ..structures.plan import Plan
 from ..structures.shards import shape_of, whole
 from ..structures.structure import Structure
-from ..structures.units import owner_of, positions, span
+from ..structures.units import laid_out, owner_of, positions
 from .fsdp import Units, class_in_unit, is_sharded, is_unit, reshard
 from .native import native_forward
 from .padded import PaddedLinear, expect_index, is_linear, linear_axes
@@ -118,7 +118,7 @@ def slices_of(
             mask = masks[slot.param].setdefault(
                 slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
             )
-            mask[slot.start : slot.start + span(slot, structure.size)] = False
+            mask[laid_out(slot, structure.size)] = False
             mask[positions(slot, structure.size, kept)] = True
     index = {
         name: {axis: (mask.nonzero().reshape(-1), mask.numel()) for axis, mask in axes.items()}
@@ -239,7 +239,7 @@ def follow(
             continue
         for attr in structure.attrs:
             module = model.get_submodule(attr.module)
-            _set(module, attr.name, attr.per_unit * len(kept[structure.name]), undo)
+            _set(module, attr.name, attr.per_unit * len(kept[structure.name]) + attr.more, undo)
         for path, name in structure.indices:
             _note_units(model.get_submodule(path), name, kept[structure.name], undo)
 

@@ -127,8 +127,9 @@ def _put_on(module: nn.Module, path: str, members: Sequence[tuple[Gate, Tensor]]
     names = [name for gate, _ in members for name in gate.params]
     if any(parametrize.is_parametrized(module, name) for name in names):
         raise UnsupportedError(
-            "the projections of an nn.MultiheadAttention share their weights, so they cannot be "
-            "gated: call vlprune.materialize on the model first, or skip this module"
+            f"{path} ({type(module).__mro__[1].__name__}) shares weights that no layer of its own "
+            "holds, so they cannot be gated: call vlprune.materialize on the model first, or skip "
+            "this module"
         )
     base, own = type(module), module.__dict__.get("forward")
     module.__dict__[GATES] = _Gates(tuple(members), base, own)
@@ -222,27 +223,29 @@ def _through(
     for gate, values in by_place["input"]:
         first, *rest = args
         args = (first * _like(first, spread(values, gate, first.shape[-1])), *rest)
-    shadowed = []
+    shadowed: list[tuple[str, Any]] = []
     try:
         for gate, values in by_place["weight"]:
             for name in gate.params:
                 # An entry in __dict__ is found before nn.Module looks into _parameters, so the
                 # parameter itself, its name and its order are never touched.
+                shadowed.append((name, module.__dict__.get(name)))
                 module.__dict__[name] = _product(getattr(module, name), gate, values)
-                shadowed.append(name)
         output = forward(*args, **kwargs)
     finally:
-        for name in shadowed:
-            module.__dict__.pop(name, None)
+        for name, before in reversed(shadowed):
+            module.__dict__[name] = before  # a mixture with another layer
+            if before is None:
+                del module.__dict__[name]
     for gate, values in by_place["output"]:
         output = output * _like(output, spread(values, gate, output.shape[-1]))
     return output
 
 
 def _product(weight: Tensor, gate: Gate, values: Tensor) -> Tensor:
-    """The rows of a weight times the gates, in the weight's shape."""
-    scale = _like(weight, spread(values, gate, weight.shape[0]))
-    product = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    """A weight times the gates along their axis, in the weight's shape."""
+    scale = _like(weight, spread(values, gate, weight.shape[gate.axis]))
+    product = weight * scale.reshape(-1, *[1] * (weight.dim() - 1 - gate.axis))
     if not torch.is_grad_enabled() and _flag_counts():
         product.requires_grad_(weight.requires_grad)
     return product

@@ -130,7 +130,13 @@ def _register_quantizer(auto: Any) -> None:
     auto.register_quantizer(method)(ShapeRebuilder)
 
 
+def _register_experts(moe: Any) -> None:
+    """Let cut experts run under transformers' default implementation, whatever their width."""
+    importlib.import_module("vlprune.cutting.grouped").register(moe)
+
+
 REGISTRIES: dict[str, Callable[[Any], None]] = {
+    "transformers.integrations.moe": _register_experts,
     "transformers.quantizers.auto": _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configs,
 }

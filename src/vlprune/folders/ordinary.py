@@ -26,6 +26,9 @@ __all__ = ["ordinary"]
 
 WIDTHS = (
     "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "expert_ffn_hidden_size",
     "encoder_ffn_dim",
     "decoder_ffn_dim",
     "ffn_dim",

@@ -118,6 +118,7 @@ class Stopwatch:
                 inward = inward or isinstance(module, nn.MultiheadAttention)
                 ends[path] = ends.get(path, False) or inward
             for path, closes in ends.items():
+                closes = closes or len(ends) == 1  # experts: one module from end to end
                 self.members[model.get_submodule(path)][structure.name] = closes
 
     @contextmanager
@@ -166,6 +167,5 @@ class Stopwatch:
 
 def reads(module: nn.Module, axis: int) -> bool:
     """Whether this axis of the module's weight is its input axis."""
-    return len(getattr(module, "weight", torch.empty(0)).shape) == 2 and (
-        axis == linear_axes(module)[1]
-    )
+    dims = len(getattr(module, "weight", torch.empty(0)).shape)
+    return (dims == 2 and axis == linear_axes(module)[1]) or (dims == 3 and axis == 2)

@@ -22,7 +22,7 @@ from ..device import moved_to
 from ..structures.plan import Plan
 from ..structures.shards import shape_of
 from ..structures.structure import Structure
-from ..structures.units import named_weights
+from ..structures.units import named_weights, owner_of
 from .params import kept_of
 from .prices import Prices
 
@@ -78,8 +78,15 @@ def _sdpa_cpu(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-_EXTRA_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_cpu
+# Nor has it one for the product of sorted tokens, each with its own expert's weights.
+def _grouped_mm(tokens: Tensor, weights: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    return 2 * tokens.numel() * weights.shape[-1]
+
+
+_EXTRA_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": _sdpa_cpu,
+    "aten._grouped_mm": _grouped_mm,
+    "transformers.grouped_mm_fallback": _grouped_mm,
 }
 
 
@@ -107,7 +114,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         packet = func._overloadpacket
-        formula = _EXTRA_FORMULAS.get(packet) or flop_registry.get(packet)
+        formula = _EXTRA_FORMULAS.get(str(packet)) or flop_registry.get(packet)
         if formula is not None:
             done = formula(*args, **kwargs, out_val=output) // 2
             self.total += done
@@ -129,8 +136,13 @@ def measure_macs(
     with ExitStack() as hooks:
         for handle in _projection_hooks(model, by_projection):
             hooks.callback(handle.remove)
-        for core in {s.core for s in structures if s.core}:
-            for handle in counter.watch(core, model.get_submodule(core)):
+        experts = _experts(model, structures)
+        cores = {s.core for s in structures if s.core}
+        inside = {
+            c: [f"{c}.{n}" for n, _ in model.get_submodule(c).named_children()] for c in cores
+        }
+        for path in {*experts, *cores, *(p for paths in inside.values() for p in paths)}:
+            for handle in counter.watch(path, model.get_submodule(path)):
                 hooks.callback(handle.remove)
         # the fast path's fused kernel has no formula
         hooks.callback(
@@ -139,14 +151,36 @@ def measure_macs(
         torch.backends.mha.set_fastpath_enabled(False)
         with running(model), evaluating(model), counter:
             model(**moved_to(model, example_inputs))
-    by_core = {
-        core: done - sum(n for path, n in by_projection.items() if path.startswith(core + "."))
-        for core, done in counter.core.items()
-    }
+    by_core = {}
+    for core in cores:  # without what its modules do: projections, or an indexer of tokens
+        own = model.get_submodule(core)._parameters
+        modules = sum(
+            max(counter.core[path], _starting(path + ".", by_projection)) for path in inside[core]
+        )
+        fused = sum(_starting(f"{core}.{name}", by_projection) for name in own)
+        by_core[core] = counter.core[core] - modules - fused
     shapes = {name: shape_of(p) for name, p in named_weights(model).items()}
+    for path, names in experts.items():  # each in proportion to its size: all see the same tokens
+        sizes_of = {name: math.prod(shapes[name][1:]) for name in names}
+        for name, numbers in sizes_of.items():
+            by_projection[name] = counter.core[path] * numbers // sum(sizes_of.values())
     unit = {s.name: _macs_per_unit(s, shapes, by_projection, by_core) for s in structures}
     sizes = {s.name: s.size for s in structures}
     return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))
+
+
+def _starting(prefix: str, macs: Mapping[str, int]) -> int:
+    return sum(done for name, done in macs.items() if name.startswith(prefix))
+
+
+def _experts(model: nn.Module, structures: Sequence[Structure]) -> dict[str, list[str]]:
+    """{module: its weights} of experts, which are no layers: (experts, out, in) each."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for slot in (slot for structure in structures for slot in structure.slots):
+        path, leaf = owner_of(slot.param)
+        if len(shape_of(getattr(model.get_submodule(path), leaf))) == 3:
+            found[path].append(slot.param)
+    return found
 
 
 def _projection_hooks(model: nn.Module, macs: dict[str, int]) -> Iterator[RemovableHandle]:

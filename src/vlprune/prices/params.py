@@ -15,7 +15,7 @@ from ..cutting.sharing.ties import ties_in, ties_of
 from ..structures.plan import Plan
 from ..structures.shards import shape_of
 from ..structures.structure import Structure
-from ..structures.units import named_weights, positions
+from ..structures.units import laid_out, named_weights, positions
 from .prices import Prices
 
 __all__ = ["kept_of", "param_prices", "params"]
@@ -126,9 +126,7 @@ def _units_elsewhere(
         slots = [s for s in structure.slots if s.param in tied]
         if slots:
             slot = slots[0]
-            every = positions(slot, structure.size, range(structure.size)).reshape(
-                slot.repeat, structure.size, slot.inner
-            )
+            every = laid_out(slot, structure.size)
             units = [u for u in range(structure.size) if int(every[0, u, 0]) in tied[slot.param]]
             if units:
                 found[structure.name] = tuple(units)

@@ -26,6 +26,8 @@ class Slot:
     Unit ``u`` of a structure with ``size`` units owns ``[:, u, :]`` of that layout.
     An FFN neuron has ``repeat=1, inner=1``; a head dimension ``repeat=heads``; a whole
     head ``inner=head_dim``; the query part of a KV group ``inner=queries * head_dim``.
+    ``period`` is how far apart the repeats begin, where rows of something else lie between them;
+    0 where they follow each other at once.
     """
 
     param: str
@@ -33,6 +35,7 @@ class Slot:
     start: int = 0
     repeat: int = 1
     inner: int = 1
+    period: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Gate:
     """The place where a structure's gate multiplies, laid out as a :class:`Slot`.
 
     ``at`` is ``"output"`` or ``"input"`` (last axis of what a module returns or
-    receives), or ``"weight"``: rows of the parameters ``params``, for modules such as
-    ``nn.MultiheadAttention`` that never call their projections as modules.
+    receives), or ``"weight"``: positions on ``axis`` of the parameters ``params``, for modules such
+    as ``nn.MultiheadAttention`` that never call their projections as modules.
     """
 
     module: str
@@ -50,15 +53,21 @@ class Gate:
     repeat: int = 1
     inner: int = 1
     params: tuple[str, ...] = ()
+    period: int = 0
+    axis: int = 0
 
 
 @dataclass(frozen=True)
 class Attr:
-    """A module attribute that must follow the cut: ``per_unit`` times the units kept."""
+    """A module attribute that must follow the cut: ``per_unit`` times the units kept, and ``more``.
+
+    ``more`` is the part of the number that no unit of the structure has to do with.
+    """
 
     module: str
     name: str
     per_unit: int = 1
+    more: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from torch.nn.utils import parametrize
 from .shards import whole
 from .structure import Gate, Slot, Structure
 
-__all__ = ["named_weights", "owner_of", "plain_name", "positions", "span", "spread", "unit_squares"]
+__all__ = [
+    "laid_out",
+    "named_weights",
+    "owner_of",
+    "plain_name",
+    "positions",
+    "span",
+    "spread",
+    "unit_squares",
+]
 
 
 def owner_of(name: str) -> tuple[str, str]:
@@ -21,8 +30,17 @@ def owner_of(name: str) -> tuple[str, str]:
 
 
 def span(slot: Slot | Gate, size: int) -> int:
-    """How many positions the slot covers, for a structure of ``size`` units."""
-    return slot.repeat * size * slot.inner
+    """From the slot's first position to behind its last, for a structure of ``size`` units."""
+    block = size * slot.inner
+    return (slot.repeat - 1) * (slot.period or block) + block
+
+
+def laid_out(slot: Slot | Gate, size: int) -> Tensor:
+    """The positions of all units as (repeat, size, inner): int64, on the CPU."""
+    block = size * slot.inner
+    first = torch.arange(slot.repeat, device="cpu") * (slot.period or block) + slot.start
+    inside = torch.arange(block, device="cpu").reshape(size, slot.inner)
+    return first[:, None, None] + inside
 
 
 def positions(slot: Slot | Gate, size: int, units: Sequence[int] | Tensor) -> Tensor:
@@ -30,11 +48,8 @@ def positions(slot: Slot | Gate, size: int, units: Sequence[int] | Tensor) -> Te
 
     They follow the slot's layout (repeat, units in the order given, inner).
     """
-    layout = torch.arange(span(slot, size), device="cpu").reshape(slot.repeat, size, slot.inner)
-    return (
-        layout[:, torch.as_tensor(units, dtype=torch.long, device="cpu"), :].reshape(-1)
-        + slot.start
-    )
+    chosen = torch.as_tensor(units, dtype=torch.long, device="cpu")
+    return laid_out(slot, size)[:, chosen, :].reshape(-1)
 
 
 def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
@@ -42,7 +57,11 @@ def spread(values: Tensor, slot: Slot | Gate, width: int) -> Tensor:
 
     Differentiable; shape (width,).
     """
-    block = values[None, :, None].expand(slot.repeat, -1, slot.inner).reshape(-1)
+    rows = values[None, :, None].expand(slot.repeat, -1, slot.inner).flatten(1)
+    between = slot.period - rows.shape[1] if slot.period else 0
+    if between:
+        rows = torch.cat([rows, rows.new_ones(slot.repeat, between)], 1)
+    block = rows.reshape(-1)[: rows.numel() - between]
     before, after = slot.start, width - slot.start - block.numel()
     if before == 0 and after == 0:
         return block
@@ -93,7 +112,6 @@ def unit_squares(
                 if others:  # a vector_norm over rows takes ten times as long
                     squares = squares.sum(others)
                 axis_sums = sums[slot.param, slot.axis] = squares.cpu()
-            block = axis_sums[slot.start : slot.start + span(slot, structure.size)]
-            total += block.reshape(slot.repeat, structure.size, slot.inner).sum((0, 2))
+            total += axis_sums[laid_out(slot, structure.size)].sum((0, 2))
         totals[structure.name] = total
     return totals

@@ -1,6 +1,6 @@
 """The conformance suite, for the supported families and for architectures of your own."""
 
-from . import chats, detectors, encoders, segmenters, texts, variants
+from . import chats, detectors, encoders, experts, segmenters, texts, variants
 from .conformance import CHECKS
 from .families import FAMILIES, VARIANTS, Sample, build
 
@@ -13,6 +13,7 @@ __all__ = [
     "chats",
     "detectors",
     "encoders",
+    "experts",
     "segmenters",
     "texts",
     "variants",

@@ -36,8 +36,6 @@ def types(tokens: int, text: int = 4) -> dict[str, Any]:
 
 # fmt: off
 # -- an image encoder, a projector, a decoder
-chats("aria", 2, vision_config={"model_type": "idefics3_vision"},
-    text_config={"moe_num_experts": 2}, projector_patch_to_query_dict={4: 2})
 chats("aya_vision", 1, vision_config=SIGLIP, text_config=COHERE2)
 chats("cohere2_vision", 1, vision_config=SIGLIP, text_config=COHERE2,
     alignment_intermediate_size=32)
@@ -147,16 +145,12 @@ qwens("glm4v", types=True, vision_config=OUT, text_config=TEXT)
 qwens("glm46v", types=True, vision_config={"model_type": "glm4v_vision", **OUT},
     text_config={"model_type": "glm4v_text", **TEXT})
 qwens("glm_ocr", types=True, vision_config=OUT, text_config=TEXT)
-qwens("glm4v_moe", types=True, vision_config=OUT, text_config={"rope_parameters": {**MROPE,
-    "mrope_section": [0, 1, 1]}, "n_routed_experts": 2, "num_experts_per_tok": 1,
-    "moe_intermediate_size": 16})
 qwens("exaone4_5", vision_config={**WINDOWS, "num_key_value_heads": 2},
     text_config={"model_type": "exaone4"})
 qwens("qwen3_5_vl", kind="qwen3_5", types=True, vision_config={**OUT,
     "num_position_embeddings": 16}, text_config={"layer_types": ["linear_attention",
     "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2})
-qwens("qwen3_vl_moe", types=True, vision_config=DEEP, text_config={**TEXT, **EXPERTS})
 qwens("cohere_compass", types=True, vision_config=DEEP, text_config={**FULL,
     "rope_parameters": dict.fromkeys(FULL["layer_types"], MROPE)})
 qwens("hyperclovax_vision_v2", vision_config={"model_type": "qwen2_5_vl_vision", **WINDOWS},
@@ -164,10 +158,6 @@ qwens("hyperclovax_vision_v2", vision_config={"model_type": "qwen2_5_vl_vision",
 qwens("paddleocr_vl", 16, 3, 8, 8, types=True, text_config=TEXT)
 qwens("video_llama_3", 16, 192, text_config=QWEN2, also=lambda: {"image_merge_sizes": torch.tensor(
     [2])})
-qwens("kimi_k25", 16, 3, 8, 8, vision_config={"pos_emb_height": 4, "pos_emb_width": 4,
-    "pos_emb_time": 1}, text_config=LLAMA, projection_hidden_size=32)
-qwens("ernie4_5_vl_moe", 16, 192, types=True, text_config={**TEXT, "moe_num_experts": 2, "moe_k": 1,
-    "moe_intermediate_size": [16, 16]})
 qwens("muse_glimmer", vision_config={"pos_emb_height": 4, "pos_emb_width": 4}, out_hidden_size=128,
     projector_hidden_size=32, text_config=FULL)
 qwens("lfm3_vl", vision_config={"layer_types": ["conv", "full_attention"]},

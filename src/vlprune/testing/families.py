@@ -27,12 +27,15 @@ class Sample:
     """A model, the inputs of one forward pass, and, for generative heads, of ``generate``.
 
     ``idle`` matches the structures that these inputs cannot reach, or that cannot matter.
+    ``rounding`` is the difference that a forward makes by itself, if it computes in float32
+    whatever the dtype of the model is.
     """
 
     model: nn.Module
     inputs: dict[str, Any]
     generate: dict[str, Any] | None = None
     idle: str = ""
+    rounding: float = 0.0
 
 
 FAMILIES: dict[str, Callable[[], Sample]] = {}
@@ -559,16 +562,19 @@ def llava() -> Sample:
     return Sample(T.LlavaForConditionalGeneration(config), inputs, dict(inputs))
 
 
-def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any]) -> Sample:
+def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any], **text: Any) -> Sample:
     config = config_class(
         vision_config=vision,
         text_config=_language_model(
-            head_dim=8,
-            rope_parameters={
-                "rope_type": "default",
-                "mrope_section": [1, 1, 2],
-                "rope_theta": 10000.0,
-            },
+            **{
+                "head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "mrope_section": [1, 1, 2],
+                    "rope_theta": 10000.0,
+                },
+                **text,
+            }
         ),
         image_token_id=IMAGE_TOKEN,
         video_token_id=4,

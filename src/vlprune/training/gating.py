@@ -148,7 +148,9 @@ class Gating:
             dims = len(shape_of(weight))
             transposed = dims == 2 and stock_name(module) == "Conv1D"
             axis = int((gate.at == "input") != transposed) if dims > 1 else 0
-            yield name, weight, axis
+            if dims == 3:  # experts: (experts, out, in), or what the gate says of them
+                axis = 1 + int(gate.at == "input")
+            yield name, weight, gate.axis if gate.at == "weight" else axis
 
 
 class _Hook:
