@@ -211,4 +211,5 @@ UNITS: Mapping[AttentionUnit, Callable[[_Latent], list[Structure]]] = {
     "head_dim": _dims,
     "qk_vo": _apart,
     "head": _heads,
+    "query_head": _heads,  # every query head has keys of its own
 }
