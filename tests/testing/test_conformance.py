@@ -32,11 +32,18 @@ QUICK = {
 """One family per way in which a block is described and cut; all the others are variations."""
 
 
-EVERYWHERE = ("order_is_execution_order", "masked_equals_cut", "costs_agree", "generation_agrees")
+EVERYWHERE = ("order_is_execution_order", "masked_equals_cut", "generation_agrees")
 """What every family runs under every unit. Two thirds of the other checks wait for `make slow`:
 each family beyond QUICK runs them under one unit, and each unit meets them in a third of the
 families.
 """
+SELDOM = (
+    "sharing_is_exact",
+    "every_structure_alone_equals_its_mask",
+    "calibration_is_exact",
+    "a_second_cut_composes",
+)
+"""The dearest checks: under one unit in QUICK families and in half of the others."""
 
 
 GROUPED = (
@@ -49,6 +56,7 @@ GROUPED = (
     "smolvlm",
     "idefics3",
     "idefics2",
+    "instructblip",
     "internvl",
     "internvl_qk_norm",
 )
@@ -80,7 +88,10 @@ def cases() -> Iterator[Any]:
     for number, family in enumerate(FAMILIES):
         for unit, check in product(UNITS, CHECKS):
             marks = [] if family in QUICK else [pytest.mark.whole]
-            if marks and check not in EVERYWHERE and unit != UNITS[number % len(UNITS)]:
+            second = unit != UNITS[number % len(UNITS)]
+            if marks and check not in EVERYWHERE and second:
+                marks = [pytest.mark.slow]
+            if check in SELDOM and (second or (marks and number // len(UNITS) % 2)):
                 marks = [pytest.mark.slow]
             yield pytest.param(family, unit, check, marks=marks, id=f"{family}-{unit}-{check}")
 

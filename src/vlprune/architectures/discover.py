@@ -76,8 +76,10 @@ class _Discovery:
         order: dict[str, int] = {}
         for path, module in in_order(self.model):
             order[path] = len(order)
-            for match in (self._attention, self._experts, self._ffn):
-                structures += match(path, module)
+            structures += self._experts(path, module)
+            if module._modules:  # most modules are single layers
+                structures += self._attention(path, module)
+                structures += self._ffn(path, module)
         structures.sort(key=lambda s: order[s.core or s.gates[0].module])
         self._explain_rest()
         return Description(tuple(structures), self.dense, self.attention)
@@ -121,9 +123,10 @@ class _Discovery:
 
     def _free(self, path: str, module: nn.Module, names: list[str]) -> bool:
         """Whether the module has all these children and none is part of another block already."""
+        if any(child_of(module, name) is None for name in names):
+            return False
         return all(
-            child_of(module, name) is not None
-            and not {join(path, name), join(path, f"{name}.linear")} & self.taken
+            not {join(path, name), join(path, f"{name}.linear")} & self.taken
             and self._known_wrapper(join(path, name))
             for name in names
         )
