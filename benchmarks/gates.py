@@ -1,9 +1,11 @@
 """What a search costs: a gated training step beside the plain one, time and memory.
 
     python benchmarks/gates.py [--batch 8] [--image 384] [--rounds 7] [--bf16]
+    python benchmarks/gates.py --language 64 [--batch 1]
 
-BLIP question answering at full size (12 + 12 + 12 layers of width 768, random weights), one
-optimizer step with AdamW, on the GPU where there is one. Plain and gated steps alternate in one
+BLIP question answering at full size (12 + 12 + 12 layers of width 768, random weights), or with
+``--language`` a Qwen2 of 0.5 B parameters on so many tokens; one optimizer step with AdamW, on the
+GPU where there is one. Plain and gated steps alternate in one
 process; a gated step includes UPop's own work (adding up gradients, and its decisions). Memory
 is the peak on a GPU; on a CPU what autograd keeps for the backward pass, by storage.
 """
@@ -37,6 +39,29 @@ def kept_for_backward(run: Any) -> int:
     return total
 
 
+def question_answering(options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A BLIP for questions and answers, and a batch."""
+    text = {"vocab_size": 30524, "num_hidden_layers": options.layers}
+    vision = {"image_size": options.image, "num_hidden_layers": options.layers}
+    model = T.BlipForQuestionAnswering(T.BlipConfig(vision_config=vision, text_config=text))
+    return model, {
+        "pixel_values": torch.randn(options.batch, 3, options.image, options.image),
+        "input_ids": torch.randint(5, 2000, (options.batch, 20)),
+        "decoder_input_ids": torch.randint(5, 2000, (options.batch, 6)),
+        "labels": torch.randint(5, 2000, (options.batch, 6)),
+    }
+
+
+def language(options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A language model of the size of Qwen2-0.5B, and a batch."""
+    config = T.Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=2 * options.layers,
+        num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    ids = torch.randint(5, 2000, (options.batch, options.language))
+    return T.Qwen2ForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -44,21 +69,14 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--language", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = {"vocab_size": 30524, "num_hidden_layers": options.layers}
-    vision = {"image_size": options.image, "num_hidden_layers": options.layers}
-    model = T.BlipForQuestionAnswering(T.BlipConfig(vision_config=vision, text_config=text))
+    model, batch = language(options) if options.language else question_answering(options)
     model = model.train().to(device)
-    batch = {
-        "pixel_values": torch.randn(options.batch, 3, options.image, options.image),
-        "input_ids": torch.randint(5, 2000, (options.batch, 20)),
-        "decoder_input_ids": torch.randint(5, 2000, (options.batch, 6)),
-        "labels": torch.randint(5, 2000, (options.batch, 6)),
-    }
     batch = {name: value.to(device) for name, value in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     compressor = vlprune.Compressor(model, vlprune.UPop(interval=50), {"params": 0.5})
@@ -109,8 +127,9 @@ def main() -> None:
         compressor.detach()
         fixed = sum(p.numel() for p in model.parameters()) * 16  # weights, gradients, AdamW
         peaks = {gated: size + fixed for gated, size in peaks.items()}
+    inputs = f"{options.language} tokens" if options.language else f"{options.image} px"
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, "
-    print(f"{where} {torch.get_num_threads()} threads, batch {options.batch}, {options.image} px")
+    print(f"{where} {torch.get_num_threads()} threads, batch {options.batch}, {inputs}")
     print("| step | median s | fastest s | memory GB |\n|---|---|---|---|")
     for gated, name in ((False, "plain"), (True, "gated")):
         values = seconds[gated]

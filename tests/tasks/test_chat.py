@@ -277,11 +277,20 @@ def test_a_processor_without_its_part_for_videos_is_saved_whole(tmp_path: Path) 
 
 # -- the task --------------------------------------------------------------------------------------
 
+SECOND = ("idefics3", "gemma3", "internvl")
+"""Families whose whole recipe waits for `make slow`: they differ in the tokens that are learnt."""
 SHORT = Training(steps=2, batch_size=4, learning_rate=1e-3)
 FEW = DataSpec(train_items=8, test_items=2)
 
 
-@pytest.mark.parametrize("name", [*CHATS, "paligemma"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in CHATS if name not in SECOND),
+        "paligemma",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SECOND),
+    ],
+)
 def test_a_recipe_for_each_family(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make = chats.paligemma if name == "paligemma" else CHATS[name]

@@ -65,9 +65,13 @@ def trained(items: Any, spec: Training, **more: Any) -> list[float]:
 
 
 ITEMS = list(range(11))
+KINDS = [
+    pytest.param(ITEMS, id="list", marks=pytest.mark.slow),
+    pytest.param(Counted(), id="stream"),
+]
 
 
-@pytest.mark.parametrize("items", [ITEMS, Counted()], ids=["list", "stream"])
+@pytest.mark.parametrize("items", KINDS)
 def test_the_number_of_workers_changes_no_bit(items: Any) -> None:
     """Over several epochs, each of which starts workers anew or not."""
     whole = [
@@ -78,7 +82,7 @@ def test_the_number_of_workers_changes_no_bit(items: Any) -> None:
     assert whole[0] != trained(items, Training(steps=9, batch_size=3, accumulate=2))
 
 
-@pytest.mark.parametrize("items", [ITEMS, Counted()], ids=["list", "stream"])
+@pytest.mark.parametrize("items", KINDS)
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_training_that_is_stopped_goes_on_exactly(
     tmp_path: Path, items: Any, workers: int
