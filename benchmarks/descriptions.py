@@ -38,8 +38,10 @@ def described(kind: str, place: Path) -> dict[str, object]:
     seconds, peak, code = run(command, said)
     text = said.read_text()
     if code:
-        return {"seconds": seconds, "peak": peak, "said": text.strip().splitlines()[-1][:80]}
-    return {"seconds": seconds, "peak": peak, **json.loads(text[text.index("{") :])}
+        return {"seconds": seconds, "peak": peak, "said": json.loads(text)["message"][:60]}
+    found = json.loads(text[text.index("{") :])
+    structures = sum(group["structures"] for group in found["groups"])
+    return {"seconds": seconds, "peak": peak, "params": found["params"], "structures": structures}
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vlprune-descriptions-") as folder:
         for kind in given.types:
             row = described(kind, Path(folder))
-            cells = [str(row[k]) for k in ("params", "structures") if k in row] or [row["said"], ""]
+            cells = [row[k] for k in ("params", "structures") if k in row] or [row["said"], ""]
             print(
                 f"| {kind} | {' | '.join(map(str, cells))} | {row['seconds']:.1f} "
                 f"| {row['peak'] / 1e9:.2f} GB |",
