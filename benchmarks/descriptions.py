@@ -38,10 +38,15 @@ def described(kind: str, place: Path) -> dict[str, object]:
     seconds, peak, code = run(command, said)
     text = said.read_text()
     if code:
-        return {"seconds": seconds, "peak": peak, "said": json.loads(text)["message"][:60]}
+        return {"seconds": seconds, "peak": peak, "said": _message(text)}
     found = json.loads(text[text.index("{") :])
     structures = sum(group["structures"] for group in found["groups"])
     return {"seconds": seconds, "peak": peak, "params": found["params"], "structures": structures}
+
+
+def _message(text: str) -> str:
+    """The message of a refusal, the last line of what a command printed."""
+    return str(json.loads(text.strip().splitlines()[-1])["message"])[:60]
 
 
 def main() -> None:
