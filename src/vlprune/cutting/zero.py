@@ -3,7 +3,8 @@
 ZeRO-1 and ZeRO-2 leave weights whole, ZeRO-3 splits them over the processes: each module's hooks
 gather its weights while it runs. A cut takes these hooks off, gathers one weight at a time and has
 DeepSpeed split its smaller successor. The engine itself cannot go on: its optimizer owns copies of
-the old weights. So a cut ends it, and leaves the model ready for a new one.
+the old weights. So a cut ends it, and leaves the model ready for a new one. A training of a recipe
+has an engine of its own, which ends with it and leaves whole weights.
 
 The calls are DeepSpeed's own (``GatheredParameters``, ``convert_to_zero_parameters``, ``destroy``).
 What is found by the way it is built are its optimizer, through the hooks on gradients, and the
@@ -16,13 +17,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..structures.shards import is_zero
+from ..structures.shards import is_zero, whole
 from .layerwise import held_weights, layerwise
 
-__all__ = ["engine_aside", "is_split", "loss_scale", "optimizer_of", "running", "split_again"]
+__all__ = [
+    "end_engine",
+    "engine_aside",
+    "is_split",
+    "loss_scale",
+    "optimizer_of",
+    "running",
+    "split_again",
+]
 
 NEW_ENGINE = (
     "give the small model to a new engine (deepspeed.initialize, a new Accelerator or a new "
@@ -106,6 +116,46 @@ def engine_aside(model: nn.Module) -> Iterator[None]:
     if split:
         _forget_engine(model)
         model.register_forward_pre_hook(_refuse_forward)
+
+
+@torch.no_grad()
+def end_engine(model: nn.Module) -> None:
+    """End the engine that trains the model, which then has its own weights again.
+
+    They are whole in every process and as precise as the engine knew them: in float32 where it kept
+    a copy in float32. ZeRO-3's split parameters give way to new ones; all processes must call this.
+    Does nothing to a model without an engine.
+    """
+    optimizer, split = optimizer_of(model), is_split(model)
+    if optimizer is None and not split:
+        return
+    _take_hooks(model)
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is None:
+                continue
+            if id(own) not in known:
+                known[id(own)] = _whole_again(own)
+            module._parameters[name] = known[id(own)]
+    if optimizer is not None:
+        optimizer.destroy()
+    _forget_engine(model)
+
+
+def _whole_again(own: nn.Parameter) -> nn.Parameter:
+    """The parameter with its whole weight: itself, or a new one if ZeRO-3 has split it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    copied = own.requires_grad and (hasattr(own, "_z3_optimizer") or hasattr(own, "_hp_mapping"))
+    copy: Tensor | None = safe_get_full_fp32_param(own) if copied else None
+    if is_zero(own):
+        value = whole(own) if copy is None else copy.detach().clone()
+        return nn.Parameter(value, requires_grad=own.requires_grad)
+    own.grad = None
+    if copy is not None:
+        own.data = copy.detach().clone()
+    return own
 
 
 def _refuse_training(*_args: Any, **_kwargs: Any) -> None:

@@ -19,7 +19,16 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files import digest, plain, read_json, reason, write_text
 
-__all__ = ["NO_NOTE", "Note", "hashed", "note_text", "read_note", "set_aside", "write_note"]
+__all__ = [
+    "NO_NOTE",
+    "Note",
+    "files_in",
+    "hashed",
+    "note_text",
+    "read_note",
+    "set_aside",
+    "write_note",
+]
 
 NO_NOTE = "unfinished"
 """The key of a note that only claims the folder, until the real note is written."""
@@ -74,10 +83,19 @@ def read_note(path: Path, only: bool = False) -> Note | None:
             )
     if only:
         known = {path.name, *text["files"]}
-        others = [n for n in os.listdir(path.parent) if n not in known and not n.startswith(".")]
+        others = [n for n in files_in(path.parent) if n not in known and not n.startswith(".")]
         if others:
             raise CheckpointError(f"{plain(min(others))} was not there when it was written")
     return Note(text["key"], text["body"])
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of all files in a folder and below it, relative to it."""
+    return [
+        (Path(place) / name).relative_to(folder).as_posix()
+        for place, folders, files in os.walk(folder)
+        for name in [*files, *(f for f in folders if (Path(place) / f).is_symlink())]
+    ]
 
 
 def set_aside(path: Path) -> Path:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from ..device import use
 from ..recipe.spec import Training
+from .engine import config_of
 from .loading import Endless, length
 
 __all__ = ["Arguments", "arguments_of"]
@@ -65,6 +66,7 @@ def arguments_of(
         bf16=spec.bf16,
         fp16=spec.fp16,
         torch_compile=spec.compile,
+        deepspeed=config_of(spec),
         seed=seed,
         data_seed=seed,
         logging_steps=min(50, max(1, steps // 20)),

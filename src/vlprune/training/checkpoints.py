@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files import plain
-from ..folders.notes import read_note, set_aside, write_note
+from ..folders.notes import files_in, read_note, set_aside, write_note
 
 __all__ = ["newest", "seal", "step_of"]
 
@@ -38,7 +38,7 @@ def seal(checkpoint: Path) -> None:
 
     Raises CheckpointError if the note cannot be written.
     """
-    names = [entry.name for entry in checkpoint.iterdir() if entry.name != SEAL]
+    names = [name for name in files_in(checkpoint) if name != SEAL]
     write_note(checkpoint / SEAL, checkpoint.parent.name, files=names)
     for old in _found(checkpoint.parent)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from ..recipe.spec import Training
 from .arguments import arguments_of
 from .average import Average
 from .checkpoints import newest, seal, step_of
+from .engine import engine_for, load_checkpoint
 from .loading import Collate, Endless, Items, Numbered, Seeded, as_it_was, length
 from .objective import Trainee
 from .ranks import agreed
@@ -73,6 +75,11 @@ class _Trainer(Trainer):
             raise CheckpointError(f"cannot write the checkpoint {plain(folder)}: {why}") from (
                 OSError(errno.ENOSPC, why) if full else error
             )
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Write the weights; an engine of DeepSpeed has them in what it writes by itself."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         prepared = super().get_train_dataloader()
@@ -198,7 +205,7 @@ def fit(
     checkpoints go there, and training goes on from the last one that is whole; ``say`` gets a line
     for every other. Raises
     CheckpointError where a checkpoint cannot be written, VlpruneError where the loss is no longer
-    finite, UnsupportedError under DeepSpeed, and where weights to average are sharded.
+    finite, UnsupportedError where weights to average are sharded.
     TensorBoard's files, where ``report_to`` asks for them, go to ``logs``.
     """
     if not spec.on:
@@ -208,7 +215,8 @@ def fit(
     steps = spec.count(length(items), processes)
     if spec.workers:  # else a tokenizer that was used before warns in every worker
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch:
+    trainee = model if isinstance(model, Trainee) else Trainee(model)
+    with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch, engine_for(trainee):
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
         last = agreed(lambda: newest(folder, say))
@@ -218,7 +226,6 @@ def fit(
         if logs is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
         watch = _Watch(advance, patience=10 if spec.fp16 else 0)
-        trainee = model if isinstance(model, Trainee) else Trainee(model)
         average = Average(_innermost(trainee), spec.ema, last) if spec.ema else None
         callbacks = [*callbacks, *([average] if average is not None else ())]
         trainer = _Trainer(
@@ -234,12 +241,6 @@ def fit(
         )
         first(trainer, callbacks)
         watch.trainer, trainer.rates, trainer.average = trainer, spec.rates, average
-        if trainer.is_deepspeed_enabled:
-            raise UnsupportedError(
-                "a recipe measures, cuts and trains one model in turn, and an engine of DeepSpeed "
-                "trains the model that it was made for only: start the recipe by torchrun alone, "
-                "or use DeepSpeed in a Trainer of your own, with compressor.callback()"
-            )
         if spec.ema and trainer.is_fsdp_enabled:
             raise UnsupportedError(
                 "ema keeps the average of whole weights, and FSDP divides them among the "
@@ -256,6 +257,11 @@ def fit(
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             except VlpruneError as error:
                 raise as_it_was(error) from None
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"the checkpoint {plain(last or folder)} holds more than tensors and is not "
+                    f"read ({reason(error)[:100]}): remove it, and the same command goes on"
+                ) from error
             finally:
                 trainer.end_workers()
             state = trainer.state
@@ -281,7 +287,10 @@ def _as_it_ended(
 ) -> TrainerState:
     """Bring model and callbacks to the end of a training, from its last checkpoint."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.is_deepspeed_enabled:
+        load_checkpoint(trainer.model, checkpoint)
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
     for callback in callbacks:
         callback.on_train_begin(trainer.args, state, trainer.control)
         callback.on_train_end(trainer.args, state, trainer.control)

@@ -20,6 +20,7 @@ from ...recipe.machine import need_logger
 from ...recipe.spec import Recipe
 from ...status import Progress
 from ...training.adapters import need_peft
+from ...training.engine import need_engine
 from ...training.fit import prepare
 from .dense import open_dense, train_dense
 from .make import make_method
@@ -57,6 +58,7 @@ def _compress(recipe: Recipe, out: Path, progress: Progress, started: float) -> 
     if recipe.retrain.lora.rank:
         need_peft()
     method = make_method(recipe.method, 1 if recipe.method.get("round_to") == "auto" else None)
+    need_engine(recipe, method)
     for spec in (recipe.train, recipe.search, recipe.retrain):
         if spec.fp16 and device.type == "cpu":
             raise RecipeError("fp16 needs a GPU: leave it out, or use bf16")
