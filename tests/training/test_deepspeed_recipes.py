@@ -170,3 +170,34 @@ def test_a_recipe_says_that_fsdp_is_not_for_it(python: Any, tmp_path: Path) -> N
     assert "zero_stage 3" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
+
+
+CLIP = """
+task: retrieval
+data: {format: shapes, train_items: 16, test_items: 8}
+options: {model: clip, queue: 8}
+model: {width: 32, heads: 2, vision_layers: 1, text_layers: 1, image_size: 32, patch_size: 16}
+train: {steps: 2, batch_size: 4}
+budget: {params: 0.7}
+method: {name: upop}
+search: {steps: 2, batch_size: 4, bf16: true}
+retrain: {steps: 2, batch_size: 4}
+teacher: {similarities: 1.0}
+device: cpu
+"""
+
+
+def test_averages_scalars_and_a_teacher_go_with_an_engine(python: Any, tmp_path: Path) -> None:
+    """... in half precision; where weights are split, a task that averages them says so."""
+    recipe = tmp_path / "clip.yaml"
+    recipe.write_text(CLIP)
+    out = tmp_path / "out"
+    for one in launched(python, 3, "run", "compress", str(recipe), "-o", str(out)):
+        assert one.returncode == 2, one.stderr[-2000:]
+        assert "MomentumContrast) keeps an average of the weights" in one.stderr
+        assert "Traceback" not in one.stderr
+    for one in launched(python, 2, "run", "compress", str(recipe), "-o", str(out)):
+        assert one.returncode == 0, one.stderr[-3000:]
+    saved = weights(out)
+    assert saved["logit_scale"].shape == ()
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

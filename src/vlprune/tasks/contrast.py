@@ -138,6 +138,7 @@ class MomentumContrast(Trainee):
     similarity from the other images of the batch, train that head as well.
     """
 
+    reads_weights = True
     keys: Tensor
     image_queue: Tensor
     text_queue: Tensor
@@ -170,16 +171,22 @@ class MomentumContrast(Trainee):
         scale = self.features.scale()
         with torch.no_grad():
             self._move()
-            average = dict(zip(self._names, self._averages(), strict=True))
+            own = self.features.parameters()
+            average = {
+                name: slow.to(now.dtype)  # DeepSpeed may train in half precision
+                for name, slow, now in zip(self._names, self._averages(), own, strict=True)
+            }
             slow_image, slow_text, _ = functional_call(
                 self.features, average, (pixel_values, input_ids, attention_mask)
             )
+            slow_image, slow_text = (f.to(self.text_queue.dtype) for f in (slow_image, slow_text))
             all_text = torch.cat([slow_text, self.text_queue])
             all_image = torch.cat([slow_image, self.image_queue])
             same = (keys[:, None] == torch.cat([keys, self.keys])[None]).float()
             same = (1 - self.alpha) * same / same.sum(1, keepdim=True)
             to_text = self.alpha * (scale * slow_image @ all_text.T).softmax(1) + same
             to_image = self.alpha * (scale * slow_text @ all_image.T).softmax(1) + same
+        image, text = (f.to(self.text_queue.dtype) for f in (image, text))
         loss = (
             F.cross_entropy(scale * image @ all_text.T, to_text)
             + F.cross_entropy(scale * text @ all_image.T, to_image)
@@ -207,7 +214,9 @@ class MomentumContrast(Trainee):
             for average, parameter in zip(
                 self._averages(), self.features.parameters(), strict=True
             ):
-                average.lerp_(parameter.detach(), 1 - self.momentum)
+                # DeepSpeed makes a vector of a scalar
+                now = parameter.detach().reshape(average.shape).to(average.dtype)
+                average.lerp_(now, 1 - self.momentum)
 
     def _matching(
         self, similarities: Tensor, keys: Tensor, ids: Tensor, mask: Tensor, states: Tensor

@@ -79,8 +79,7 @@ def need_engine(recipe: Recipe, method: Method) -> None:
         if spec.compile:
             against.append(f"{name}.compile: leave it out, DeepSpeed wraps the model itself")
         against += [f"{name}: {line}" for line in _contradictions(_given(), spec)]
-    stage = _given().get("zero_optimization", {}).get("stage")
-    if method.uses_held_out and stage == 3:
+    if method.uses_held_out and _stage() == 3:
         against.append(
             f"the method {recipe.method['name']} changes weights in turn with training, which "
             "ZeRO stage 3 does not allow: use stage 2"
@@ -106,6 +105,11 @@ def _given() -> dict[str, Any]:
         if name not in written:  # accelerate's own choice, which nobody has written down
             config[name] = "auto"
     return config
+
+
+def _stage() -> int:
+    """The stage of ZeRO; 0 where the config does not say."""
+    return int(_given().get("zero_optimization", {}).get("stage", 0))
 
 
 def _decided(spec: Training) -> dict[str, Any]:
@@ -163,12 +167,19 @@ def engine_for(model: nn.Module) -> Iterator[None]:
 
     Afterwards the model has its weights as precisely as the engine knew them, whole in every
     process, in the dtypes and shapes that they had before. Does nothing else where DeepSpeed is
-    not wanted.
+    not wanted. Raises UnsupportedError where ZeRO stage 3 would split weights that the objective
+    reads.
     """
     if not is_wanted():
         yield
         return
     flag = os.environ[FLAG]
+    reads = [type(m).__name__ for m in model.modules() if getattr(m, "reads_weights", False)]
+    if reads and _stage() == 3:
+        raise UnsupportedError(
+            f"this task's objective ({reads[0]}) keeps an average of the weights, which ZeRO stage "
+            "3 divides among the processes: use stage 2"
+        )
     before = _Before(model)
     try:
         with _tensors_only():

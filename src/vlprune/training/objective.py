@@ -21,6 +21,8 @@ class Trainee(nn.Module):
     Trainer that resumes then silently leaves its weights as they are.
     """
 
+    reads_weights = False
+    """Whether the forward reads the model's weights itself, which must then be whole."""
     accepts_loss_kwargs = False  # the Trainer then divides the loss when it accumulates
     _keys_to_ignore_on_save = None  # the Trainer reads this when it loads a checkpoint
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cutting.heads import output_heads
-from ..device import place
+from ..device import moved_to, place
 from ..errors import UnsupportedError
 from ..recipe.options import TeacherOptions
 from ..structures.structure import Structure
@@ -58,6 +58,7 @@ class Taught(Trainee):
         with _watched(student, self.blocks) as mine:
             output = self.model(**batch)
         teach = getattr(self.model, "teach", None)
+        batch = moved_to(teacher, batch)  # DeepSpeed gives it in the dtype that it trains in
         with torch.no_grad(), _watched(teacher, self.blocks) as theirs:
             taught = teach(teacher, batch) if teach is not None else teacher(**batch)
         pairs = {
