@@ -1,18 +1,21 @@
 """What a search costs: a gated training step beside the plain one, time and memory.
 
     python benchmarks/gates.py [--batch 8] [--image 384] [--rounds 7] [--bf16]
-    python benchmarks/gates.py --language 64 [--batch 1]
+    python benchmarks/gates.py --language 64 [--batch 1] [--compile]
 
 BLIP question answering at full size (12 + 12 + 12 layers of width 768, random weights), or with
 ``--language`` a Qwen2 of 0.5 B parameters on so many tokens; one optimizer step with AdamW, on the
 GPU where there is one. Plain and gated steps alternate in one
 process; a gated step includes UPop's own work (adding up gradients, and its decisions). Memory
-is the peak on a GPU; on a CPU what autograd keeps for the backward pass, by storage.
+is the peak on a GPU; on a CPU what autograd keeps for the backward pass, by storage. With
+``--compile`` both are compiled by torch.compile's default backend, and their graphs are counted;
+the plain one is a copy of the model then.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from typing import Any
@@ -37,6 +40,15 @@ def kept_for_backward(run: Any) -> int:
     total = sum(size for size, _ in storages.values())
     del loss
     return total
+
+
+def graphs_of(model: Any, batch: dict[str, torch.Tensor]) -> str:
+    """Graphs and breaks of a compiled model's first forward pass."""
+    torch._dynamo.utils.counters.clear()
+    model(**batch)
+    counters = torch._dynamo.utils.counters
+    found = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return f"{found[0]} graphs, {found[1]} breaks"
 
 
 def question_answering(options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -71,6 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--language", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
@@ -78,24 +91,30 @@ def main() -> None:
     model, batch = language(options) if options.language else question_answering(options)
     model = model.train().to(device)
     batch = {name: value.to(device) for name, value in batch.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    compressor = vlprune.Compressor(model, vlprune.UPop(interval=50), {"params": 0.5})
+    plain = copy.deepcopy(model) if options.compile else model
+    compressor = vlprune.Compressor(model, vlprune.UPop(interval=50), {"params": 0.8})
     compressor.detach()
+    run = {False: plain, True: model}
+    if options.compile:
+        compressor.attach()
+        run = {gated: torch.compile(one) for gated, one in run.items()}
+        graphs = {gated: graphs_of(one, batch) for gated, one in run.items()}
+    optimizers = {g: torch.optim.AdamW(one.parameters(), lr=1e-5) for g, one in run.items()}
 
-    def forward() -> Any:
+    def forward(gated: bool) -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-            return model(**batch).loss
+            return run[gated](**batch).loss
 
     steps = 0
 
     def step(gated: bool) -> None:
         nonlocal steps
-        forward().backward()
+        forward(gated).backward()
         if gated:
             steps += 1
             compressor.step(min(1.0, steps / 1000))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers[gated].step()
+        optimizers[gated].zero_grad()
 
     def clock(gated: bool) -> float:
         if gated:
@@ -110,7 +129,8 @@ def main() -> None:
         seconds = time.perf_counter() - began
         if device.type == "cuda":
             peaks[gated] = max(peaks[gated], torch.cuda.max_memory_allocated())
-        compressor.detach()
+        if not options.compile:
+            compressor.detach()
         return seconds
 
     peaks = {False: 0, True: 0}
@@ -121,9 +141,9 @@ def main() -> None:
         for gated in (False, True):
             seconds[gated].append(clock(gated))
     if device.type == "cpu":
-        peaks[False] = kept_for_backward(forward)
+        peaks[False] = kept_for_backward(lambda: forward(False))
         compressor.attach()
-        peaks[True] = kept_for_backward(forward)
+        peaks[True] = kept_for_backward(lambda: forward(True))
         compressor.detach()
         fixed = sum(p.numel() for p in model.parameters()) * 16  # weights, gradients, AdamW
         peaks = {gated: size + fixed for gated, size in peaks.items()}
@@ -141,6 +161,8 @@ def main() -> None:
     pairs = [b / a for a, b in zip(seconds[False], seconds[True], strict=True)]
     print(f"time x {ratio:.3f} (pairs: {min(pairs):.3f} to {max(pairs):.3f}), ", end="")
     print(f"memory x {peaks[True] / peaks[False]:.4f}")
+    if options.compile:
+        print(f"compiled: plain {graphs[False]}, gated {graphs[True]}")
 
 
 if __name__ == "__main__":
