@@ -92,7 +92,7 @@ def main() -> None:
     model = model.train().to(device)
     batch = {name: value.to(device) for name, value in batch.items()}
     plain = copy.deepcopy(model) if options.compile else model
-    compressor = vlprune.Compressor(model, vlprune.UPop(interval=50), {"params": 0.8})
+    compressor = vlprune.Compressor(model, vlprune.UPop(interval=50), {"params": 0.9})
     compressor.detach()
     run = {False: plain, True: model}
     if options.compile:

@@ -9,7 +9,8 @@ without being cut. Magnitude and whole-layer sharing cut at once and retrain all
 change the order of the data and the hypernetwork. ``scratch`` is a model of the small size from
 random weights, trained for as long as the dense model and all that follows. Results are added to
 OUT/results.jsonl as they come, so a run that is stopped goes on; the tables are printed at the end.
-``--costs`` prints disk, memory, MACs and latency, tied and materialised, and what a step costs.
+``--costs`` prints disk, memory, MACs and latency, tied and materialised, and what a step costs;
+``--steps`` only that.
 ``--larger`` prints what a search of DeiT-S and a text tower of 12 layers takes.
 """
 
@@ -321,28 +322,37 @@ def costs(name: str, share: float, out: Path) -> str:
     return "\n".join([*lines, "", step_cost(EXPERIMENTS[name], task, models["dense"])])
 
 
-def step_cost(what: Experiment, task: Any, model: Any, every: int = 20, rounds: int = 3) -> str:
-    """CPU seconds of a training step with the search, relative to plain training."""
+def step_cost(what: Experiment, task: Any, model: Any, every: int = 20, windows: int = 10) -> str:
+    """CPU seconds of a training step with the search, relative to plain training.
+
+    Looks at ``windows`` pieces of a search of 6,000 steps, evenly spread, plain and searched steps
+    in turn. The first step of a piece is not counted: what a search does after a leap is no cost.
+    """
     batch = task.collate(list(task.train[: what.batch]))
     search = JSP(every=every, mismatch=what.mismatch)
     compressor = Compressor(copy.deepcopy(model), search, {"params": 0.6}, held_out=[batch])
     twins = {"plain": copy.deepcopy(model), "searched": compressor.model}
-    spent: dict[str, list[float]] = {label: [] for label in twins}
-    for _ in range(rounds):
-        for label, twin in twins.items():
-            optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-5)
-            began = time.process_time()
-            for number in range(2 * every):
-                optimizer.zero_grad()
+    steppers = {label: torch.optim.AdamW(t.parameters(), lr=1e-5) for label, t in twins.items()}
+    ratios, seconds = [], []
+    for window in range(windows):
+        start, spent = (window + 0.5) / windows, dict.fromkeys(twins, 0.0)
+        for number in range(2 * every + 1):
+            for label, twin in twins.items():
+                began = time.process_time()
+                steppers[label].zero_grad()
                 twin(**batch).loss.backward()
-                if label == "searched":  # aligned and learning: the dearest part of a search
-                    compressor.step(0.3 + number * 1e-5)
-                optimizer.step()
-            spent[label].append((time.process_time() - began) / (2 * every))
-    plain, searched = (min(spent[label]) for label in twins)
+                if label == "searched":
+                    compressor.step(start + number / 6000)
+                steppers[label].step()
+                if number:
+                    spent[label] += time.process_time() - began
+        seconds.append(spent["plain"] / (2 * every))
+        ratios.append(spent["searched"] / spent["plain"])
+        print(f"progress {start:.2f}: x {ratios[-1]:.3f}", flush=True)
     return (
-        f"A step of {what.task}: {plain:.3f} s plain, {searched:.3f} s searched "
-        f"(x {searched / plain:.3f}), one structure step every {every}."
+        f"A step of {what.task}: {statistics.mean(seconds):.3f} s plain, "
+        f"x {statistics.mean(ratios):.3f} searched on average over a search of 6,000 steps "
+        f"(x {min(ratios):.3f} to {max(ratios):.3f}), a turn every {every} while it learns."
     )
 
 
@@ -353,7 +363,7 @@ def larger(out: Path) -> str:
     prepare(0, torch.get_num_threads())
     model = task.new_model()
     size = sum(p.numel() for p in model.parameters())
-    said = step_cost(LARGER, task, model, every=20, rounds=1)
+    said = step_cost(LARGER, task, model, every=20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     batches = [task.collate(list(task.train[i : i + 4])) for i in (0, 4)]
     small, seconds = searched(model, batches, turns=8)
@@ -390,6 +400,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--steps", action="store_true")
     parser.add_argument("--larger", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -400,6 +411,11 @@ def main() -> None:
     for name in options.experiments:
         if options.costs:
             print(costs(name, options.shares[0], options.out))
+            continue
+        if options.steps:
+            task = task_of(name, options.out)
+            model = dense_model(name, task, options.out)
+            print(step_cost(EXPERIMENTS[name], task, model))
             continue
         for share in options.shares:
             for seed in options.seeds:
@@ -417,7 +433,7 @@ def main() -> None:
                     with log.open("a") as file:
                         file.write(json.dumps({**key, **row}) + "\n")
                     print(name, method, at, seed, row["cut"], row["end"], flush=True)
-    if log.exists() and not (options.costs or options.larger):
+    if log.exists() and not (options.costs or options.steps or options.larger):
         print(table([json.loads(line) for line in log.open()]))
 
 
