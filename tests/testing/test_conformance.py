@@ -32,7 +32,7 @@ QUICK = {
 """One family per way in which a block is described and cut; all the others are variations."""
 
 
-EVERYWHERE = ("order_is_execution_order", "masked_equals_cut", "generation_agrees")
+EVERYWHERE = "masked_equals_cut"
 """What every family runs under every unit. Two thirds of the other checks wait for `make slow`:
 each family beyond QUICK runs them under one unit, and each unit meets them in a third of the
 families.
@@ -89,7 +89,7 @@ def cases() -> Iterator[Any]:
         for unit, check in product(UNITS, CHECKS):
             marks = [] if family in QUICK else [pytest.mark.whole]
             second = unit != UNITS[number % len(UNITS)]
-            if marks and check not in EVERYWHERE and second:
+            if marks and check != EVERYWHERE and second:
                 marks = [pytest.mark.slow]
             if check in SELDOM and (second or (marks and number // len(UNITS) % 2)):
                 marks = [pytest.mark.slow]
@@ -117,18 +117,25 @@ LIKE_ANOTHER = (
 """Variants with the experts and the attention of another one: in `make slow`."""
 
 
-def variants() -> Iterator[Any]:
-    """(variant, unit): each under one unit, under the others in `make slow`.
+TESTING = [*dict.fromkeys(row.family for row in NATIVE.values())]
+"""The families and variants that test a native class."""
 
-    Of the rows of tables, every second that tests a native class has a unit outside `make slow`.
-    """
-    named = [*dict.fromkeys(row.family for row in NATIVE.values())]
+
+def waits(variant: str) -> bool:
+    """Whether all of a variant waits for `make slow`: every second row of the tables does."""
+    row = isinstance(VARIANTS[variant], partial)
+    place = TESTING.index(variant) if variant in TESTING else 1
+    return variant in LIKE_ANOTHER or (row and place % 2 == 1)
+
+
+def variants() -> Iterator[Any]:
+    """(variant, unit): each under one unit, under the others in `make slow`."""
     for number, variant in enumerate(VARIANTS):
         row = isinstance(VARIANTS[variant], partial)
-        place = named.index(variant) if variant in named else 1
+        place = TESTING.index(variant) if variant in TESTING else 1
         own = ("head_dim", "head")[place // 2 % 2] if row else UNITS[number % len(UNITS)]
         for unit in (*UNITS, "query_head"):
-            quick = unit == own and variant not in LIKE_ANOTHER and not (row and place % 2)
+            quick = unit == own and not waits(variant)
             mark = pytest.mark.whole if quick else pytest.mark.slow
             yield pytest.param(variant, unit, marks=mark, id=f"{variant}-{unit}")
 
@@ -160,8 +167,14 @@ def cut_as(family: str) -> dict[tuple[str, str], set[str]]:
     return dict(layouts)
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("name", NATIVE)
+def native_classes() -> Iterator[Any]:
+    """The names of all native classes, in the lane of the variants that test them."""
+    for name, native in NATIVE.items():
+        variant = native.family in VARIANTS and waits(native.family)
+        yield pytest.param(name, marks=pytest.mark.slow if variant else pytest.mark.whole)
+
+
+@pytest.mark.parametrize("name", native_classes())
 def test_a_native_class_is_cut_natively_in_the_family_that_tests_it(name: str) -> None:
     family = NATIVE[name].family
     assert family in FAMILIES or family in VARIANTS

@@ -20,7 +20,7 @@ from . import layouts
 from .layouts import Native
 from .rotary import PAIRS, WholeNorm, head_norms, pairing_of, turns_a_part
 
-__all__ = ["UNITS", "Block", "Leave", "Part", "join"]
+__all__ = ["Block", "Leave", "Part", "join", "structures_of"]
 
 
 class Leave(Exception):
@@ -158,6 +158,11 @@ class Block:
         heads = getattr(config, "num_attention_heads", None)
         kv = getattr(config, "num_key_value_heads", None)
         return isinstance(heads, int) and isinstance(kv, int) and heads > kv
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the block reads the keys and values of another layer."""
+        return bool(self.q) and not self.k and not self.v and self.wide == 1
 
     @property
     def turned(self) -> bool:
@@ -327,6 +332,30 @@ UNITS: Mapping[str, Callable[[Block], list[Structure]]] = {
     "head": whole_heads,
     "query_head": query_heads,
 }
+
+
+def structures_of(block: Block, unit: str) -> list[Structure]:
+    """The structures of a block under an attention unit. Raises Leave if it has none.
+
+    Of a block that reads another layer's keys and values, units are its query heads whatever is
+    asked for: keys and values go with the layer that makes them.
+    """
+    return [own_queries(block)] if block.borrows else UNITS[unit](block)
+
+
+def own_queries(block: Block) -> Structure:
+    """The structure of a block that has queries only; a unit is one head, in q and o."""
+    columns = [owner_of(name)[0] for name, _ in block.columns]
+    return block.structure(
+        "",
+        "attention",
+        block.heads,
+        [(part, 1, block.size) for part in block.q],
+        gates=[Gate(path, "input", 0, 1, block.value_size) for path in columns],
+        native=False,
+        attrs=[],
+        more=block.out(1, block.value_size),
+    )
 
 
 def _has_parameter(module: nn.Module, name: str) -> bool:

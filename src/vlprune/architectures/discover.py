@@ -18,7 +18,7 @@ from ..errors import UnsupportedError, did_you_mean
 from ..structures.shards import shape_of
 from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
 from ..structures.units import owner_of, span
-from .attention import UNITS, Block, Leave, join
+from .attention import Block, Leave, join, structures_of
 from .experts import experts_at, experts_structure
 from .latent import expansions_at, latent_structures
 from .layouts import ATTENTION, FFN
@@ -88,7 +88,6 @@ class _Discovery:
 
     def _attention(self, path: str, module: nn.Module) -> list[Structure]:
         """The structures of the attention block at ``path``; none if it is not one."""
-        structures = UNITS[self.attention]
         if parts := expansions_at(module):
             return self._guarded(
                 path,
@@ -101,16 +100,21 @@ class _Discovery:
             return self._guarded(
                 path,
                 ["", "out_proj"],
-                lambda: structures(measure_multihead(path, module, self._tower(path))),
+                lambda: structures_of(
+                    measure_multihead(path, module, self._tower(path)), self.attention
+                ),
             )
         for row in ATTENTION:
             names = [n for n in (row.q, row.k, row.qkv, *row.v, *row.o) if n]
+            alone = not (row.qkv or row.v)  # other blocks have such names, too
+            if alone and not getattr(module, "is_kv_shared_layer", False):
+                continue
             if self._free(path, module, names):
                 return self._guarded(
                     path,
                     names,
-                    lambda row=row: structures(  # type: ignore[misc]
-                        self._measured(path, row)
+                    lambda row=row: structures_of(  # type: ignore[misc]
+                        self._measured(path, row), self.attention
                     ),
                 )
         return []

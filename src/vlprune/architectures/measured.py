@@ -40,7 +40,7 @@ def measure_projected(
         if child and not is_linear(modules[join(path, child)]):
             kind = stock_class(modules[join(path, child)]).__name__
             raise Leave(f"its projection {child} is a {kind}, not a Linear")
-    measure = _measure_fused if row.qkv else _measure_apart
+    measure = _measure_fused if row.qkv else _measure_apart if row.v else _measure_queries
     q, k, v, numbers = measure(path, row, modules, core)
     native = native_of(core, name)
     return Block(
@@ -137,6 +137,22 @@ def _measure_apart(
     )
     numbers = {"heads": heads, "kv": kv, "size": size, "value_size": value_size, "wide": wide}
     return q, k, v, numbers
+
+
+def _measure_queries(
+    path: str, row: layouts.Attention, modules: Mapping[str, nn.Module], core: nn.Module
+) -> Measured:
+    """Measure a block that reads the keys and values of another layer. Raises Leave if that fails.
+
+    Every query head counts by itself, since what they read is not the block's.
+    """
+    rows, size = _rows(path, row.q, modules), number_of(core, layouts.HEAD_SIZES)
+    out = modules[join(path, row.o[0])]
+    if not size or rows % size or shape_of(out.weight)[linear_axes(out)[1]] != rows:
+        raise Leave(f"{rows} query rows are not what its output reads of heads of {size}")
+    heads = rows // size
+    numbers = {"heads": heads, "kv": heads, "size": size, "value_size": size}
+    return (_part(path, row.q, modules),), (), (), numbers
 
 
 def _gates_itself(core: nn.Module) -> bool:
