@@ -1,4 +1,5 @@
-"""Layers that read the keys and values of another layer (Gemma 3n, Gemma 4): their query heads."""
+"""Layers that read the keys and values of another layer (Gemma 3n, Gemma 4), and layers whose keys
+are the values (Gemma 4)."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ BORROWING = ("model.layers.2.self_attn", "model.layers.3.self_attn")
 
 def built(name: str) -> Sample:
     torch.manual_seed(0)
-    if name == "gemma4":
-        model: Any = T.Gemma4ForCausalLM(T.Gemma4TextConfig(**SIZES, global_head_dim=8))
+    if name.startswith("gemma4"):
+        more: dict[str, Any] = {"attention_k_eq_v": name == "gemma4-k_eq_v"}
+        model: Any = T.Gemma4ForCausalLM(T.Gemma4TextConfig(**SIZES, global_head_dim=8, **more))
     else:
         few = {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}
         model = T.Gemma3nForCausalLM(T.Gemma3nTextConfig(**SIZES, **few))
@@ -41,7 +43,7 @@ def built(name: str) -> Sample:
         *(pytest.param(u, marks=pytest.mark.slow) for u in ("query_head", "head_dim", "qk_vo")),
     ],
 )
-@pytest.mark.parametrize("name", ["gemma4", "gemma3n"])
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-k_eq_v", "gemma3n"])
 def test_the_checks(name: str, unit: str) -> None:
     checks = ("order_is_execution_order", "masked_equals_cut", "generation_agrees")
     for check in (*checks, "every_structure_alone_equals_its_mask"):
@@ -67,6 +69,15 @@ def test_their_query_heads_go_one_by_one(name: str, tmp_path: Any) -> None:
     with torch.no_grad():
         again = vlprune.load(tmp_path / "small").eval()(**sample.inputs).logits
         torch.testing.assert_close(again, small(**sample.inputs).logits)
+
+
+def test_keys_that_are_the_values_go_with_their_queries() -> None:
+    model = built("gemma4-k_eq_v").model
+    for unit in ("head", "head_dim", "qk_vo"):
+        description = vlprune.discover(model, unit)
+        (own,) = (s for s in description.structures if s.name == "model.layers.1.self_attn")
+        assert {slot.param.split(".")[-2] for slot in own.slots} == {"q_proj", "k_proj", "o_proj"}
+        assert own.size == (2 if unit == "head" else 8)
 
 
 def test_calibration_repairs_them() -> None:

@@ -167,7 +167,13 @@ class Block:
     @property
     def turned(self) -> bool:
         """Whether a rotary embedding turns the dimensions of whole heads in pairs."""
-        if self.wide > 1 or self.value_size != self.size or self.across_heads or self.size % 2:
+        if (
+            self.wide > 1
+            or not self.v
+            or self.value_size != self.size
+            or self.across_heads
+            or self.size % 2
+        ):
             return False
         known = bool(pairing_of(stock_class(self.core))) and not turns_a_part(self.core)
         return known and head_norms(self.core, self.size) is not None
@@ -297,11 +303,14 @@ def rotary_pairs(block: Block) -> Structure:
 
 
 def qk_and_vo(block: Block) -> list[Structure]:
-    """Two structures: dimensions of q and k, and dimensions of v and o."""
-    if not block.q:
-        return head_dims(block)
+    """Two structures: dimensions of q and k, and dimensions of v and o.
+
+    One, as under `head_dim`, where there are no queries, or where the keys are the values.
+    """
     if block.wide > 1:
         raise Leave("its query rows also hold gates or keys and values: take head_dim or head")
+    if not block.q or not block.v:
+        return head_dims(block)
     native = block.native.qk_vo and not block.across_heads
     both = block.size + block.value_size
     qk = block.structure(

@@ -106,10 +106,7 @@ class _Discovery:
             )
         for row in ATTENTION:
             names = [n for n in (row.q, row.k, row.qkv, *row.v, *row.o) if n]
-            alone = not (row.qkv or row.v)  # other blocks have such names, too
-            if alone and not getattr(module, "is_kv_shared_layer", False):
-                continue
-            if self._free(path, module, names):
+            if _has_values(module, row) and self._free(path, module, names):
                 return self._guarded(
                     path,
                     names,
@@ -305,6 +302,15 @@ class _Discovery:
             owner, name = owner_of(path)
             kind = stock_class(self.modules[owner]).__name__
             self.dense[path or "(model)"] = reason_of(module, kind, name)
+
+
+def _has_values(module: nn.Module, row: layouts.Attention) -> bool:
+    """Whether a block of this row knows its values; other blocks have such names, too."""
+    if row.qkv or row.v:
+        return True
+    if row.k:  # which are the values
+        return getattr(module, "v_proj", module) is None
+    return bool(getattr(module, "is_kv_shared_layer", False))
 
 
 def _shared_parameters(model: nn.Module) -> dict[str, str]:

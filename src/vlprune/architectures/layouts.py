@@ -36,7 +36,8 @@ class Attention:
     """Child paths of an attention block. ``qkv`` is one fused projection, rows [q | k | v].
 
     ``q`` and ``k`` are empty where attention weights do not come from a dot product
-    (deformable attention), ``k`` and ``v`` where the keys and values of another layer are read.
+    (deformable attention), ``v`` where the keys are the values, ``k`` and ``v`` where those of
+    another layer are read.
     Attention in both directions has several ``v`` and ``o``.
     """
 
@@ -67,6 +68,7 @@ ATTENTION = (
     ),
     Attention("q_proj", "k_proj", ("v_proj",), ("out_proj",)),  # CLIP, SigLIP, OPT, Bart
     Attention("q_proj", "k_proj", ("v_proj",), ("o_proj",)),  # ViT, DETR, Swin, LLaMA, Qwen
+    Attention("q_proj", "k_proj", o=("o_proj",)),  # the full layers of large Gemma 4
     Attention("q_proj", o=("o_proj",)),  # the last layers of Gemma 3n and Gemma 4
     Attention("q_proj", "k_proj", ("v_proj",), ("projection_layer",)),  # InternVL
     Attention("q_proj", "k_proj", ("v_proj",), ("proj",)),  # Kimi vision

@@ -40,7 +40,7 @@ def measure_projected(
         if child and not is_linear(modules[join(path, child)]):
             kind = stock_class(modules[join(path, child)]).__name__
             raise Leave(f"its projection {child} is a {kind}, not a Linear")
-    measure = _measure_fused if row.qkv else _measure_apart if row.v else _measure_queries
+    measure = _measure_fused if row.qkv else _measure_apart if row.k or row.v else _measure_queries
     q, k, v, numbers = measure(path, row, modules, core)
     native = native_of(core, name)
     return Block(
@@ -118,7 +118,7 @@ def _measure_apart(
         if not counted or rows % counted:
             raise Leave(f"{name} does not say how many heads it has")
         size = rows // counted
-    value_rows, out = _rows(path, row.v[0], modules), modules[join(path, row.o[0])]
+    value_rows, out = _rows(path, (*row.v, row.k)[0], modules), modules[join(path, row.o[0])]
     columns = int(shape_of(out.weight)[linear_axes(out)[1]])
     heads, kv = rows // size, (_rows(path, row.k, modules) if row.k else value_rows) // size
     wide = 2 if row.k and rows == 2 * columns and _gates_itself(core) else 1
