@@ -322,7 +322,7 @@ def costs(name: str, share: float, out: Path) -> str:
     return "\n".join([*lines, "", step_cost(EXPERIMENTS[name], task, models["dense"])])
 
 
-def step_cost(what: Experiment, task: Any, model: Any, every: int = 20, windows: int = 10) -> str:
+def step_cost(what: Experiment, task: Any, model: Any, every: int = 40, windows: int = 10) -> str:
     """CPU seconds of a training step with the search, relative to plain training.
 
     Looks at ``windows`` pieces of a search of 6,000 steps, evenly spread, plain and searched steps
@@ -363,7 +363,7 @@ def larger(out: Path) -> str:
     prepare(0, torch.get_num_threads())
     model = task.new_model()
     size = sum(p.numel() for p in model.parameters())
-    said = step_cost(LARGER, task, model, every=20)
+    said = step_cost(LARGER, task, model, every=40)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     batches = [task.collate(list(task.train[i : i + 4])) for i in (0, 4)]
     small, seconds = searched(model, batches, turns=8)

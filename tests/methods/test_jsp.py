@@ -18,6 +18,7 @@ from vlprune.cutting.gates import gated
 from vlprune.cutting.sharing.mixed import mixed
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
 from vlprune.methods import Look, Problem
+from vlprune.methods.schedule import removed_share
 from vlprune.methods.vectors import Vectors, alignment, draw_near
 from vlprune.prices.prices import Prices
 from vlprune.structures.structure import Structure
@@ -376,6 +377,33 @@ def test_the_model_answers_held_out_batches_in_eval_mode() -> None:
     firsts = [int(one["input_ids"][0, 0]) for one in HELD_OUT]
     assert seen[1:] == [*firsts, firsts[0]]  # in turn
     assert model.training
+
+
+@pytest.mark.parametrize(("steps", "most"), [(100, 50), (4000, 201)])
+def test_a_long_search_moves_its_weights_some_hundred_times(steps: int, most: int) -> None:
+    """... from their whole distance to exactly none, each move by what the schedule has lost."""
+    found = search()
+    factors: list[tuple[float, float]] = []
+
+    class Stub:
+        def align(self, wanted: Any) -> None:
+            factors.append((progress, wanted.factor))
+
+        def look(self, vectors: Any, learns: bool, compares: bool) -> Look:
+            keep = {n: 0.1 * torch.randn_like(v) for n, v in vectors.keep.items()}
+            share = {n: 0.1 * torch.randn_like(v) for n, (_, v, _) in vectors.share.items()}
+            return Look(1.0, 1.0, keep, share)
+
+    for step in range(1, steps + 1):
+        progress = step / steps
+        found.turn(progress, Stub())
+    moves = [one for one in factors if one[1] < 1]
+    assert min(steps / 4, 100) < len(moves) <= most
+    assert moves[-1] == (1.0, 0.0)
+    left = 1.0
+    for at, factor in moves[:-1]:
+        left *= factor
+        assert left == pytest.approx(1 - removed_share((at - 0.5) / 0.5), abs=1e-6)
 
 
 def test_families_alone() -> None:

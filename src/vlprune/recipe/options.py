@@ -118,7 +118,7 @@ class JspOptions(Checked):
     match: Annotated[bool, Flag()] = False
     mismatch: Annotated[str, OneOf("error", "skip")] = "error"
     turns: Annotated[int, Whole(1, 10**9)] = 60
-    every: Annotated[int, Whole(1, 10**9)] = 20
+    every: Annotated[int, Whole(1, 10**9)] = 40
     learning_rate: Annotated[float, Number(0, 1000, above=True)] = 3e-3
     weight_decay: Annotated[float, Number(0, 1000)] = 1e-2
     budget_weight: Annotated[float, Number(0, MANY)] = 12.0

@@ -22,6 +22,8 @@ __all__ = ["JspSearch"]
 
 SELDOM = 5
 """Every so many looks the model is compared with and without its vectors."""
+FADES = 200
+"""At most so many moves take the weights to the frozen structure: each one rewrites them all."""
 COUNTS = ("weight_steps", "structure_steps", "skipped", "looks", "looked_step")
 LEVELS = ("threshold", "remains", "looked_at")
 
@@ -166,6 +168,8 @@ class JspSearch(Search):
             return Alignment(self.now, method.alignment)
         after = (progress - method.freeze) / max(1e-9, 1 - method.freeze)
         remains = 1 - removed_share(min(1.0, after)) if progress < 1 else 0.0
+        if remains > 0 and self.remains - remains < 1 / FADES:
+            return Alignment(self.frozen, method.alignment, 1.0)
         factor = remains / self.remains if self.remains > 0 else 0.0
         self.remains = remains
         return Alignment(self.frozen, method.alignment, factor)
