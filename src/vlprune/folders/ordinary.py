@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import discover
+from ..architectures import discover_recorded
 from ..cutting.sharing.ties import is_shared
 from ..errors import UnsupportedError
 from ..structures.record import read_record
@@ -58,7 +58,8 @@ def ordinary(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     _forget(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    structures = [s for s in discover(model, record.plan.attention) if s.name in record.sizes]  # type: ignore[arg-type]
+    every = discover_recorded(model, record.plan.attention, record.sizes)  # type: ignore[arg-type]
+    structures = [s for s in every if s.name in record.sizes]
     for kind in ("attention", "ffn"):
         for (tower, size), members in _groups(structures, kind).items():
             found = _say(cls, config, members, record.sizes, wanted)
