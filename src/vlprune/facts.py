@@ -212,6 +212,7 @@ class Report(_Facts):
     budget: _Budget
     method: str
     attention: str = ""
+    experts: str = "neuron"
     options: dict[str, Any] = {}
     params: _Change
     macs: _Macs | None = None

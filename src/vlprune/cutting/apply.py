@@ -91,8 +91,8 @@ Axes = Mapping[int, tuple[Tensor, int]]
 class Slices:
     """What a cut leaves of every parameter and buffer that it touches.
 
-    ``index`` is {parameter or buffer: :data:`Axes`}, ``scale`` {parameter: factor} for the parameters that a
-    softmax temperature is folded into.
+    ``index`` is {parameter or buffer: :data:`Axes`}, ``scale`` {parameter: factor} for the
+    parameters that a softmax temperature is folded into.
     """
 
     index: Mapping[str, Axes]

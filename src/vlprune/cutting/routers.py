@@ -1,10 +1,10 @@
 """Routers that choose among fewer experts than they have, and routers that have lost some.
 
 A removed expert has to be gone before the router chooses: out of its softmax, and out of its top-k,
-so that another expert takes its place. So a masked router computes with the rows of the experts that
-stay, as the cut one does, and its choice is translated back. Its logits keep their old width in
-both, with minus infinity for experts that are gone: a load-balancing loss adds them up over layers,
-with one number of experts for all.
+so that another expert takes its place. So a masked router computes with the rows of the experts
+that stay, as the cut one does, and its choice is translated back. Its logits keep their old width
+in both, with minus infinity for experts that are gone: a load-balancing loss adds them up over
+layers, with one number of experts for all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEPT = "kept_experts"
 
 @dataclass(frozen=True)
 class Place:
-    """An axis with one position per expert: of parameter or buffer ``leaf`` in the child ``path``."""
+    """An axis with one position per expert, of the tensor ``leaf`` of the child ``path``."""
 
     path: str
     leaf: str

@@ -190,9 +190,7 @@ def _one_of(body: Mapping[str, Any], key: str, units: Sequence[str]) -> str:
     """The unit under ``key``, the first one by default."""
     unit = _text(body, key, units[0])
     if unit not in units:
-        raise PlanError(
-            f"the plan's {key!r} must be one of {', '.join(units)}, not {shown(unit)}"
-        )
+        raise PlanError(f"the plan's {key!r} must be one of {', '.join(units)}, not {shown(unit)}")
     return unit
 
 
