@@ -44,11 +44,11 @@ def scan(
     """The loss and the size of the model with one part at a time cut to each of ``shares``.
 
     A part is all attention, all FFN or all whole experts of a tower; ``"whole"`` is everything.
-    Units are ranked by |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are masked, and
-    the loss is measured on as many test batches. Nothing is trained, so the losses show the damage
-    before any repair. ``"curve"`` is that of :func:`error_curve` on the same training batches.
-    ``advance(1)`` is called after each measurement. Raises DataError if there is no data. Not from
-    the papers.
+    Units are ranked by |d loss / d gate| over ``batches`` training batches (Taylor's score), the
+    lowest are masked, and the loss is measured on as many test batches. Nothing is trained, so the
+    losses show the damage before any repair. ``"curve"`` is that of :func:`error_curve` on the
+    same training batches. ``advance(1)`` is called after each measurement. Raises DataError if
+    there is no data. Not from the papers.
     """
     structures = discover(model, attention, experts).structures  # type: ignore[arg-type]
     prices = cost.param_prices(model, structures)
