@@ -328,6 +328,7 @@ class Section(_Facts):
     version: int
     attention: Literal["head_dim", "qk_vo", "head", "query_head"]
     fingerprint: str
+    experts: Literal["neuron", "expert"] = "neuron"
     keep: dict[str, _Kept]
     share: dict[str, _Shared] = {}
     weights: str | None = None
