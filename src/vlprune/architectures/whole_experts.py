@@ -43,7 +43,10 @@ SAVED_TOGETHER = {
 def whole_experts(
     path: str, row: Experts, modules: Mapping[str, nn.Module], tower: str
 ) -> Structure:
-    """The experts at ``path`` as units. Raises Leave if their router does not take fewer."""
+    """The experts at ``path`` as units. Raises Leave if their router does not take fewer.
+
+    Where a token goes to all of them, as after a cut, all are the least that must stay.
+    """
     experts, (above, own) = modules[path], owner_of(path)
     together = SAVED_TOGETHER.get(stock_class(modules[above]).__name__)
     if together:
@@ -52,11 +55,10 @@ def whole_experts(
         raise Leave(f"its router sorts tokens by expert itself: {INSTEAD}")
     count = shape_of(getattr(experts, row.down))[0]
     name, router, chosen = _router_beside(modules[above], own, count)
-    if chosen >= count:
-        raise Leave(f"every token goes to all of its {count} experts: {INSTEAD}")
     inside, numbers = places_of(experts, count), counts_of(experts, count)
     first = [place.name for place in inside if place.axis == 0]
-    if len(first) < len(inside) or not fewer_experts_agree(experts, row, first, numbers):
+    fits = chosen == count or fewer_experts_agree(experts, row, first, numbers)
+    if len(first) < len(inside) or not fits:
         kind = stock_class(experts).__name__
         raise Leave(f"the forward of {kind} does not take fewer experts: {INSTEAD}")
     held = [(path, place) for place in inside]
@@ -162,7 +164,7 @@ def _how_many(router: nn.Module, count: int) -> int:
                 chosen = trial.run()[2].shape[-1]
             except Exception:  # it takes tokens in another shape, or in another dtype
                 continue
-            sizes = sorted({chosen, (chosen + count) // 2, count - 1} - {count})
+            sizes = sorted({chosen, (chosen + count) // 2, max(chosen, count - 1)} - {count})
             stays = [torch.randperm(count, generator=numbers)[:s].sort().values for s in sizes]
             return chosen if all(map(trial.fewer_is_unlikely, stays)) else 0
     return 0
