@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structures.shards import shape_of
+from ..errors import UnsupportedError
+from ..structures.shards import is_dtensor, is_part, shape_of
 from .native import register_native_forward
+from .wrappers import stock_class
 
 __all__ = ["KEPT", "Place", "counts_of", "places_of", "routed"]
 
@@ -118,6 +120,12 @@ def _narrowed(router: nn.Module, stays: Tensor, count: int) -> Iterator[None]:
         for place in places:
             owner = router.get_submodule(place.path)
             whole = getattr(owner, place.leaf)
+            if is_part(whole) and (is_dtensor(whole) or whole.shape != shape_of(whole)):
+                raise UnsupportedError(
+                    f"{place.name} of {stock_class(router).__name__} is spread over processes "
+                    "while the router runs, so it cannot leave experts out: let FSDP or DeepSpeed "
+                    'gather whole layers, or choose experts="neuron"'
+                )
             shadow(owner, place.leaf, whole.index_select(place.axis, stays.to(whole.device)))
         for owner in router.modules():
             for name in counts_of(owner, count):
