@@ -207,6 +207,7 @@ def test_a_gate_scales_an_expert_and_zero_takes_it_away() -> None:
         assert torch.equal(whole, block(hidden))
     assert torch.allclose(half, (whole + nearly) / 2, atol=1e-10)
     chosen = block.gate(hidden)[2].eq(1).any(-1)
+    assert (whole - half)[0, chosen].abs().amax(-1).min() > 1e-3
     assert 0 < int(chosen.sum()) < len(chosen)
     assert torch.allclose(gone[0, ~chosen], whole[0, ~chosen], atol=1e-12)
     assert (gone - nearly)[0, chosen].abs().amax(-1).min() > 1e-3

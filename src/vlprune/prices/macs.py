@@ -190,8 +190,7 @@ def _starting(prefix: str, macs: Mapping[str, int]) -> int:
 def _experts(model: nn.Module, structures: Sequence[Structure]) -> dict[str, list[str]]:
     """{module: its weights} of experts, which are no layers: (experts, out, in) each."""
     found: dict[str, list[str]] = defaultdict(list)
-    cut = (s for s in structures if s.kind != "experts")
-    for slot in (slot for structure in cut for slot in structure.slots):
+    for slot in (slot for structure in structures for slot in structure.slots):
         path, leaf = owner_of(slot.param)
         if len(shape_of(getattr(model.get_submodule(path), leaf))) == 3:
             found[path].append(slot.param)
