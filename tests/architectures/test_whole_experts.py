@@ -19,6 +19,7 @@ from vlprune.cutting.difference import difference, tensors_of
 from vlprune.cutting.gates import gated, ones
 from vlprune.errors import BudgetError, PlanError, UnsupportedError
 from vlprune.folders.ordinary import ordinary
+from vlprune.measuring import sensitivity
 from vlprune.methods.walk import walk
 from vlprune.prices import cost
 from vlprune.prices.prices import Prices
@@ -421,7 +422,8 @@ def test_a_search_learns_which_experts_go(method: Any) -> None:
         for step in range(4):
             sample.model(**inputs).loss.backward()
             compressor.step((step + 1) / 4)
-    compressor.finish()
+        compressor.end()
+        compressor.finish()
     report = compressor.report()
     assert report["params"]["after"] == sum(p.numel() for p in sample.model.parameters())
     assert report["budget"]["reached"] <= 0.8
@@ -444,6 +446,17 @@ def test_repairs_and_jsp_leave_whole_experts_alone() -> None:
     compressor.finish()
     assert all(s.size == 4 for s in the_experts(discover(sample.model)))
     assert any("all of them stay" in note for note in compressor.notes())
+
+
+def test_the_sensitivity_of_whole_experts_leaves_a_token_enough() -> None:
+    sample = build("mixtral")
+    structures = discover(sample.model).structures
+    scores = {s.name: torch.arange(float(s.size)) for s in structures}
+    masks = sensitivity._masks(structures, scores, 0.1)
+    for structure in structures:
+        assert masks[structure.name].sum() >= structure.least
+    rows = sensitivity.error_curve(sample.model, structures, [sample.inputs] * 2, (0.97,))
+    assert rows[0]["params"] <= 0.97
 
 
 def test_a_plan_says_what_it_counts_experts_in() -> None:
