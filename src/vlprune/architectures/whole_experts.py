@@ -55,10 +55,8 @@ def whole_experts(
         raise Leave(f"its router sorts tokens by expert itself: {INSTEAD}")
     count = shape_of(getattr(experts, row.down))[0]
     name, router, chosen = _router_beside(modules[above], own, count)
-    inside, numbers = places_of(experts, count), counts_of(experts, count)
-    first = [place.name for place in inside if place.axis == 0]
-    fits = chosen == count or fewer_experts_agree(experts, row, first, numbers)
-    if len(first) < len(inside) or not fits:
+    inside = places_of(experts, count)
+    if chosen < count and not _take_fewer(experts, row, inside, count):
         kind = stock_class(experts).__name__
         raise Leave(f"the forward of {kind} does not take fewer experts: {INSTEAD}")
     held = [(path, place) for place in inside]
@@ -85,6 +83,18 @@ def whole_experts(
         buffers=tuple(slots[True]),
         least=chosen,
     )
+
+
+def _take_fewer(experts: nn.Module, row: Experts, inside: Sequence[Place], count: int) -> bool:
+    """Whether the experts' forward takes fewer of them, and nothing else inside is as long."""
+    known = {*row.weights, *(f"{name}_bias" for name in row.weights)}
+    names, numbers = [place.name for place in inside], counts_of(experts, count)
+    if any(place.axis or place.name not in known for place in inside):
+        return False
+    key = (stock_class(experts), row, count, *names, *numbers)
+    if key not in _READ:
+        _READ[key] = int(fewer_experts_agree(experts, row, names, numbers))
+    return bool(_READ[key])
 
 
 def _router_beside(parent: nn.Module, own: str, count: int) -> tuple[str, nn.Module, int]:
@@ -127,7 +137,8 @@ def _takes_more(router: nn.Module) -> bool:
 
 TOKENS, FLIPPED, FAR, EXACT = 64, 2, 1e6, 1e-4
 _READ: dict[tuple[Any, ...], int] = {}
-"""What has been found out about a kind of router: how many experts a token goes to; 0 if unsure."""
+"""What has been found out about a kind of router, or of experts: how many experts a token goes to,
+or whether there may be fewer; 0 if unsure."""
 
 
 def _chosen(router: nn.Module, count: int) -> int:
