@@ -212,6 +212,7 @@ class Report(_Facts):
     budget: _Budget
     method: str
     attention: str = ""
+    experts: str = "neuron"
     options: dict[str, Any] = {}
     params: _Change
     macs: _Macs | None = None
@@ -327,6 +328,7 @@ class Section(_Facts):
     version: int
     attention: Literal["head_dim", "qk_vo", "head", "query_head"]
     fingerprint: str
+    experts: Literal["neuron", "expert"] = "neuron"
     keep: dict[str, _Kept]
     share: dict[str, _Shared] = {}
     weights: str | None = None

@@ -40,8 +40,8 @@ def test_a_bias_that_keeps_the_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_bias_left_out_of_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = discovery._Discovery._row_slots
-    monkeypatch.setattr(discovery._Discovery, "_row_slots", lambda *args: rows(*args)[:1])
+    rows = discovery.Discovery._row_slots
+    monkeypatch.setattr(discovery.Discovery, "_row_slots", lambda *args: rows(*args)[:1])
     with pytest.raises(RuntimeError):
         masked_equals_cut(partial(build, "vit"), "head_dim")
 

@@ -16,7 +16,14 @@ from ..cutting.padded import PaddedLinear, is_linear, linear_axes
 from ..cutting.wrappers import stock_class, uncompiled
 from ..errors import UnsupportedError, did_you_mean
 from ..structures.shards import shape_of
-from ..structures.structure import AttentionUnit, Description, Gate, Slot, Structure
+from ..structures.structure import (
+    AttentionUnit,
+    Description,
+    ExpertUnit,
+    Gate,
+    Slot,
+    Structure,
+)
 from ..structures.units import owner_of, span
 from .attention import Block, Leave, join, structures_of
 from .experts import experts_at, experts_structure
@@ -25,11 +32,14 @@ from .layouts import ATTENTION, FFN
 from .measured import measure_multihead, measure_projected
 from .reasons import reason_of
 from .towers import child_of, default_tower, in_order, tower_of
+from .whole_experts import whole_experts
 
-__all__ = ["discover", "discover_apart"]
+__all__ = ["Discovery", "discover"]
 
 
-def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Description:
+def discover(
+    model: nn.Module, attention: AttentionUnit = "head_dim", experts: ExpertUnit = "neuron"
+) -> Description:
     """All structures of any model, and the reasons why its other modules stay dense.
 
     ``attention`` chooses the unit: ``"head_dim"`` (the same dimension of every head in q,
@@ -39,32 +49,38 @@ def discover(model: nn.Module, attention: AttentionUnit = "head_dim") -> Descrip
     head has its own). Where a rotary embedding turns head dimensions in pairs, a unit of
     ``"head_dim"`` is a pair.
 
+    ``experts`` chooses the unit of experts that are one parameter: ``"neuron"`` (the same neuron of
+    every expert of a layer) or ``"expert"`` (whole experts, with their rows of the router).
+
     Discovery needs no data, does not run the model and works on meta tensors. Calling it twice
     on one model gives equal descriptions.
 
-    Raises UnsupportedError if ``attention`` is not one of these.
+    Raises UnsupportedError if ``attention`` or ``experts`` is not one of these.
     """
-    if attention not in get_args(AttentionUnit):
-        raise UnsupportedError(
-            f"attention must be one of {', '.join(get_args(AttentionUnit))}, not {attention!r}."
-            f"{did_you_mean(str(attention), get_args(AttentionUnit))}"
-        )
-    return _Discovery(uncompiled(model), attention).run()
+    for name, unit, known in (
+        ("attention", attention, get_args(AttentionUnit)),
+        ("experts", experts, get_args(ExpertUnit)),
+    ):
+        if unit not in known:
+            raise UnsupportedError(
+                f"{name} must be one of {', '.join(known)}, not {unit!r}."
+                f"{did_you_mean(str(unit), known)}"
+            )
+    return Discovery(uncompiled(model), attention, experts).run()
 
 
-def discover_apart(model: nn.Module, attention: AttentionUnit) -> Description:
-    """As :func:`discover`, with every dimension of a rotary head as a unit of its own, padded.
-
-    Folders written before vlprune knew pairs were cut so.
-    """
-    return _Discovery(uncompiled(model), attention, pairs=False).run()
-
-
-class _Discovery:
+class Discovery:
     """One walk over the modules of a model."""
 
-    def __init__(self, model: nn.Module, attention: AttentionUnit, *, pairs: bool = True) -> None:
-        self.model, self.attention, self.pairs = model, attention, pairs
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: AttentionUnit,
+        experts: ExpertUnit = "neuron",
+        *,
+        pairs: bool = True,
+    ) -> None:
+        self.model, self.attention, self.experts, self.pairs = model, attention, experts, pairs
         self.modules = dict(model.named_modules())
         self.dense: dict[str, str] = {}
         self.taken: set[str] = set()
@@ -72,6 +88,7 @@ class _Discovery:
         self.default_tower = default_tower(model)
 
     def run(self) -> Description:
+        """The description of the model."""
         structures: list[Structure] = []
         order: dict[str, int] = {}
         for path, module in in_order(self.model):
@@ -81,8 +98,8 @@ class _Discovery:
                 structures += self._attention(path, module)
                 structures += self._ffn(path, module)
         structures.sort(key=lambda s: order[s.core or s.gates[0].module])
-        self._explain_rest()
-        return Description(tuple(structures), self.dense, self.attention)
+        self._explain_rest({owner_of(slot.param)[0] for s in structures for slot in s.slots})
+        return Description(tuple(structures), self.dense, self.attention, self.experts)
 
     # -- attention ---------------------------------------------------------------------
 
@@ -178,7 +195,7 @@ class _Discovery:
     # -- FFN ---------------------------------------------------------------------------
 
     def _experts(self, path: str, module: nn.Module) -> list[Structure]:
-        """The neurons of experts whose weights are parameters of one module."""
+        """The units of experts whose weights are parameters of one module."""
         row = experts_at(module)
         if row is None:
             return []
@@ -187,9 +204,13 @@ class _Discovery:
             inside = names == [""] and name and not name.startswith("parametrizations")
             if inside and any(True for _ in child.parameters(recurse=False)):
                 self.dense[join(path, name)] = reason_of(child, stock_class(module).__name__, name)
-        return self._guarded(
-            path, names, lambda: [experts_structure(path, module, row, self._tower(path))]
-        )
+
+        def build() -> list[Structure]:
+            if self.experts == "expert":
+                return [whole_experts(path, row, self.modules, self._tower(path))]
+            return [experts_structure(path, module, row, self._tower(path))]
+
+        return self._guarded(path, names, build)
 
     def _ffn(self, path: str, module: nn.Module) -> list[Structure]:
         found = []
@@ -292,10 +313,11 @@ class _Discovery:
     def _tower(self, path: str) -> str:
         return tower_of(path) or self.default_tower
 
-    def _explain_rest(self) -> None:
+    def _explain_rest(self, cut: set[str]) -> None:
+        """Say why all modules stay dense that are neither a part of a block nor ``cut``."""
         for path, module in self.modules.items():
             own = list(module.parameters(recurse=False))
-            if not own or path in self.taken or path in self.dense:
+            if not own or path in self.taken or path in self.dense or path in cut:
                 continue
             if any(path.startswith(taken + ".") for taken in self.taken if taken):
                 continue

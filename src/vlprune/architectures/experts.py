@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .attention import Leave, join
 from .fused import source_of
 from .towers import child_of
 
-__all__ = ["experts_at", "experts_structure"]
+__all__ = ["Experts", "experts_at", "experts_structure", "fewer_experts_agree", "stand_in"]
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,11 @@ def experts_structure(path: str, module: nn.Module, row: Experts, tower: str) ->
         raise Leave(f"the weights of its experts do not fit each other: {listed}")
     for axis in fitting:
         _check_between(module, row, shapes[row.down][axis])
-    key = (stock_class(module), row, *fitting)
-    if key not in _READ:
-        _READ[key] = _how_it_reads(module, row, shapes[row.down], fitting)
-    if _READ[key] is None:
+    read = _reading(module, row, shapes, fitting)
+    if read is None:
         name = stock_class(module).__name__
         raise Leave(f"how the forward of {name} reads the weights of its experts is not known")
-    axis, (repeat, inner) = _READ[key]  # type: ignore[misc]
+    axis, (repeat, inner) = read
     slots = [
         Slot(join(path, name), 1 if name.endswith("_bias") else 3 - axis, 0, repeat, inner)
         for first in row.weights[:-1]
@@ -115,6 +114,15 @@ def experts_structure(path: str, module: nn.Module, row: Experts, tower: str) ->
 
 _READ: dict[tuple[Any, ...], tuple[int, Order] | None] = {}
 """What has been found out about a class: (axis of the neurons in down, their order in up)."""
+
+
+def _reading(
+    module: nn.Module, row: Experts, shapes: Mapping[str, Sequence[int]], fitting: Sequence[int]
+) -> tuple[int, Order] | None:
+    key = (stock_class(module), row, *fitting)
+    if key not in _READ:
+        _READ[key] = _how_it_reads(module, row, shapes[row.down], fitting)
+    return _READ[key]
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
@@ -158,6 +166,46 @@ def _check_between(module: nn.Module, row: Experts, size: int) -> None:
 
 WIDTH, NEURONS, LEFT, TOKENS = 3, 4, (0, 2, 3), 4
 EXACT = 1e-5
+
+
+@torch.no_grad()
+def fewer_experts_agree(
+    module: nn.Module, row: Experts, tensors: Sequence[str], numbers: Sequence[str]
+) -> bool:
+    """Whether the forward gives tokens of some experts the same if the others are cut away.
+
+    ``tensors`` have one position per expert on their first axis, ``numbers`` are the attributes
+    that say how many there are.
+    """
+    shapes = {name: shape_of(_parameter(module, name)) for name in row.weights}
+    read = _reading(module, row, shapes, [axis for axis in (2, 1) if _fits(row, shapes, axis)])
+    if read is None:
+        return False
+    axis, count = read[0], shapes[row.down][0]
+    widths, hidden = _widths(module, row, shapes[row.down][axis]), shapes[row.down][3 - axis]
+    fewer = dict.fromkeys(numbers, count - 1)
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        whole = _few_numbers(module, row, axis, generator)
+        cut = {name: w[1:] if name in tensors else w for name, w in whole.items()}
+        weights = torch.rand(TOKENS, 2, generator=generator, dtype=torch.float64)
+        index = (torch.arange(TOKENS)[:, None] + torch.arange(2)) % (count - 1)
+        for kernel in _kernels(module):
+            try:
+                full, small, none = (
+                    _run(module, w, kernel, NEURONS, widths, hidden, routing, more)
+                    for w, routing, more in (
+                        (whole, (index + 1, weights), {}),
+                        (cut, (index, weights), fewer),
+                        (cut, (index, 0 * weights), fewer),
+                    )
+                )
+            except Exception:  # it takes other arguments, or counts in its own way
+                return False
+            same = full.shape == small.shape and bool((full - small).abs().max() < EXACT)
+            if not (same and full.abs().max() > EXACT > none.abs().max()):
+                return False
+    return True
 
 
 def _how_it_reads(
@@ -233,11 +281,14 @@ def _run(
     neurons: int,
     widths: Sequence[str],
     hidden: int,
+    routing: tuple[Tensor, Tensor] | None = None,
+    more: Mapping[str, int] = MappingProxyType({}),
 ) -> Tensor:
-    """The forward of the module's class with these weights, on two of its experts or on all."""
+    """The forward of the module's class with these weights, on two of its experts or on all.
+
+    Or on those of the ``routing``, (experts, weights) of each token. ``more`` are attributes.
+    """
     cls = stock_class(module)
-    stand_in: Any = object.__new__(cls)
-    stand_in.__dict__.update(module.__dict__)
     children = {
         name: nn.Identity() if any(True for _ in child.parameters()) else child
         for name, child in module.named_children()
@@ -248,14 +299,9 @@ def _run(
         for name, value in module.__dict__.items()
         if type(value) is int and (name in widths or (value == hidden and "expert" not in name))
     }
-    stand_in.__dict__ |= {
-        "_parameters": {name: nn.Parameter(w, requires_grad=False) for name, w in weights.items()},
-        "_modules": children,
-        "training": False,
-        **numbers,
-    }
+    made = stand_in(module, weights, children, {**numbers, **more})
     if "config" in module.__dict__:
-        stand_in.__dict__["config"] = _Config(module.config, kernel)
+        made.__dict__["config"] = _Config(module.config, kernel)
     experts = min(len(w) for w in weights.values())
     taken = [p for p in inspect.signature(cls.forward).parameters.values() if p.name != "self"]
     numbers_of = torch.Generator().manual_seed(1)
@@ -268,8 +314,32 @@ def _run(
         2: (x, torch.ones(tokens, experts, dtype=torch.float64)),
         3: (x, index, torch.rand(index.shape, generator=numbers_of, dtype=torch.float64)),
     }
-    output: Tensor = cls.forward(stand_in, *given[len(taken)])
+    if routing is not None:
+        given = {3: (x[:TOKENS], *routing)}
+    output: Tensor = cls.forward(made, *given[len(taken)])
     return output
+
+
+def stand_in(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    children: Mapping[str, nn.Module],
+    numbers: Mapping[str, int],
+) -> Any:
+    """A module of the same stock class, with other parameters, children and attributes."""
+    made: Any = object.__new__(stock_class(module))
+    made.__dict__.update(nn.Module().__dict__)
+    made.__dict__ |= {n: v for n, v in module.__dict__.items() if n not in made.__dict__}
+    own = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    made.__dict__ |= {
+        "_parameters": {**dict.fromkeys(module._parameters), **own},
+        "_buffers": dict(module._buffers),
+        "_modules": dict(children),
+        "training": False,
+        **numbers,
+    }
+    made.__dict__.pop("forward", None)  # of an instance, as accelerate sets it
+    return made
 
 
 class _Config:

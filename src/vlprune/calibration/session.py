@@ -37,6 +37,12 @@ NOTHING = 1e-6
 """A relative error that needs no repair: a search that closes its gates leaves none to repair."""
 
 
+NO_REPAIR = (
+    "no repair follows whole experts, whose tokens go elsewhere when they are gone: leave the "
+    'calibration out, or choose experts="neuron"'
+)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a calibration runs on, for ``Compressor(..., calibration=...)``.
@@ -243,6 +249,8 @@ class Session:
                 "a plan that shares weights cannot be folded: the repair would pull shared weights "
                 "apart. Cut it without calibration"
             )
+        if any(s.kind == "experts" and len(plan.kept(s)) < s.size for s in self.structures):
+            raise UnsupportedError(NO_REPAIR)
         wanted = self._outputs()
         with gated(self.model, self.structures, plan):
             before = self._apart(wanted)
@@ -280,6 +288,10 @@ class Session:
                 f"the neurons of {', '.join(self.unread)} are read by no layer that could be "
                 "watched or repaired: these experts are built unlike all others, so OBS leaves "
                 "them whole, and no repair follows their cut by another method"
+            )
+        if any(s.kind == "experts" for s in self.structures):
+            notes.append(
+                "whole experts are not among the units that OBS can judge, so all of them stay"
             )
         wrong = max(self.errors.before.values(), default=0.0) if self.errors is not None else 0.0
         if self.errors is not None and not self.errors.kept and wrong > NOTHING:
@@ -380,7 +392,8 @@ def fold(
     Raises PlanError for a plan that does not fit, UnsupportedError for one that shares weights,
     DataError for batches that cannot be used. Sources: docs/calibration.md.
     """
-    cut = settle(model, discover(model, plan.attention), plan)  # type: ignore[arg-type]
+    described = discover(model, plan.attention, plan.experts)  # type: ignore[arg-type]
+    cut = settle(model, described, plan)
     session = Session(model, cut.description.structures, _calibration(batches))
     originals = Originals(model)
     try:

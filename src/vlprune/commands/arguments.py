@@ -18,7 +18,7 @@ from ..errors import (
 )
 from ..files import HUB_NAME, plain, shown
 from ..folders import place
-from ..structures.structure import AttentionUnit
+from ..structures.structure import AttentionUnit, ExpertUnit
 
 if TYPE_CHECKING:
     from ..data.samples import Sample
@@ -30,6 +30,7 @@ __all__ = [
     "check_attention",
     "check_choice",
     "check_device",
+    "check_experts",
     "check_file",
     "check_folder",
     "check_name",
@@ -135,6 +136,11 @@ def check_device(name: str) -> None:
 def check_attention(unit: str) -> None:
     """Raise UnsupportedError unless ``unit`` is an attention unit."""
     check_choice(unit, get_args(AttentionUnit), "attention must be one of {}, not {}.")
+
+
+def check_experts(unit: str) -> None:
+    """Raise UnsupportedError unless ``unit`` is a unit of experts."""
+    check_choice(unit, get_args(ExpertUnit), "experts must be one of {}, not {}.")
 
 
 def check_choice(word: str, known: Sequence[str], says: str) -> None:

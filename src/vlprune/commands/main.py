@@ -26,6 +26,7 @@ from .arguments import (
     check_attention,
     check_choice,
     check_device,
+    check_experts,
     check_file,
     check_folder,
     check_name,
@@ -88,6 +89,9 @@ def inspect(
     attention: Annotated[
         str, typer.Option(help="Attention unit: head_dim, qk_vo, head or query_head.")
     ] = "head_dim",
+    experts: Annotated[
+        str, typer.Option(help="Unit of experts that are one parameter: neuron or expert.")
+    ] = "neuron",
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Describe the architecture without weights.")
     ] = False,
@@ -97,7 +101,11 @@ def inspect(
 
     Example: vlprune inspect openai/clip-vit-base-patch32
     """
-    each(lambda: check_name(model), lambda: check_attention(attention))
+    each(
+        lambda: check_name(model),
+        lambda: check_attention(attention),
+        lambda: check_experts(experts),
+    )
     from ..folders.opening import open_model
     from ..measuring.inputs import made_up_inputs
     from .pipeline.describe import describe
@@ -107,7 +115,7 @@ def inspect(
         inputs, problem = made_up_inputs(loaded), ""
     except Exception as error:  # a config may say anything
         inputs, problem = None, " ".join(str(error).split())[:300]
-    description = describe(loaded, inputs, attention)
+    description = describe(loaded, inputs, attention, experts)
     description["macs_problem"] = description["macs_problem"] or problem
     _show(description, screens.description(description), as_json)
 
@@ -151,6 +159,9 @@ def compress(
         str,
         typer.Option(help="For a model: head_dim, qk_vo, head or query_head; default: head_dim."),
     ] = "",
+    experts: Annotated[
+        str, typer.Option(help="For a model: neuron or expert (a whole one); default: neuron.")
+    ] = "",
     max_shard_size: Annotated[
         str, typer.Option(help="For a model: the largest weight file; default: 2GB.")
     ] = "",
@@ -180,6 +191,7 @@ def compress(
         method=method,
         rotate=rotate,
         attention=attention,
+        experts=experts,
         max_shard_size=max_shard_size,
         stream=stream,
         no_stream=stream is False,
@@ -193,6 +205,7 @@ def compress(
             lambda: check_whole(256 if items is None else items, "--items", 10**6),
             lambda: check_untrained(method or "obs", rotate),
             lambda: check_attention(attention or "head_dim"),
+            lambda: check_experts(experts or "neuron"),
             lambda: check_alone(
                 [*(overrides or []), *given(toy=toy)],
                 "cannot be given with a model, only with a recipe",
@@ -216,6 +229,7 @@ def compress(
             items=256 if items is None else items,
             method={"name": method or "obs", **({"rotate": True} if rotate else {})},
             attention=attention or "head_dim",
+            experts=experts or "neuron",
             device=device or "auto",
             left_out=left_out(left),
         )

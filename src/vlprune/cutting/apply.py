@@ -31,7 +31,7 @@ from .sharing.ties import (
 from .wrappers import stock_class
 from .zero import split_again
 
-__all__ = ["Slices", "apply_plan", "slices_of"]
+__all__ = ["Slices", "apply_plan", "shapes_in", "slices_of"]
 
 
 def apply_plan(
@@ -51,8 +51,7 @@ def apply_plan(
     undo = undo if undo is not None else _Forget()
     kept = {s.name: plan.kept(s) for s in structures}
     cut = [s for s in structures if len(kept[s.name]) < s.size]
-    every = model.named_parameters(remove_duplicate=False)
-    shapes = {name: shape_of(p) for name, p in every}
+    shapes = shapes_in(model)
     ties = [*ties, *ties_of(structures, plan, shapes)]
     slices = slices_of(structures, plan, shapes)
     swap_forwards(model, cut, undo)
@@ -69,6 +68,13 @@ def apply_plan(
     return slices
 
 
+def shapes_in(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters and buffers, by name."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name: shape_of(tensor) for name, tensor in (*parameters, *buffers)}
+
+
 class _Forget(ExitStack):
     """An undo list that keeps nothing."""
 
@@ -83,17 +89,17 @@ Axes = Mapping[int, tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Slices:
-    """What a cut leaves of every parameter that it touches.
+    """What a cut leaves of every parameter and buffer that it touches.
 
-    ``index`` is {parameter: :data:`Axes`}, ``scale`` {parameter: factor} for the parameters that a
-    softmax temperature is folded into.
+    ``index`` is {parameter or buffer: :data:`Axes`}, ``scale`` {parameter: factor} for the
+    parameters that a softmax temperature is folded into.
     """
 
     index: Mapping[str, Axes]
     scale: Mapping[str, float]
 
     def of(self, name: str, weight: Tensor) -> Tensor:
-        """The rows and columns of a parameter that stay, times its factor: a new tensor."""
+        """The rows and columns of a tensor that stay, times its factor: a new tensor."""
         for axis, (index, _length) in self.index[name].items():
             weight = weight.index_select(axis, index.to(weight.device))
         if self.scale.get(name, 1.0) != 1.0:
@@ -104,7 +110,7 @@ class Slices:
 def slices_of(
     structures: Sequence[Structure], plan: Plan, shapes: Mapping[str, Sequence[int]]
 ) -> Slices:
-    """What the plan leaves of parameters with these shapes."""
+    """What the plan leaves of parameters and buffers with these shapes."""
     masks: dict[str, dict[int, Tensor]] = defaultdict(dict)
     scale: dict[str, float] = {}
     for structure in structures:
@@ -113,7 +119,7 @@ def slices_of(
             continue
         if structure.layout == "native":
             scale |= dict.fromkeys(structure.folds, math.sqrt(len(kept) / structure.size))
-        for slot in structure.slots:
+        for slot in (*structure.slots, *structure.buffers):
             length = shapes[slot.param][slot.axis]
             mask = masks[slot.param].setdefault(
                 slot.axis, torch.ones(length, dtype=torch.bool, device="cpu")
@@ -146,14 +152,18 @@ def _become(module: Any, cls: type[nn.Module], attributes: Mapping[str, Any]) ->
 
 @torch.no_grad()
 def narrow(model: nn.Module, name: str, slices: Slices, undo: ExitStack, units: Units) -> None:
-    """Replace one parameter by what stays of it.
-
+    """Replace one parameter or buffer by what stays of it.
 
     A parameter that lies in parts is gathered for the purpose, alone, and comes back in parts.
     Raises PlanError if the module holds None in place of the parameter.
     """
     path, leaf = owner_of(name)
     module = model.get_submodule(path)
+    if leaf in module._buffers:
+        whole_buffer = module._buffers[leaf]
+        undo.callback(module._buffers.__setitem__, leaf, whole_buffer)
+        module._buffers[leaf] = slices.of(name, whole_buffer)  # type: ignore[arg-type]
+        return
     old = module._parameters[leaf]
     if old is None:
         raise PlanError(f"the model has no parameter {name!r}")

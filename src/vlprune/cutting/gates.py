@@ -19,6 +19,7 @@ from ..files import shown
 from ..structures.plan import Plan
 from ..structures.structure import Gate, Structure
 from ..structures.units import spread
+from .routers import routed
 from .wrappers import uncompiled
 
 __all__ = ["Gates", "evaluating", "gated", "has_gates", "ones", "plan_gates"]
@@ -219,6 +220,8 @@ def _through(
     """``forward`` with its first input, its weights and its output multiplied by gates."""
     by_place: dict[str, list[tuple[Gate, Tensor]]] = {"input": [], "weight": [], "output": []}
     for gate, values in members:
+        if gate.at == "router":  # the only gate there
+            return routed(module, values, forward, args, kwargs)
         by_place[gate.at].append((gate, values))
     for gate, values in by_place["input"]:
         first, *rest = args

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structures.shards import shape_of
 from ..structures.structure import Structure
 from ..structures.units import plain_name
-from .apply import slices_of
+from .apply import shapes_in, slices_of
 from .layerwise import Weights
 from .settle import Cut
 from .sharing.ties import Tie, WholeWeights, remember_ties, ties_of, untie
@@ -35,8 +34,7 @@ class MaskedWeights:
 
     def __init__(self, model: nn.Module, cut: Cut, stored: Weights) -> None:
         with untied(model):
-            every = model.named_parameters(remove_duplicate=False)
-            shapes = {name: shape_of(parameter) for name, parameter in every}
+            shapes = shapes_in(model)
         self._scale = slices_of(cut.structures, cut.plan, shapes).scale
         self._ties: dict[str, list[Tie]] = defaultdict(list)
         for tie in ties_of(cut.structures, cut.plan, shapes):

@@ -52,6 +52,12 @@ def settle(model: nn.Module, structures: Description | Sequence[Structure], plan
             f"{description.attention!r}: describe the model with "
             f"vlprune.discover(model, attention={plan.attention!r})"
         )
+    if isinstance(structures, Description) and plan.experts != description.experts:
+        raise PlanError(
+            f"the plan counts experts in {plan.experts!r}, the description in "
+            f"{description.experts!r}: describe the model with vlprune.discover(model, "
+            f"attention={plan.attention!r}, experts={plan.experts!r})"
+        )
     plan.check(description.structures, fingerprint(plan.attention, description.structures))
     if has_gates(model):
         raise UnsupportedError(

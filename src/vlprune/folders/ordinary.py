@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import discover
+from ..architectures import discover_recorded
+from ..cutting.routers import KEPT
 from ..cutting.sharing.ties import is_shared
 from ..errors import UnsupportedError
 from ..structures.record import read_record
@@ -37,6 +38,7 @@ WIDTHS = (
     "d_ff",
     "mlp_ratio",
 )
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads")
 KV_HEADS = "num_key_value_heads"
 
@@ -58,8 +60,9 @@ def ordinary(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     _forget(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    structures = [s for s in discover(model, record.plan.attention) if s.name in record.sizes]  # type: ignore[arg-type]
-    for kind in ("attention", "ffn"):
+    every = discover_recorded(model, record.plan.attention, record.sizes)  # type: ignore[arg-type]
+    structures = [s for s in every if s.name in record.sizes]
+    for kind in ("attention", "experts", "ffn"):
         for (tower, size), members in _groups(structures, kind).items():
             found = _say(cls, config, members, record.sizes, wanted)
             if found is None:
@@ -78,7 +81,8 @@ def ordinary(model: Any) -> Any:
             "layers of one tower keep different numbers of units: compress with uniform=True"
         )
     plain = cls(config)
-    plain.load_state_dict(model.state_dict())
+    state = model.state_dict()
+    plain.load_state_dict({n: t for n, t in state.items() if not n.endswith(f".{KEPT}")})
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.to(next(model.parameters()).device, next(model.parameters()).dtype).train(
@@ -87,7 +91,7 @@ def ordinary(model: Any) -> Any:
 
 
 def _advice(kind: str, unit: str) -> str:
-    if kind == "ffn":
+    if kind in ("ffn", "experts"):
         return (
             ", or several towers share one: compress with uniform=True, or leave the tower dense "
             "with skip"
@@ -134,9 +138,9 @@ def _say(
     wanted: Mapping[str, tuple[int, ...]],
 ) -> Any:
     """A config that gives these structures the wanted shapes; None if no such config exists."""
-    params = {slot.param for s in members for slot in s.slots if slot.param in wanted}
+    axes = {(slot.param, slot.axis) for s in members for slot in s.slots if slot.param in wanted}
     cores = tuple(f"{s.core}." for s in members if s.core)  # keys stay where only queries go
-    params |= {name for name in wanted if name.startswith(cores)}
+    params = {name for name in wanted if name.startswith(cores)}
     now, before = members[0].size, sizes[members[0].name]
     if len({sizes[s.name] for s in members}) > 1:
         return None
@@ -149,15 +153,17 @@ def _say(
             except (TypeError, ValueError):  # a config that refuses the value
                 continue
             shapes = _shapes(cls, tried)
-            if all(shapes.get(name) == wanted[name] for name in params):
+            if all(shapes.get(name) == wanted[name] for name in params) and all(
+                name in shapes and shapes[name][axis] == wanted[name][axis] for name, axis in axes
+            ):
                 return tried
     return None
 
 
 def _changes(kind: str, before: int, now: int) -> Iterator[Any]:
     """Functions that change one number of a config, and return false if it has no such number."""
-    if kind == "ffn":
-        for name in WIDTHS:
+    if kind in ("ffn", "experts"):
+        for name in WIDTHS if kind == "ffn" else EXPERT_COUNTS:
 
             def width(one: Any, name: str = name) -> bool:
                 value = getattr(one, name, None)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..architectures import discover, discover_apart
+from ..architectures import discover_apart, discover_recorded
 from ..cutting.apply import apply_plan
 from ..errors import CheckpointError, VlpruneError
 from ..files import plain
@@ -59,8 +59,8 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
     A folder may be opened by a class one level up or down (AutoModel on a folder written by
     a head class), whose module names lack or gain the base model's prefix.
     """
-    description = discover(model, attention=record.plan.attention)  # type: ignore[arg-type]
-    own = {structure.name: structure for structure in description}
+    recorded = discover_recorded(model, record.plan.attention, record.plan.keep)  # type: ignore[arg-type]
+    own = {structure.name: structure for structure in recorded}
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     cut, keep, unknown = [], {}, []
 

@@ -39,17 +39,18 @@ def scan(
     batch_size: int = 32,
     shares: Sequence[float] = SHARES,
     advance: Callable[[int], None] = lambda done: None,
+    experts: str = "neuron",
 ) -> dict[str, Any]:
     """The loss and the size of the model with one part at a time cut to each of ``shares``.
 
-    A part is all attention or all FFN of a tower; ``"whole"`` is everything. Units are ranked by
-    |d loss / d gate| over ``batches`` training batches (Taylor's score), the lowest are masked, and
-    the loss is measured on as many test batches. Nothing is trained, so the losses show the damage
-    before any repair. ``"curve"`` is that of :func:`error_curve` on the same training batches.
-    ``advance(1)`` is called after each measurement. Raises DataError if there is no data. Not from
-    the papers.
+    A part is all attention, all FFN or all whole experts of a tower; ``"whole"`` is everything.
+    Units are ranked by |d loss / d gate| over ``batches`` training batches (Taylor's score), the
+    lowest are masked, and the loss is measured on as many test batches. Nothing is trained, so the
+    losses show the damage before any repair. ``"curve"`` is that of :func:`error_curve` on the
+    same training batches. ``advance(1)`` is called after each measurement. Raises DataError if
+    there is no data. Not from the papers.
     """
-    structures = discover(model, attention).structures  # type: ignore[arg-type]
+    structures = discover(model, attention, experts).structures  # type: ignore[arg-type]
     prices = cost.param_prices(model, structures)
     objective = place(task.objective(model), device_of(model))
     parts: dict[str, list[Structure]] = {}
@@ -176,7 +177,7 @@ def _loss(objective: Any, model: Any, batches: Sequence[dict[str, Any]]) -> floa
 def _masks(
     members: Sequence[Structure], scores: dict[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """Gates that keep the best ``share`` of all units of a part, and one unit per structure."""
+    """Gates that keep the best ``share`` of a part's units, and the least of each structure."""
     together = torch.cat([scores[s.name] for s in members])
     keep = max(1, round(share * len(together)))
     bar = together.topk(keep).values[-1]
@@ -184,6 +185,6 @@ def _masks(
     for structure in members:
         values = scores[structure.name]
         mask = (values >= bar).float()
-        mask[values.argmax()] = 1
+        mask[values.topk(structure.least).indices] = 1
         gates[structure.name] = mask
     return gates

@@ -262,8 +262,8 @@ class OneShot(OneShotOptions, Method):
 
 
 def family(structure: Structure) -> str:
-    """``"ffn"`` or ``"attention"``: the scores of a family are standardised together."""
-    return "ffn" if structure.kind == "ffn" else "attention"
+    """``"ffn"``, ``"experts"`` or ``"attention"``: a family's scores are standardised together."""
+    return structure.kind if structure.kind in ("ffn", "experts") else "attention"
 
 
 def standardised(
@@ -272,7 +272,8 @@ def standardised(
     """Scores with zero mean and unit variance over all units of a kind, all towers together.
 
     The variance of n units is a sum over n - ``correction``. Source: UPop, section 3.2: one mean
-    and spread for attention, one for FFN.
+    and spread for attention, one for FFN. Whole experts (not from the paper) have
+    their own.
     """
     kinds: dict[str, list[str]] = {}
     for structure in structures:

@@ -87,8 +87,8 @@ class _ObsSearch(Search):
                 raise
             raise BudgetError(
                 f"{error}. {len(self.whole)} structures stay whole, because no calibration batch "
-                "reaches them, the chosen outputs have no gradient there, or they are experts of a "
-                "kind that cannot be taken apart: "
+                "reaches them, the chosen outputs have no gradient there, or they are whole "
+                "experts, or experts of a kind that cannot be taken apart: "
                 f"{', '.join(sorted(self.whole))}"
             ) from None
 

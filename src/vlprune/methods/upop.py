@@ -99,7 +99,9 @@ class _UPopSearch(Search):
         unit = {
             s.name: 1.0 if s.kind == "ffn" else self.method.paper_ratio for s in self.structures
         }
-        return Prices("paper's cost", unit, {s.name: s.size for s in self.structures}, 0.0)
+        sizes = {s.name: s.size for s in self.structures}
+        at_least = self.problem.prices.at_least
+        return Prices("paper's cost", unit, sizes, 0.0, at_least=at_least)
 
     def _floors(self) -> tuple[Floor, ...]:
         towers: dict[str, list[str]] = {}

@@ -33,10 +33,10 @@ def walk(
         ends = np.cumsum([row.size for row in values.values()])
         starts = ends - [row.size for row in values.values()]
         best = [
-            start + np.flatnonzero(row == row.max())[-1]
-            for start, row in zip(starts, values.values(), strict=True)
+            start + np.argsort(row, kind="stable")[-prices.last(name) :]
+            for start, (name, row) in zip(starts, values.items(), strict=True)
         ]
-        order = order[~np.isin(order, best)]
+        order = order[~np.isin(order, np.concatenate(best))]
     if order.size == 0:
         return {name: (*range(row.size),) for name, row in values.items()}
     # single precision, as theirs: two sums may be equally near to the goal
@@ -44,6 +44,6 @@ def walk(
     distance = np.abs(np.cumsum(cost[order]).astype(np.float32) - goal)
     bound = flat[order[int(distance.argmin())]]
     return {
-        name: tuple(np.flatnonzero(row >= min(bound, row.max())).tolist())
+        name: tuple(np.flatnonzero(row >= min(bound, np.sort(row)[-prices.last(name)])).tolist())
         for name, row in values.items()
     }

@@ -21,6 +21,7 @@ from ..structures.plan import Plan
 from ..structures.structure import Structure
 from ..structures.units import named_weights
 from .clock import PATIENCE, Stopwatch, seconds_of
+from .params import at_least_of
 from .prices import Prices
 
 __all__ = ["STEP", "WIDTHS", "alike", "latency_prices", "width_of"]
@@ -103,9 +104,13 @@ def _measured(
     seconds_of(model, inputs)
     rounds = max(2, min(10, round(PATIENCE / (2 * seconds_of(model, inputs)))))
     table = _Table(model, structures, inputs, attention, rounds)
-    widths = {share: {s.name: width_of(s.size, share) for s in structures} for share in WIDTHS}
+    widths = {
+        share: {s.name: max(s.least, width_of(s.size, share)) for s in structures}
+        for share in WIDTHS
+    }
     measured = {share: table.ratios(kept) for share, kept in widths.items()}
-    odd = {name: max(1, width - (width > STEP)) for name, width in widths[0.5].items()}
+    halves = widths[0.5]
+    odd = {s.name: max(s.least, halves[s.name] - (halves[s.name] > STEP)) for s in structures}
     ragged = table.ratios(odd)
     curves: dict[str, tuple[float, ...]] = {}
     for members in alike(structures, model):
@@ -122,7 +127,8 @@ def _measured(
     curves = {name: curves[name] for name in sizes}
     fixed = statistics.median(table.totals) - sum(curve[-1] for curve in curves.values())
     unit = {name: curve[-1] / sizes[name] for name, curve in curves.items()}
-    return Prices("latency", unit, sizes, max(0.0, fixed), curve=curves)
+    least = at_least_of(structures)
+    return Prices("latency", unit, sizes, max(0.0, fixed), curve=curves, at_least=least)
 
 
 def width_of(size: int, share: float) -> int:
@@ -138,7 +144,7 @@ def alike(structures: Sequence[Structure], model: nn.Module) -> list[list[Struct
     groups: dict[Any, list[Structure]] = defaultdict(list)
     for s in structures:
         shapes = tuple(tuple(weights[slot.param].shape) for slot in s.slots)
-        groups[s.tower, s.kind, s.layout, shapes].append(s)
+        groups[s.tower, s.kind, s.layout, s.least, shapes].append(s)
     return list(groups.values())
 
 

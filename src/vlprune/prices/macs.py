@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..structures.plan import Plan
 from ..structures.shards import shape_of
 from ..structures.structure import Structure
 from ..structures.units import named_weights, owner_of
-from .params import kept_of
+from .params import at_least_of, kept_of
 from .prices import Prices
 
 __all__ = ["MacsProfile", "macs", "macs_of", "measure_macs"]
@@ -34,19 +34,21 @@ class MacsProfile:
     """MACs of one forward pass of the dense model, split so that any cut can be priced.
 
     ``total`` counts the whole pass, ``unit`` one unit of each structure; ``sizes`` are the units
-    of each structure; ``not_counted`` names operations that ran but have no known price.
+    of each structure, ``at_least`` experts that must stay; ``not_counted`` names operations that
+    ran but have no known price.
     """
 
     total: int
     unit: Mapping[str, float]
     sizes: Mapping[str, int]
     not_counted: tuple[str, ...]
+    at_least: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def prices(self) -> Prices:
         """The profile as a price list."""
         fixed = self.total - sum(self.unit[n] * self.sizes[n] for n in self.unit)
-        return Prices("macs", self.unit, self.sizes, fixed, self.unit)
+        return Prices("macs", self.unit, self.sizes, fixed, self.unit, at_least=self.at_least)
 
 
 def macs(
@@ -137,11 +139,17 @@ def measure_macs(
         for handle in _projection_hooks(model, by_projection):
             hooks.callback(handle.remove)
         experts = _experts(model, structures)
+        routers = {s.name: s.gates[0].module for s in structures if s.kind == "experts"}
         cores = {s.core for s in structures if s.core}
         inside = {
             c: [f"{c}.{n}" for n, _ in model.get_submodule(c).named_children()] for c in cores
         }
-        for path in {*experts, *cores, *(p for paths in inside.values() for p in paths)}:
+        for path in {
+            *experts,
+            *routers.values(),
+            *cores,
+            *(p for paths in inside.values() for p in paths),
+        }:
             for handle in counter.watch(path, model.get_submodule(path)):
                 hooks.callback(handle.remove)
         # the fast path's fused kernel has no formula
@@ -164,9 +172,15 @@ def measure_macs(
         sizes_of = {name: math.prod(shapes[name][1:]) for name in names}
         for name, numbers in sizes_of.items():
             by_projection[name] = counter.core[path] * numbers // sum(sizes_of.values())
-    unit = {s.name: _macs_per_unit(s, shapes, by_projection, by_core) for s in structures}
+    unit = {
+        s.name: counter.core[routers[s.name]] / s.size  # a token has as many experts as before
+        if s.name in routers
+        else _macs_per_unit(s, shapes, by_projection, by_core)
+        for s in structures
+    }
     sizes = {s.name: s.size for s in structures}
-    return MacsProfile(counter.total, unit, sizes, tuple(sorted(counter.unpriced)))
+    not_counted = tuple(sorted(counter.unpriced))
+    return MacsProfile(counter.total, unit, sizes, not_counted, at_least_of(structures))
 
 
 def _starting(prefix: str, macs: Mapping[str, int]) -> int:

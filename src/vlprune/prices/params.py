@@ -18,7 +18,7 @@ from ..structures.structure import Structure
 from ..structures.units import laid_out, named_weights, positions
 from .prices import Prices
 
-__all__ = ["kept_of", "param_prices", "params"]
+__all__ = ["at_least_of", "kept_of", "param_prices", "params"]
 
 
 def kept_of(structure: Structure, choice: Plan | Gates | None) -> int | Tensor:
@@ -111,7 +111,14 @@ def param_prices(model: nn.Module, structures: Sequence[Structure]) -> Prices:
     elsewhere = _units_elsewhere(model, structures)
     inside = sum((unit[n] - borrowed[n]) * len(units) for n, units in elsewhere.items())
     fixed -= _stored_elsewhere(model, (), None, shapes) - inside
-    return Prices("params", unit, sizes, fixed, borrowed, elsewhere)
+    return Prices(
+        "params", unit, sizes, fixed, borrowed, elsewhere, at_least=at_least_of(structures)
+    )
+
+
+def at_least_of(structures: Sequence[Structure]) -> dict[str, int]:
+    """{structure: experts that must stay} of those whose units are experts."""
+    return {s.name: s.least for s in structures if s.kind == "experts"}
 
 
 def _units_elsewhere(

@@ -19,7 +19,8 @@ class Prices:
     ``sizes`` are the units of each structure. A unit whose weights are stored elsewhere
     (sharing) costs ``borrowed`` instead; ``elsewhere`` lists such units of a model that shares
     already. Where the cost is not a sum over units, ``curve`` holds the cost of 0, 1, ... units of
-    a structure together, and ``unit`` is the average.
+    a structure together, and ``unit`` is the average. ``at_least`` says how many experts
+    must stay of a structure whose units are experts; these go one by one, not in blocks.
     """
 
     what: str
@@ -29,6 +30,11 @@ class Prices:
     borrowed: Mapping[str, float] = field(default_factory=dict)
     elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     curve: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    at_least: Mapping[str, int] = field(default_factory=dict)
+
+    def last(self, name: str, round_to: int = 1) -> int:
+        """How many units of a structure always stay if units go in blocks of ``round_to``."""
+        return self.at_least.get(name, min(round_to, self.sizes[name]))
 
     def of(self, name: str) -> np.ndarray[Any, Any]:
         """The cost of each unit of a structure: (size,), float64."""
@@ -66,6 +72,7 @@ class Prices:
             others(self.borrowed),
             others(self.elsewhere),
             others(self.curve),
+            others(self.at_least),
         )
 
     @property
@@ -100,16 +107,16 @@ class Floor:
 
 
 def least(prices: Prices, round_to: int = 1, floors: Sequence[Floor] = ()) -> float:
-    """The smallest fraction of the total in reach whatever the scores: one block per structure.
+    """The smallest fraction of the total in reach whatever the scores: the last units alone.
 
     Where the units of a structure differ in price, its dearest block counts. With ``floors`` the
     result is a lower bound: units are whole, so a plan may have to stay above it.
     """
     last = {
-        name: prices.curve[name][min(max(1, round_to), size)]
+        name: prices.curve[name][prices.last(name, max(1, round_to))]
         if name in prices.curve
-        else float(np.sort(prices.of(name))[-max(1, round_to) :].sum())
-        for name, size in prices.sizes.items()
+        else float(np.sort(prices.of(name))[-prices.last(name, max(1, round_to)) :].sum())
+        for name in prices.sizes
     }
     lowest = prices.fixed + sum(last.values())
     for floor in floors:

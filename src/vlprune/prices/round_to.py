@@ -45,10 +45,10 @@ def best_round_to(
 
         def cut(fewer: int) -> nn.Module:
             halves = {s.name: _aligned(s.size) for s in structures}
-            keep = {
-                name: tuple(range(half - fewer if half > 2 * fewer else half))
-                for name, half in halves.items()
+            left = {
+                name: half - fewer if half > 2 * fewer else half for name, half in halves.items()
             }
+            keep = {s.name: tuple(range(max(s.least, left[s.name]))) for s in structures}
             return rewrite(copy.deepcopy(model), structures, Plan(keep=keep, attention=attention))
 
         halved = cut(0)

@@ -29,7 +29,8 @@ def select(
 
     ``scores`` holds one number per unit, (size,) per structure. All units of all structures
     compete in one ranking; the lowest scores go first until the model costs at most ``budget``
-    times its total. Every structure keeps at least one unit. With ``round_to=8`` units go in
+    times its total. Every structure keeps at least one unit (of experts, as many as
+    ``prices.at_least`` says, and they go one by one). With ``round_to=8`` units go in
     blocks, so that every cut structure keeps a multiple of 8 (a block's score is the mean of its
     units). A block whose removal would break one of the ``floors`` stays; no two floors share a
     structure. Equal scores are settled by the order of ``scores`` and then by unit, so the result
@@ -61,7 +62,7 @@ def select(
 
 
 class _Blocks(NamedTuple):
-    """Blocks of units of one structure, worst first, without the last, which always stays."""
+    """Blocks of units of one structure, worst first, without the last, which always stay."""
 
     order: Array
     """All units, worst first."""
@@ -78,14 +79,17 @@ def _ranked(name: str, values: Sequence[float], prices: Prices, round_to: int) -
     if not np.isfinite(array).all():
         raise BudgetError(f"a score of {name} is not a finite number: did the loss become NaN?")
     order = np.argsort(array, kind="stable")
+    stay = prices.at_least.get(name, 1)
+    round_to = 1 if name in prices.at_least else round_to
     first = array.size % round_to or round_to
 
     def sums(of: Array) -> Array:
         whole = of[first:].reshape(-1, round_to).sum(axis=1)
-        return np.concatenate([[of[:first].sum()], whole])[:-1]
+        return np.concatenate([[of[:first].sum()], whole])[:-stay]
 
-    sizes = np.full(array.size // round_to + 1, round_to)[: len(range(first, array.size, round_to))]
-    sizes[:1] = first
+    sizes = np.full(1 + len(range(first, array.size, round_to)), round_to)
+    sizes[0] = first
+    sizes = sizes[:-stay]
     # rounding can put the mean of equal scores below that of the block before
     means = np.maximum.accumulate(sums(array[order]) / sizes)
     return _Blocks(order, means, sizes, sums(prices.ranked(name, order)))
@@ -167,6 +171,11 @@ def _select_groups(
             for group, names in members.items()
             if names[0] in prices.curve
         },
+        at_least={
+            group: max(prices.at_least[n] for n in names)
+            for group, names in members.items()
+            if names[0] in prices.at_least
+        },
     )
     merged = [
         Floor(f.name, tuple(dict.fromkeys(groups.get(n, n) for n in f.structures)), f.share)
@@ -193,6 +202,7 @@ def _unreachable(
     prices: Prices, budget: float, lowest: float, round_to: int, floors: Sequence[Floor]
 ) -> BudgetError:
     left = "unit" if round_to == 1 else f"block of {round_to} units"
+    left += " (of experts: as many as a token goes to)" if prices.at_least else ""
     guards = "".join(f", {floor.share:.4g} of {floor.name}" for floor in floors)
     return BudgetError(
         f"a budget of {budget:.4g} of the {prices.what} cannot be reached: with one {left} left in "

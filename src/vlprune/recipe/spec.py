@@ -187,6 +187,7 @@ class Training(Checked):
 
 
 ATTENTION = ("head_dim", "qk_vo", "head", "query_head")
+EXPERTS = ("neuron", "expert")
 
 
 @checked
@@ -211,6 +212,7 @@ class Recipe(Checked):
         default_factory=lambda: {"name": "magnitude"}
     )
     attention: Annotated[str, OneOf(*ATTENTION)] = "head_dim"
+    experts: Annotated[str, OneOf(*EXPERTS)] = "neuron"
     skip: Annotated[Sequence[str], Texts()] = ()
     model: ModelSpec = field(default_factory=ModelSpec)
     data: DataSpec = field(default_factory=DataSpec)

@@ -64,7 +64,8 @@ def _metadata(report: Mapping[str, Any], model_class: str) -> Any:
 
 def _body(report: Mapping[str, Any], model_class: str) -> str:
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
-    method = f"{report['method']} ({options}; attention unit {report['attention']})"
+    experts = "; whole experts" if report.get("experts") == "expert" else ""
+    method = f"{report['method']} ({options}; attention unit {report['attention']}{experts})"
     versions = ", ".join(f"{name} {one}" for name, one in report.get("versions", {}).items())
     how = _how(report)
     return f"""# A smaller {as_text(model_class)}

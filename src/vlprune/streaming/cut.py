@@ -78,7 +78,7 @@ def stream_cut(
     progress = progress or Progress()
     size = check_shard_size(max_shard_size)
     source = _opened(folder, weights)
-    description = discover(source.model, plan.attention)  # type: ignore[arg-type]
+    description = discover(source.model, plan.attention, plan.experts)  # type: ignore[arg-type]
     cut = settle(source.model, description, plan)
     before = bytes_of_model(source.model)
     small = cut_source(source, cut)

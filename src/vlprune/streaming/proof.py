@@ -26,7 +26,7 @@ from ..cutting.proof import (
 from ..cutting.settle import Cut
 from ..cutting.sharing.ties import WholeWeights
 from ..errors import IncomparableError, VerificationError
-from ..structures.structure import Structure
+from ..structures.structure import Slot, Structure
 from ..structures.units import spread
 from .source import Source
 
@@ -85,16 +85,16 @@ def _same_weights(
         plan_gates(every, cut.plan),
         WholeWeights(small.model, small.weights.__getitem__),
     )
-    for name in dict.fromkeys(slot.param for s in structures for slot in s.slots):
+    for name in dict.fromkeys(slot.param for s in structures for slot in _slots(s)):
         whole = masked(name).double()
         part = found(name).double()
         scale = _folded(name, cut)
         for structure in every:
-            for slot in structure.slots:
+            for slot in _slots(structure):
                 if slot.param == name:
                     gate = spread(gates[structure.name], slot, whole.shape[slot.axis])
                     whole = _masked(whole, gate, slot.axis)
-        axes = {slot.axis for s in every for slot in s.slots if slot.param == name}
+        axes = {slot.axis for s in every for slot in _slots(s) if slot.param == name}
         for axis in sorted(axes):
             stays = _stays(every, gates, name, axis, whole.shape[axis])
             if part.shape[axis] != len(stays):
@@ -110,6 +110,10 @@ def _same_weights(
             )
 
 
+def _slots(structure: Structure) -> tuple[Slot, ...]:
+    return structure.slots + structure.buffers
+
+
 def _masked(weight: Tensor, gate: Tensor, axis: int) -> Tensor:
     shape = [1] * weight.dim()
     shape[axis] = -1
@@ -122,7 +126,7 @@ def _stays(
     """The positions on an axis of a parameter that no gate closes."""
     still = torch.ones(length)
     for structure in structures:
-        for slot in structure.slots:
+        for slot in _slots(structure):
             if (slot.param, slot.axis) == (name, axis):
                 still = still * spread(gates[structure.name], slot, length)
     return still.nonzero().reshape(-1)

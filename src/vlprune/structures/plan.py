@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ..errors import PlanError, did_you_mean
 from ..files import parse_json, plain, read_text, shown, write_text
-from .structure import AttentionUnit, Structure
+from .structure import AttentionUnit, ExpertUnit, Structure
 
 __all__ = ["Plan"]
 
@@ -28,7 +28,8 @@ class Plan:
     units)`` where the unit numbers differ: each of the units takes its weights from the unit of
     the same number in the source, or from the source unit at the same place in the list, and keeps
     its own bias. A source may itself share. A unit whose source unit does not stay does not stay
-    either. ``attention`` is the attention unit that the plan counts in. ``fingerprint`` names the
+    either. ``attention`` is the attention unit that the plan counts in, ``experts`` the unit of
+    experts that are one parameter. ``fingerprint`` names the
     dense model that the plan was made for (``Description.fingerprint``); empty means "do not
     check".
 
@@ -39,6 +40,7 @@ class Plan:
     share: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     attention: str = "head_dim"
     fingerprint: str = ""
+    experts: str = "neuron"
 
     def __post_init__(self) -> None:
         keep = {name: _units(name, units) for name, units in self.keep.items()}
@@ -105,6 +107,12 @@ class Plan:
                         f"(0 to {sizes[one] - 1})"
                     )
         for structure in structures:
+            if len(self.keep.get(structure.name, range(structure.least))) < structure.least:
+                raise PlanError(
+                    f"the plan keeps {len(self.keep[structure.name])} of the experts of "
+                    f"{shown(structure.name)}: every token goes to {structure.least}, so as many "
+                    "must stay"
+                )
             if structure.name in self.share and not self.kept(structure):
                 raise PlanError(
                     f"the plan leaves nothing of {shown(structure.name)}: every unit that stays is "
@@ -118,6 +126,7 @@ class Plan:
             "version": VERSION,
             "attention": self.attention,
             "fingerprint": self.fingerprint,
+            **({} if self.experts == "neuron" else {"experts": self.experts}),
             "keep": {name: list(self.keep[name]) for name in sorted(self.keep)},
             "share": {
                 name: [source, list(units)] + ([] if units == theirs else [list(theirs)])
@@ -137,14 +146,11 @@ class Plan:
                 f"the plan has version {shown(body.get('version'))}, this vlprune reads {VERSION}: "
                 "use the vlprune that wrote it, or make the plan anew"
             )
-        known = {"format", "version", "attention", "fingerprint", "keep", "share"}
+        known = {"format", "version", "attention", "fingerprint", "experts", "keep", "share"}
         for key in body.keys() - known:
             raise PlanError(f"the plan has the unknown key {shown(key)}.{did_you_mean(key, known)}")
-        unit, units = _text(body, "attention", "head_dim"), get_args(AttentionUnit)
-        if unit not in units:
-            raise PlanError(
-                f"the plan's 'attention' must be one of {', '.join(units)}, not {shown(unit)}"
-            )
+        unit = _one_of(body, "attention", get_args(AttentionUnit))
+        experts = _one_of(body, "experts", get_args(ExpertUnit))
         keep, share = body.get("keep", {}), body.get("share", {})
         if not isinstance(keep, dict) or not isinstance(share, dict):
             raise PlanError("the plan's 'keep' and 'share' must be JSON objects")
@@ -153,6 +159,7 @@ class Plan:
             share=share,
             attention=unit,
             fingerprint=_text(body, "fingerprint", ""),
+            experts=experts,
         )
 
     def save(self, path: str | Path) -> None:
@@ -177,6 +184,14 @@ def _text(body: Mapping[str, Any], key: str, default: str) -> str:
     if not isinstance(value, str):
         raise PlanError(f"the plan's {key!r} must be a text, not {shown(value)}")
     return value
+
+
+def _one_of(body: Mapping[str, Any], key: str, units: Sequence[str]) -> str:
+    """The unit under ``key``, the first one by default."""
+    unit = _text(body, key, units[0])
+    if unit not in units:
+        raise PlanError(f"the plan's {key!r} must be one of {', '.join(units)}, not {shown(unit)}")
+    return unit
 
 
 def _share(name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:

@@ -102,6 +102,7 @@ class Record:
             "version": 2 if share else 1,
             "attention": self.plan.attention,
             "fingerprint": self.plan.fingerprint,
+            **({} if self.plan.experts == "neuron" else {"experts": self.plan.experts}),
             "keep": keep,
             **({"share": share} if share else {}),
         }
@@ -132,6 +133,7 @@ class Record:
                 share=share,
                 attention=section["attention"],
                 fingerprint=section["fingerprint"],
+                experts=section.get("experts", "neuron"),
             )
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise CheckpointError(
@@ -176,7 +178,14 @@ def record_of(
         dense = keep[structure.name]
         after[structure.name] = tuple(dense[unit] for unit in plan.kept(structure))
     first = before.plan.fingerprint if before else description.fingerprint
-    made = Plan(keep={**keep, **after}, share=share, attention=plan.attention, fingerprint=first)
+    experts = before.plan.experts if before else plan.experts
+    made = Plan(
+        keep={**keep, **after},
+        share=share,
+        attention=plan.attention,
+        fingerprint=first,
+        experts=experts,
+    )
     bare = {name: Structure(name, "", size, "", (), ()) for name, size in sizes.items()}
     alive = {name: made.shared(bare[name]) for name in made.share}
     tidy = {n: (made.share[n][0], [*p], [*p.values()]) for n, p in alive.items() if p}
@@ -246,7 +255,7 @@ def _own_record(model: nn.Module) -> Record | None:
 def _joined(whole: Record | None, part: Record, prefix: str) -> Record:
     """``whole`` plus the structures recorded only by ``part``, a sub-model at ``prefix``."""
     if whole is None:
-        whole = Record(Plan(attention=part.plan.attention), {})
+        whole = Record(Plan(attention=part.plan.attention, experts=part.plan.experts), {})
     named = part.renamed(lambda name: prefix + name)
     new = named.plan.keep.keys() - whole.plan.keep.keys()
     if not new:

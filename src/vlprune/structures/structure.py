@@ -18,6 +18,9 @@ __all__ = ["Attr", "Description", "Gate", "Slot", "Structure", "fingerprint", "u
 
 AttentionUnit = Literal["head_dim", "qk_vo", "head", "query_head"]
 
+ExpertUnit = Literal["neuron", "expert"]
+"""The unit of experts whose weights are parameters of one module: a neuron of all, or an expert."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -44,11 +47,13 @@ class Gate:
 
     ``at`` is ``"output"`` or ``"input"`` (last axis of what a module returns or
     receives), or ``"weight"``: positions on ``axis`` of the parameters ``params``, for modules such
-    as ``nn.MultiheadAttention`` that never call their projections as modules.
+    as ``nn.MultiheadAttention`` that never call their projections as modules. At a ``"router"`` the
+    gate multiplies the weights of the experts that a token goes to, and an expert whose gate is 0
+    is none that a token can go to (:mod:`vlprune.cutting.routers`).
     """
 
     module: str
-    at: Literal["output", "input", "weight"] = "output"
+    at: Literal["output", "input", "weight", "router"] = "output"
     start: int = 0
     repeat: int = 1
     inner: int = 1
@@ -79,8 +84,10 @@ class Structure:
     narrow result is scattered back to the full width so that the forward stays untouched.
     ``indices`` are (module path, buffer name) pairs: forwards there ask which units stay.
     ``folds`` are query parameters to be multiplied by ``sqrt(kept / size)``, for a forward that
-    derives its softmax temperature from the head size. ``core`` is the module that computes
+    derives its softmax temperature from the head size.     ``core`` is the module that computes
     attention scores, ``core_share`` the fraction of its MACs that follow this structure.
+    ``buffers`` are slots of buffers, which are cut as parameters are, and cost nothing. At least
+    ``least`` units must stay.
     """
 
     name: str
@@ -96,6 +103,8 @@ class Structure:
     indices: tuple[tuple[str, str], ...] = ()
     core: str | None = None
     core_share: float = 0.0
+    buffers: tuple[Slot, ...] = ()
+    least: int = 1
 
 
 def fingerprint(attention: str, structures: Iterable[Structure]) -> str:
@@ -105,8 +114,8 @@ def fingerprint(attention: str, structures: Iterable[Structure]) -> str:
 
 
 def unit_of(structures: Iterable[Structure]) -> str:
-    """The attention unit that the structures were described in; "" if all of them are FFNs."""
-    attention = [s for s in structures if s.kind != "ffn"]
+    """The attention unit that the structures were described in; "" if none is attention."""
+    attention = [s for s in structures if s.kind.startswith("attention")]
     if any(s.kind != "attention" for s in attention):
         return "qk_vo"
     if not attention:
@@ -129,6 +138,7 @@ class Description:
     structures: tuple[Structure, ...]
     dense: Mapping[str, str] = field(default_factory=dict)
     attention: AttentionUnit = "head_dim"
+    experts: ExpertUnit = "neuron"
 
     @property
     def fingerprint(self) -> str:

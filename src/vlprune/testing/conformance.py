@@ -163,12 +163,23 @@ def _own_copy(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(description: Description, keep: Callable[[int], int], seed: int = 0) -> Plan:
-    """A plan that keeps ``keep(size)`` random units of every structure."""
+    """A plan that keeps ``keep(size)`` random units of every structure, or the least it must."""
     rng = random.Random(seed)
+    counts = {s: max(s.least, keep(s.size)) for s in description}
+    return _plan_of(
+        description,
+        {s.name: tuple(sorted(rng.sample(range(s.size), n))) for s, n in counts.items()},
+    )
+
+
+def _plan_of(description: Description, keep: dict[str, Any], **share: Any) -> Plan:
+    """A plan in the units of the description."""
     return Plan(
-        keep={s.name: tuple(sorted(rng.sample(range(s.size), keep(s.size)))) for s in description},
+        keep=keep,
         attention=description.attention,
         fingerprint=description.fingerprint,
+        experts=description.experts,
+        **share,
     )
 
 
@@ -321,9 +332,11 @@ def every_structure_alone_equals_its_mask(make: Make, attention: AttentionUnit) 
     description = discover(sample.model, attention)
     dense = _forward(sample.model, sample.inputs)
     for structure in _busy(sample, description):
-        if structure.size == 1 or (structure.kind == "ffn" and attention != "head_dim"):
+        once = structure.kind == "ffn" and attention != "head_dim"
+        if once or structure.size == structure.least:
             continue  # an FFN is the same under every attention unit: once is enough
-        plan = Plan(keep={structure.name: (structure.size - 1,)}, attention=attention)
+        last = range(structure.size - structure.least, structure.size)
+        plan = _plan_of(description, {structure.name: (*last,)})
         with gated(sample.model, description.structures, plan):
             masked = _forward(sample.model, sample.inputs)
         assert _apart(dense, masked) > 1e-12, f"{structure.name} does not matter"
@@ -397,7 +410,7 @@ def share_plan(model: nn.Module, description: Description, seed: int = 0) -> Pla
             taken = [rng.choice(plan.keep[source.name]) for _ in units]
             if set(units) != set(plan.keep[target.name]):
                 share[target.name] = (source.name, units, taken)
-    return Plan(plan.keep, share, description.attention, description.fingerprint)
+    return _plan_of(description, dict(plan.keep), share=share)
 
 
 @_check
@@ -410,7 +423,7 @@ def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
     while any(not plan.kept(s) for s in structures):  # all sharing with units that go
         empty = {s.name for s in structures if not plan.kept(s)}
         share = {name: entry for name, entry in plan.share.items() if name not in empty}
-        plan = Plan(plan.keep, share, attention, description.fingerprint)
+        plan = _plan_of(description, dict(plan.keep), share=share)
     exact = cost.params(sample.model, structures, plan)
     with mixed(sample.model, structures, plan), gated(sample.model, structures, plan):
         masked = _forward(sample.model, sample.inputs)
@@ -527,6 +540,8 @@ def calibration_is_exact(make: Make, attention: AttentionUnit) -> None:
         assert apart <= TOLERANCE, f"turning heads moved the outputs by {apart:.1e}"
     description = discover(model, attention)
     plan = make_plan(description, _half)
+    whole = {s.name for s in description if s.kind == "experts"}  # which no repair follows
+    plan = _plan_of(description, {n: units for n, units in plan.keep.items() if n not in whole})
     errors = fold(model, plan, batches)
     assert sum(errors.after.values()) <= sum(errors.before.values()), "the repair made it worse"
     folded = _forward(model, sample.inputs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.session import Session, session_of
+from ..calibration.session import NO_REPAIR, Session, session_of
 from ..calibration.store import Originals
 from ..cutting.fsdp import is_sharded
 from ..errors import UnsupportedError, VlpruneError
@@ -30,6 +30,8 @@ def calibrated_by(
     """
     if given is not None:
         refuse_sharded(model)
+        if not method.uses_calibration and any(s.kind == "experts" for s in structures):
+            raise UnsupportedError(NO_REPAIR)
         return Calibrated(session_of(model, structures, given), method)
     if method.uses_calibration:
         raise VlpruneError(

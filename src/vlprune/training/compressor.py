@@ -28,7 +28,7 @@ from ..prices import cost
 from ..prices.budget import parse_budget
 from ..prices.prices import Prices
 from ..structures.plan import Plan
-from ..structures.structure import AttentionUnit
+from ..structures.structure import AttentionUnit, ExpertUnit
 from .calibrated import calibrated_by
 from .callback import CompressorCallback, callback_for
 from .ending import measured_seconds, unfinished, untested
@@ -53,7 +53,8 @@ class Compressor:
     and torch's present number of threads: choose them as in production. Structures whose names
     match a pattern in ``skip`` stay dense, as in ``("text_model.*",)``. With ``uniform`` all layers
     of a tower keep equally many units of a kind, so that an ordinary config may be able to describe
-    the result (:func:`vlprune.ordinary`). ``prices`` is a table of seconds that
+    the result (:func:`vlprune.ordinary`). ``attention`` and ``experts`` are the units, as in
+    :func:`vlprune.discover`. ``prices`` is a table of seconds that
     :func:`vlprune.latency_prices` measured earlier.
 
     Its life::
@@ -89,6 +90,7 @@ class Compressor:
         budget: Mapping[str, float],
         *,
         attention: AttentionUnit = "head_dim",
+        experts: ExpertUnit = "neuron",
         example_inputs: Mapping[str, Any] | None = None,
         skip: Sequence[str] = (),
         uniform: bool = False,
@@ -105,7 +107,7 @@ class Compressor:
         self.given, self.model, self.method = model, unwrapped(model), method
         model = self.model
         refuse_split(model, method)
-        self.description = described(model, attention)
+        self.description = described(model, attention, experts)
         self.example_inputs = dict(example_inputs) if example_inputs else None
         self.structures = without(self.description.structures, skip)
         self._groups = widths(self.structures) if uniform else {}
@@ -376,6 +378,7 @@ class Compressor:
             share=self.search.share(),
             attention=self.description.attention,
             fingerprint=self.description.fingerprint,
+            experts=self.description.experts,
         )
         return settled(self.model, self.description.structures, plan)
 

@@ -114,7 +114,8 @@ class Gating:
     def empty_removed_units(self) -> None:
         """Set the weights of units whose gate is 0 to 0, as the gates already do in effect.
 
-        A model that is saved without its gates then computes the same as with them.
+        A model that is saved without its gates then computes the same as with them, unless its
+        units are whole experts: no weights keep a router from choosing one.
         """
         reshard(self.model)
         for structure in self.structures:
@@ -140,7 +141,12 @@ class Gating:
     def _gated_weights(self, gate: Gate) -> Iterator[tuple[str, Tensor, int]]:
         """The parameters that a gate acts on: name in its module, tensor, axis."""
         module = self.model.get_submodule(gate.module)
-        leaves = {"output": ("weight", "bias"), "input": ("weight",), "weight": gate.params}
+        leaves = {
+            "output": ("weight", "bias"),
+            "input": ("weight",),
+            "weight": gate.params,
+            "router": (),
+        }
         for name in leaves[gate.at]:
             weight = module._parameters.get(name)
             if weight is None:

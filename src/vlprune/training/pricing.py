@@ -38,7 +38,7 @@ from ..prices.select import (
 )
 from ..structures.record import read_record
 from ..structures.shards import shape_of
-from ..structures.structure import AttentionUnit, Description, Structure
+from ..structures.structure import AttentionUnit, Description, ExpertUnit, Structure
 from ..structures.units import named_weights, owner_of, unit_squares
 
 __all__ = [
@@ -52,10 +52,12 @@ __all__ = [
 ]
 
 
-def described(model: nn.Module, attention: AttentionUnit) -> Description:
+def described(
+    model: nn.Module, attention: AttentionUnit, experts: ExpertUnit = "neuron"
+) -> Description:
     """The description of a model that can be cut. Raises UnsupportedError for any other."""
     record = read_record(model)
-    description = discover(model, attention)
+    description = discover(model, attention, experts)
     if not description.structures:
         raise UnsupportedError(
             f"{type(model).__name__} has no attention or FFN that the layout table knows: "
@@ -118,6 +120,12 @@ def costs_of(
     Raises BudgetError if the budget's currency needs inputs and ``inputs`` is None, or if it must
     be measured and the weights are sharded.
     """
+    if budget.what != "params" and any(s.kind == "experts" for s in structures):
+        raise BudgetError(
+            f"whole experts save no {budget.what}, as every token still goes to as many of them: "
+            'ask for a budget in params, for experts="neuron", or leave them dense with '
+            'skip=("*.whole",)'
+        )
     params, param_prices = int(cost.params(model, structures)), cost.param_prices(model, structures)
     if inputs is None:
         if budget.what != "params":

@@ -43,6 +43,7 @@ def summary(compressor: Compressor) -> dict[str, Any]:
         "method": type(method).__name__,
         "options": asdict(method) if is_dataclass(method) else {},
         "attention": compressor.description.attention,
+        "experts": compressor.description.experts,
         "budget": _budget(compressor, plan, after / total),
         "params": {
             "before": total,

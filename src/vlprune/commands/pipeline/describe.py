@@ -15,18 +15,21 @@ from ...structures.structure import Description
 __all__ = ["describe"]
 
 
-def describe(model: Any, example_inputs: Any, attention: str) -> dict[str, Any]:
+def describe(
+    model: Any, example_inputs: Any, attention: str, experts: str = "neuron"
+) -> dict[str, Any]:
     """Structures, units, params and MACs of a model by tower and kind: plain values.
 
     MACs are counted on ``example_inputs``, the keywords of a forward pass; without inputs, or where
     the forward pass does not take them, the MACs are None and ``macs_problem`` says why.
     """
-    description = discover(model, attention)  # type: ignore[arg-type]
+    description = discover(model, attention, experts)  # type: ignore[arg-type]
     prices = cost.param_prices(model, description.structures)
     macs, problem = _macs(model, description, example_inputs)
     return {
         "model": type(model).__name__,
         "attention": description.attention,
+        "experts": description.experts,
         "fingerprint": description.fingerprint,
         "params": round(prices.total),
         "macs": macs.total if macs else None,

@@ -92,7 +92,8 @@ def scan_folder(folder: Path, recipe: Recipe, progress: Progress | None = None) 
     """How much each part of the model in ``folder`` matters, on the data of ``recipe``."""
     progress = progress or Progress()
     task, model = open_folder(folder, recipe)
-    towers = {(s.tower, s.kind) for s in discover(model, recipe.attention)}  # type: ignore[arg-type]
+    every = discover(model, recipe.attention, recipe.experts)  # type: ignore[arg-type]
+    towers = {(s.tower, s.kind) for s in every}
     counted = progress.count("measuring", (len(towers) + 1) * len(SHARES) + len(BUDGETS))
     with guarded(folder, "measure the sensitivity of", UnsupportedError), counted as advance:
-        return scan(task, model, recipe.attention, advance=advance)
+        return scan(task, model, recipe.attention, advance=advance, experts=recipe.experts)

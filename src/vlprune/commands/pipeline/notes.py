@@ -80,6 +80,7 @@ def search_key(recipe: Recipe, basis: Basis, round_to: Any) -> str:
             {**recipe.method, "round_to": round_to},
             dict(recipe.budget),
             recipe.attention,
+            recipe.experts,
             list(recipe.skip),
             dict(recipe.teacher),
             asdict(recipe.calibration),

@@ -107,7 +107,7 @@ def _streamed(
         lambda: check_pictures(chosen),
     )
     with guarded(asked.model, "compress", UnsupportedError):
-        structures = discover(source.model, asked.attention).structures  # type: ignore[arg-type]
+        structures = discover(source.model, *asked.units).structures  # type: ignore[arg-type]
     feed = feed_of(asked.model, source.model, processor, chosen, asked.source or Path())
     size = bytes_of_model(source.model)
     with (

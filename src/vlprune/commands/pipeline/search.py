@@ -81,6 +81,7 @@ def plan_search(problem: Problem, model: Any) -> PlannedSearch:
             problem.method,
             recipe.budget,
             attention=recipe.attention,  # type: ignore[arg-type]
+            experts=recipe.experts,  # type: ignore[arg-type]
             example_inputs=example,
             skip=recipe.skip,
             uniform=recipe.uniform,

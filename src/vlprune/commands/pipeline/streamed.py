@@ -105,6 +105,7 @@ def _compressor(asked: Asked, source: Source) -> Compressor:
         method,
         dict(asked.budget),
         attention=asked.attention,  # type: ignore[arg-type]
+        experts=asked.experts,  # type: ignore[arg-type]
         example_inputs=inputs,
     )
     problem = dataclasses.replace(

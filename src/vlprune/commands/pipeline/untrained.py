@@ -56,8 +56,14 @@ class Asked:
     items: int = 256
     method: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "obs"})
     attention: str = "head_dim"
+    experts: str = "neuron"
     device: str = "auto"
     left_out: str = ""
+
+    @property
+    def units(self) -> tuple[str, str]:
+        """The units of attention and of experts."""
+        return self.attention, self.experts
 
     def chosen(self) -> list[Sample]:
         """The samples that are used, in a random order that never changes."""
@@ -74,6 +80,7 @@ class Asked:
         words += ["--method", self.method["name"]] if self.method["name"] != "obs" else []
         words += ["--rotate"] if self.method.get("rotate") else []
         words += ["--attention", self.attention] if self.attention != "head_dim" else []
+        words += ["--experts", self.experts] if self.experts != "neuron" else []
         return shlex.join(words)
 
 
@@ -191,7 +198,7 @@ def job_of(
     with guarded(asked.model, "make batches of the samples for", UnsupportedError):
         batches = [feed.batch(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
         example = feed.batch(chosen[:1])
-    skip = _unread(feed.model, asked.attention) if feed.text else ()
+    skip = _unread(feed.model, asked) if feed.text else ()
     calibration = Calibration(batches, work=folder, key=key, progress=progress)
     try:
         with guarded(asked.model, "compress", UnsupportedError):
@@ -200,6 +207,7 @@ def job_of(
                 make_method(asked.method),
                 dict(asked.budget),
                 attention=asked.attention,  # type: ignore[arg-type]
+                experts=asked.experts,  # type: ignore[arg-type]
                 example_inputs=example,
                 skip=skip,
                 calibration=calibration,
@@ -211,9 +219,9 @@ def job_of(
     return Job(asked, compressor, example, key, folder, chosen, skip)
 
 
-def _unread(model: Any, attention: str) -> tuple[str, ...]:
+def _unread(model: Any, asked: Asked) -> tuple[str, ...]:
     """Structures of the text tower, which would learn from one text alone."""
-    found = discover(model, attention)  # type: ignore[arg-type]
+    found = discover(model, *asked.units)  # type: ignore[arg-type]
     return tuple(s.name for s in found.structures if s.tower == "text")
 
 
@@ -225,7 +233,7 @@ def _key(asked: Asked, chosen: Sequence[Sample], text: str) -> str:
             of_data(chosen),
             dict(asked.budget),
             dict(asked.method),
-            asked.attention,
+            asked.units,
             text,
             BATCH,
         ]

@@ -36,6 +36,8 @@ def shareable(target: Structure, source: Structure, shapes: Mapping[str, Sequenc
     ours, theirs = _weights(target, shapes), _weights(source, shapes)
     if target.name == source.name:
         return "a structure cannot share with itself"
+    if "experts" in (target.kind, source.kind):
+        return "whole experts have a router for their own layer"
     if len(ours) != len(theirs):
         return f"{target.name} has {len(ours)} weights per unit, {source.name} {len(theirs)}"
     for a, b in zip(ours, theirs, strict=True):

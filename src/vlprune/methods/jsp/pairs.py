@@ -38,6 +38,12 @@ def vectors_of(method: JspOptions, problem: Problem) -> list[Vector]:
 
     Raises UnsupportedError if a tower is missing, or if layers cannot share as the method asks.
     """
+    if any(s.kind == "experts" for s in problem.structures):
+        raise UnsupportedError(
+            "JSP draws the weights of what goes to zero, and an expert without weights is still "
+            'one that tokens go to: choose another method, experts="neuron", or leave whole '
+            'experts dense with skip=("*.whole",)'
+        )
     layers = {tower: _layers(problem.structures, tower) for tower in (method.base, method.other)}
     for tower, kinds in layers.items():
         if not kinds and (tower == method.base or "cross" in method.families):
