@@ -112,9 +112,24 @@ def test_family(family: str, unit: str, check: str) -> None:
 
 LIKE_ANOTHER = (
     "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "jamba", "mistral4", "glm_moe_dsa",
-    "mistral_large4", "youtu",
+    "mistral_large4", "youtu", "glmga", "cosmos3_omni", "minicpmv4_7", "minicpm_ocr",
+    "mistral_large4_vl", "nemotron_h_omni", "inkling2_loop", "unlimited_ocr", "sam3_lite_text",
+    "vision_encoder_decoder", "granite_docling", "apertus1p5", "inkling", "dots3_note", "hy_v4_vl",
+    "glm5_next", "qwen4_exp", "muse_spark", "embedding_gemma2", "slanext", "align",
 )  # fmt: skip
 """Variants with the experts and the attention of another one: in `make slow`."""
+
+DEAR = (
+    "sam3", "sam3_tracker", "sam2_video", "sam3_tracker_video", "omdet_turbo", "perceiver", "emu3",
+    "pp_ocrv6_small_rec", "granite4_vision", "deepseek_ocr2", "phi4_multimodal", "inkling2",
+    "pp_formulanet", "diffusion_gemma", "t5gemma2", "videoprism", "glm_image",
+)  # fmt: skip
+"""Variants that take seconds: in `make slow`."""
+
+
+def waits(variant: str) -> bool:
+    """Whether all checks of the variant wait for `make slow`."""
+    return variant in LIKE_ANOTHER or variant in DEAR
 
 
 def variants() -> Iterator[Any]:
@@ -128,7 +143,7 @@ def variants() -> Iterator[Any]:
         place = named.index(variant) if variant in named else 1
         own = ("head_dim", "head")[place // 2 % 2] if row else UNITS[number % len(UNITS)]
         for unit in (*UNITS, "query_head"):
-            quick = unit == own and variant not in LIKE_ANOTHER and not (row and place % 2)
+            quick = unit == own and not waits(variant) and not (row and place % 2)
             mark = pytest.mark.whole if quick else pytest.mark.slow
             yield pytest.param(variant, unit, marks=mark, id=f"{variant}-{unit}")
 
@@ -160,8 +175,14 @@ def cut_as(family: str) -> dict[tuple[str, str], set[str]]:
     return dict(layouts)
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("name", NATIVE)
+def native_classes() -> Iterator[Any]:
+    """The classes of the table, each in the lane of the family that tests it."""
+    for name, row in NATIVE.items():
+        lane = pytest.mark.slow if row.family in DEAR else pytest.mark.whole
+        yield pytest.param(name, marks=lane)
+
+
+@pytest.mark.parametrize("name", native_classes())
 def test_a_native_class_is_cut_natively_in_the_family_that_tests_it(name: str) -> None:
     family = NATIVE[name].family
     assert family in FAMILIES or family in VARIANTS
