@@ -542,6 +542,7 @@ DENSE = {
     "DabDetrDecoderLayerCrossAttention": "its heads join projections of content and of position",
     "Sam3DecoderMLP": "a head that reads off boxes or scores, not the FFN of a layer",
     "Sam3LiteTextDecoderMLP": "a head that reads off boxes or scores, not the FFN of a layer",
+    "NeoMMEAttention": "embeddings of the words are added to its values",
     "MLPLayerWithBN": "a batch norm of its outputs follows it",
     "FocalNetModulation": "mixes tokens by convolutions, without heads",
     "SwiftFormerEfficientAdditiveAttention": "adds tokens up, without heads",
