@@ -149,6 +149,7 @@ def test_a_list_of_two_layers_is_an_ffn_and_a_longer_one_is_not() -> None:
         ("rt_detr", "encoder_attn.attention_weights", "deformable attention: how much each place"),
         ("conditional_detr", "self_attn.q_pos_proj", "sums of two projections"),
         ("conditional_detr", "encoder_attn.q_pos_sine_proj", "content and of position"),
+        ("dab_detr", "self_attn.self_attn.output_proj", "from projections of its layer"),
     ],
 )
 def test_what_a_detector_keeps_has_its_own_reason(variant: str, leaf: str, reason: str) -> None:
@@ -191,8 +192,15 @@ class Elsewhere(Normed):
         return self.out_proj(self.prepare(self.query(x) * self.key(x) * values))
 
 
-def test_a_norm_of_the_input_is_not_one_of_the_values() -> None:
-    assert vlprune.discover(nn.ModuleDict({"attention": Before()})).structures
+class After(Normed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.out_proj(self.query(x) * self.key(x) * self.value(x))
+        return self.norm(x + y)
+
+
+def test_a_norm_of_the_input_or_of_the_output_is_not_one_of_the_values() -> None:
+    for kind in (Before, After):
+        assert vlprune.discover(nn.ModuleDict({"attention": kind()})).structures, kind
     for kind in (Behind, Twice, Elsewhere):
         found = vlprune.discover(nn.ModuleDict({"attention": kind()}))
         assert not found.structures, kind
@@ -234,6 +242,31 @@ def test_a_projection_in_a_wrapper_counts_if_the_wrapper_is_known() -> None:
         if found.structures:
             assert found.structures[0].gates[0].module == "mlp.up_proj.linear"
             assert not found.dense
+
+
+def test_an_output_beside_the_queries_comes_before_one_of_the_same_shape_behind_them() -> None:
+    """TVP's attention holds its own output; that of the FFN has the name of BERT's."""
+    config = T.TvpConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64, backbone_config=build("tvp").model.config.backbone_config,
+    )  # fmt: skip
+    attention, ffn = vlprune.discover(T.TvpModel(config))
+    layer = "encoder.layer.0"
+    assert attention.slots[-1].param == f"{layer}.attention.dense.weight"
+    assert ffn.slots[-1].param == f"{layer}.output.dense.weight"
+
+
+def test_heads_that_read_one_cache_stay_as_many_and_as_large() -> None:
+    """PI0's actions attend to the keys that its language model left in the cache."""
+    for unit in ("head_dim", "head"):
+        found = vlprune.discover(build("pi0").model, unit)
+        blocks = {s.core: s for s in found if s.kind == "attention"}
+        layouts = {path.split(".layers.")[0]: s.layout for path, s in blocks.items()}
+        assert layouts["model.dit"] == layouts["model.vlm.language_model"] == "padded"
+        (action,) = (s for path, s in blocks.items() if path == "model.dit.layers.0.self_attn")
+        gated = {gate.module.rpartition(".")[2]: gate.at for gate in action.gates}
+        assert gated["o_proj"] == "input"
+        assert gated.keys() == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_scores_that_leave_a_block_count_as_well() -> None:

@@ -33,6 +33,16 @@ def test_what_is_not_finite_on_both_sides_is_left_out_and_told() -> None:
     assert (found.largest, found.compared) == (0, 0.25)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_lowest_number_counts_as_minus_infinity_and_hides_nothing(dtype: torch.dtype) -> None:
+    low = torch.finfo(dtype).min
+    one, other = (torch.tensor([value, low], dtype=dtype) for value in (1.0, 2.0))
+    assert difference([one], [other]).relative == 1
+    assert difference([one], [one]).compared == 0.5
+    with pytest.raises(VerificationError, match="on one side only"):
+        difference([one], [torch.ones(2, dtype=dtype)])
+
+
 @pytest.mark.parametrize(
     ("one", "other", "says"),
     [

@@ -319,6 +319,46 @@ def test_a_probe_by_position_or_in_a_feature_class() -> None:
     vlprune.rewrite(build("vit").model, *halved(build("vit").model), verify=feature)
 
 
+class Session:
+    """What a tracker is handed: pictures, and what it made of them so far."""
+
+    def __init__(self, pictures: torch.Tensor) -> None:
+        self.pictures, self.answer = pictures, None
+
+
+class Tracker(T.ViTForImageClassification):
+    """A model that answers from its session where it has seen the pictures before."""
+
+    def forward(self, session: Session) -> Any:
+        if session.answer is None:
+            pictures = session.pictures.to(self.dtype)
+            session.answer = super().forward(pictures).logits
+        return session.answer
+
+
+def test_a_session_that_remembers_does_not_answer_for_the_cut_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample = build("vit")
+    model = sample.model
+    model.__class__ = Tracker
+    session = Session(sample.inputs["pixel_values"])
+    description, plan = halved(model)
+    real = surgery.narrow
+
+    def careless(model: Any, name: str, *args: Any) -> None:
+        real(model, name, *args)
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.5)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(surgery, "narrow", careless)
+        with pytest.raises(VerificationError, match="differ"):
+            cutting.rewrite(model, description, plan, {"session": session})
+    assert session.answer is None
+    cutting.rewrite(model, description, plan, {"session": session})
+
+
 def test_what_was_fed_may_change_afterwards() -> None:
     """The first batch is a copy: a loop that reuses its buffers does not spoil the proof."""
     sample = build("vit")

@@ -53,6 +53,13 @@ def test_what_has_no_price_is_named() -> None:
     )
 
 
+def test_a_model_that_remembers_costs_as_much_each_time() -> None:
+    """OmDet-Turbo keeps its text embeddings, so that a second pass is cheaper by its text tower."""
+    sample = build("omdet_turbo")
+    found = [cost.measure_macs(sample.model, (), sample.inputs).total for _ in range(2)]
+    assert found[0] == found[1]
+
+
 def test_soft_params_have_the_unit_price_as_gradient() -> None:
     model = build("clip").model
     structures = discover(model).structures

@@ -112,9 +112,19 @@ def test_family(family: str, unit: str, check: str) -> None:
 
 LIKE_ANOTHER = (
     "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "jamba", "mistral4", "glm_moe_dsa",
-    "mistral_large4", "youtu",
+    "mistral_large4", "youtu", "glmga", "cosmos3_omni", "minicpmv4_7", "minicpm_ocr",
+    "mistral_large4_vl", "nemotron_h_omni", "inkling2_loop", "unlimited_ocr", "sam3_lite_text",
+    "vision_encoder_decoder", "granite_docling", "apertus1p5", "inkling", "dots3_note", "hy_v4_vl",
+    "glm5_next", "qwen4_exp", "muse_spark", "embedding_gemma2", "slanext", "align",
 )  # fmt: skip
 """Variants with the experts and the attention of another one: in `make slow`."""
+
+DEAR = (
+    "sam3", "sam3_tracker", "sam2_video", "sam3_tracker_video", "omdet_turbo", "perceiver", "emu3",
+    "pp_ocrv6_small_rec", "granite4_vision", "deepseek_ocr2", "phi4_multimodal", "inkling2",
+    "pp_formulanet", "diffusion_gemma", "t5gemma2", "videoprism", "glm_image",
+)  # fmt: skip
+"""Variants that take seconds: in `make slow`."""
 
 
 TESTING = [*dict.fromkeys(row.family for row in NATIVE.values())]
@@ -125,7 +135,7 @@ def waits(variant: str) -> bool:
     """Whether all of a variant waits for `make slow`: every second row of the tables does."""
     row = isinstance(VARIANTS[variant], partial)
     place = TESTING.index(variant) if variant in TESTING else 1
-    return variant in LIKE_ANOTHER or (row and place % 2 == 1)
+    return variant in (*LIKE_ANOTHER, *DEAR) or (row and place % 2 == 1)
 
 
 def variants() -> Iterator[Any]:

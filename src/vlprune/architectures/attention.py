@@ -65,7 +65,8 @@ class Block:
     value heads have ``value_size``. ``columns`` are the (parameter, axis) pairs of o. ``core`` is
     the module that computes the scores; ``native`` says what its forward accepts. Each head has
     ``wide`` times ``size`` rows in ``q``: 2 where a gate of its output lies behind its query, 3
-    where its key and its value do (``k`` and ``v`` are empty then).
+    where its key and its value do (``k`` and ``v`` are empty then). With ``one_cache`` it
+    also reads the keys and values of another block, whose heads may lose other units.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Block:
     columns: tuple[tuple[str, int], ...]
     folds: tuple[str, ...] = ()
     wide: int = 1
+    one_cache: bool = False
 
     def structure(
         self,
@@ -127,6 +129,11 @@ class Block:
             core_share=share,
         )
 
+    def read(self, repeat: int, inner: int) -> list[Gate]:
+        """The gates where o reads its input, if values from elsewhere reach it; else none."""
+        paths = [owner_of(name)[0] for name, _ in self.columns] if self.one_cache else []
+        return [Gate(path, "input", 0, repeat, inner) for path in paths]
+
     def out(self, repeat: int, inner: int) -> tuple[Slot, ...]:
         """The slots of o."""
         return tuple(Slot(name, axis, 0, repeat, inner) for name, axis in self.columns)
@@ -139,10 +146,19 @@ class Block:
             if isinstance(getattr(self.core, name, None), int)
         ]
 
+    def sizes(self, per_unit: int) -> list[Attr]:
+        """Attributes that hold the size of a head, under whatever name."""
+        names = tuple(n for n in layouts.HEAD_SIZES if n not in self.native.widths)
+        return self.attrs(names, per_unit)
+
+    def widths(self, per_unit: int) -> list[Attr]:
+        """Attributes that hold heads x head size."""
+        return self.attrs(layouts.WIDTHS + self.native.widths, per_unit)
+
     @property
     def across_heads(self) -> bool:
         """Whether what a head does depends on the queries or keys of others, or goes elsewhere."""
-        if self.stock_name in layouts.SCORES_LEAVE:
+        if self.one_cache or self.stock_name in layouts.SCORES_LEAVE:
             return True
         for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
             norm = getattr(self.core, name, None)
@@ -198,14 +214,14 @@ def whole_heads(block: Block) -> list[Structure]:
         if native and _has_parameter(block.core, leaf)
     ]
     attrs = block.attrs(layouts.HEAD_COUNTS, group) + block.attrs(layouts.KV_COUNTS, 1)
-    attrs += block.attrs(layouts.WIDTHS + block.native.widths, group * block.size)
+    attrs += block.widths(group * block.size)
     return [
         block.structure(
             "",
             "attention",
             block.kv,
             queries + keys + values,
-            gates=gates,
+            gates=[*gates, *block.read(1, group * block.value_size)],
             native=native,
             attrs=attrs,
             more=(*block.out(1, group * block.value_size), *per_head),
@@ -229,7 +245,7 @@ def query_heads(block: Block) -> list[Structure]:
         Gate(owner_of(name)[0], "input", 0, block.kv, block.value_size) for name, _ in block.columns
     ]
     attrs = block.attrs(layouts.HEAD_COUNTS, block.kv) + block.attrs(layouts.GROUPS, 1)
-    attrs += block.attrs(layouts.WIDTHS + block.native.widths, block.kv * block.size)
+    attrs += block.widths(block.kv * block.size)
     return [
         block.structure(
             "",
@@ -255,8 +271,8 @@ def head_dims(block: Block) -> list[Structure]:
         return [rotary_pairs(block)]
     parts = [(part, block.heads * block.wide, 1) for part in block.q]
     parts += [(part, block.kv, 1) for part in (*block.k, *block.v)]
-    attrs = block.attrs(layouts.HEAD_SIZES, 1)
-    attrs += block.attrs(layouts.WIDTHS + block.native.widths, block.heads)
+    attrs = block.sizes(1)
+    attrs += block.widths(block.heads)
     if block.native.qk_vo:
         attrs.append(Attr(block.core_path, "value_dim", 1))
     return [
@@ -265,6 +281,7 @@ def head_dims(block: Block) -> list[Structure]:
             "attention",
             block.size,
             parts,
+            gates=[*parts, *block.read(block.heads, 1)],
             native=block.native.head_dim and not block.native.rotary and not block.across_heads,
             attrs=attrs,
             more=block.out(block.heads, 1),
@@ -293,8 +310,8 @@ def rotary_pairs(block: Block) -> Structure:
         ],
         native=True,
         attrs=[
-            *block.attrs(layouts.HEAD_SIZES, 2),
-            *block.attrs(layouts.WIDTHS + block.native.widths, 2 * block.heads),
+            *block.sizes(2),
+            *block.widths(2 * block.heads),
         ],
         more=block.out(block.heads, 2),
         more_swaps=((block.core_path, "pairs"), *((path, norm) for path in norms)),
@@ -319,14 +336,16 @@ def qk_and_vo(block: Block) -> list[Structure]:
         block.size,
         [(part, block.heads, 1) for part in block.q] + [(part, block.kv, 1) for part in block.k],
         native=native,
-        attrs=block.attrs(layouts.HEAD_SIZES, 1),
+        attrs=block.sizes(1),
         share=block.size / both,
     )
+    values = [(part, block.kv, 1) for part in block.v]
     vo = block.structure(
         ".vo",
         "attention_vo",
         block.value_size,
-        [(part, block.kv, 1) for part in block.v],
+        values,
+        gates=[*values, *block.read(block.heads, 1)],
         native=native,
         attrs=[Attr(block.core_path, "value_dim", 1)],
         more=block.out(block.heads, 1),

@@ -86,6 +86,11 @@ class Discovery:
         self.taken: set[str] = set()
         self.shared = _shared_parameters(model)
         self.default_tower = default_tower(model)
+        self.one_cache = tuple(
+            f"{join(path, part)}."
+            for path, module in self.modules.items()
+            for part in layouts.ONE_CACHE.get(stock_class(module).__name__, ())
+        )
 
     def run(self) -> Description:
         """The description of the model."""
@@ -135,6 +140,8 @@ class Discovery:
 
     def _measured(self, path: str, row: layouts.Attention) -> Block:
         block = measure_projected(path, row, self.modules, self._tower(path))
+        if path.startswith(self.one_cache):
+            return replace(block, native=layouts.PADDED, folds=(), one_cache=True)
         if block.native.rotary and not self.pairs:
             return replace(block, native=replace(block.native, rotary=False, head_dim=False))
         return block

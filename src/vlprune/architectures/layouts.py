@@ -24,6 +24,7 @@ __all__ = [
     "HEAD_COUNTS",
     "HEAD_SIZES",
     "NATIVE",
+    "ONE_CACHE",
     "PADDED",
     "WIDTHS",
     "WRAPPERS",
@@ -85,7 +86,11 @@ ATTENTION = (
     Attention("q_lin", "k_lin", ("v_lin",), ("out_lin",)),  # DistilBERT
     Attention("query", "key", ("value",), ("out_proj",)),  # Grounding DINO
     Attention("self.query", "self.key", ("self.value",), ("output.dense",)),  # BERT, BLIP text
+    Attention(  # TVP, before the row whose output is that of the FFN here
+        "attention.query", "attention.key", ("attention.value",), ("attention.dense",)
+    ),
     Attention("attention.query", "attention.key", ("attention.value",), ("output.dense",)),
+    Attention("att.query", "att.key", ("att.value",), ("output.dense",)),  # LXMERT, across
     Attention(  # Grounding DINO fusion: text reads vision, vision reads text
         "vision_proj",
         "text_proj",
@@ -124,6 +129,8 @@ FFN = (
     Ffn("pointwise_conv1", "pointwise_conv2"),  # ConvNeXt of DINOv3
     Ffn("intermediate.dense", "output.dense"),
     Ffn("intermediate_query.dense", "output_query.dense"),
+    Ffn("lang_inter.dense", "lang_output.dense"),  # LXMERT
+    Ffn("visn_inter.dense", "visn_output.dense"),
     Ffn("mlp.layers.0", "mlp.layers.1", listed=True),  # D-FINE
 )
 
@@ -131,7 +138,7 @@ FFN = (
 WRAPPERS = ("Gemma4ClippableLinear", "DiffusionGemmaClippableLinear")
 
 # Attributes that stock modules read in their forward, by meaning.
-HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads",)
 GROUPS = ("num_key_value_groups", "n_rep")
@@ -283,6 +290,22 @@ NATIVE: dict[str, Native] = {
         BlenderbotSmallAttention="blenderbot_small",
         BigBirdPegasusDecoderAttention="bigbird_pegasus",
         BioGptAttention="biogpt",
+        Sam3TrackerAttention="sam3_tracker",
+        Sam3TrackerVideoAttention="sam3_tracker_video",
+        Sam2VideoAttention="sam2_video",
+        Sam3LiteTextTextAttention="sam3_lite_text",
+        Kosmos2VisionAttention="kosmos2",
+        KosmosTextAttention="kosmos2",
+        Molmo2VisionAttention="molmo2",
+        Phi4MultimodalVisionAttention="phi4_multimodal",
+        HYV4VLVisionAttention="hy_v4_vl",
+        MiniCPMOcrVisionAttention="minicpm_ocr",
+        MiniCPMV4_7VisionAttention="minicpmv4_7",
+        UnlimitedOcrAttention="unlimited_ocr",
+        GraniteDoclingVisionAttention="granite_docling",
+        GlmImageVisionAttention="glm_image",
+        PPFormulaNetAttention="pp_formulanet",
+        AlignTextSelfAttention="align",
     ),
     **_rows(
         partial(Native, per_head=(("relative_position_bias.relative_position_bias_table", 1),)),
@@ -299,6 +322,9 @@ NATIVE: dict[str, Native] = {
     ),
     **_rows(
         partial(Native, fold=True),
+        VisualBertSelfAttention="visual_bert",
+        TvpAttention="tvp",
+        OmDetTurboMultiheadAttention="omdet_turbo",
         GitSelfAttention="git",
         GLPNEfficientSelfAttention="glpn",
         PvtEfficientSelfAttention="pvt",
@@ -307,6 +333,7 @@ NATIVE: dict[str, Native] = {
         MegatronBertSelfAttention="megatron_bert",
         RemBertSelfAttention="rembert",
     ),
+    **_rows(partial(Native, fold=True, widths=("head_size",)), LxmertAttention="lxmert"),
     # masks or position biases for all heads, from callers or a table, would not fit fewer
     **_rows(
         partial(Native, head=False),
@@ -314,7 +341,16 @@ NATIVE: dict[str, Native] = {
         Swin2SRSelfAttention="swin2sr",
         BeitAttention="beit_bias",
         EomtAttention="eomt",
+        Sam3Attention="sam3",
+        Sam3LiteTextAttention="sam3_lite_text",
         PPDocLayoutV2ReadingOrderSelfAttention="pp_doclayout_v2",
+    ),
+    **_rows(
+        partial(Native, head=False, widths=("inner_dim",)),
+        T5Attention="t5",
+        UdopAttention="udop",
+        Pix2StructVisionAttention="pix2struct",
+        Pix2StructTextAttention="pix2struct",
     ),
     # the same, and a derived temperature
     **_rows(
@@ -405,10 +441,43 @@ NATIVE: dict[str, Native] = {
         Qwen3MoeAttention="qwen3_moe",
         PhimoeAttention="phimoe",
         GraniteMoeSharedAttention="granitemoe",
+        Sam3ViTRoPEAttention="sam3",
+        Sam2VideoRoPEAttention="sam2_video",
+        Sam3TrackerVideoRoPEAttention="sam3_tracker_video",
+        Emu3Attention="emu3",
+        DeepseekOcr2VisionAttention="deepseek_ocr2",
+        DeepseekOcr2TextAttention="deepseek_ocr2",
+        Molmo2Attention="molmo2",
+        T5Gemma2SelfAttention="t5gemma2",
+        T5Gemma2MergedAttention="t5gemma2",
+        Granite4VisionTextAttention="granite4_vision",
+        GraniteDoclingTextAttention="granite_docling",
+        Dots3NoteVisionAttention="dots3_note",
+        Glm5NextVisionAttention="glm5_next",
+        Qwen4ExpVisionAttention="qwen4_exp",
+        Inkling2VisionAttention="inkling2",
+        MuseSparkVisionAttention="muse_spark",
+        UnlimitedOcrTextAttention="unlimited_ocr",
+        GlmImageTextAttention="glm_image",
+        Apertus1p5TextAttention="apertus1p5",
+    ),
+    # the same, but the forward takes its queries apart by the number of heads in its config
+    **_rows(
+        partial(Native, head=False, rotary=True),
+        Phi3Attention="phi3",
+        Phi4MultimodalAttention="phi4_multimodal",
+    ),
+    # the size of a head is under names of its own, or scaled dimension by dimension
+    **_rows(
+        partial(Native, head_dim=False),
+        PerceiverSelfAttention="perceiver",
+        VideoPrismMultiheadAttentionPoolingHead="videoprism",
+        EmbeddingGemma2Attention="embedding_gemma2",
     ),
     # rotary embeddings that turn a part of a head, have angles of their own, or keep them inside
     **_rows(
         partial(Native, head_dim=False),
+        BrosSelfAttention="bros",
         VJEPA2RopeAttention="vjepa2",
         MllamaTextCrossAttention="mllama",
         IdeficsAttention="idefics",
@@ -434,6 +503,10 @@ NATIVE: dict[str, Native] = {
         SamHQVisionAttention="sam_hq_eager",
         SamHQVisionSdpaAttention="sam_hq",
         GotOcr2VisionAttention="got_ocr2",
+        DeepseekOcr2SamVisionSdpaAttention="deepseek_ocr2",
+        UnlimitedOcrSamVisionSdpaAttention="unlimited_ocr",
+        SLANeXtVisionAttention="slanext",
+        PPFormulaNetVisionAttention="pp_formulanet",
     ),
     # latent attention: the forward splits by the numbers of its module, and keeps its own scale
     **_rows(
@@ -469,12 +542,20 @@ DENSE = {
     "ConditionalDetrDecoderSelfAttention": "its queries and keys are sums of two projections",
     "ConditionalDetrDecoderCrossAttention": "its heads join projections of content and of position",
     "DabDetrDecoderLayerSelfAttention": "its queries and keys are sums of two projections",
+    "DabDetrAttention": "its queries, keys and values come from projections of its layer",
     "DabDetrDecoderLayerCrossAttention": "its heads join projections of content and of position",
+    "Sam3DecoderMLP": "a head that reads off boxes or scores, not the FFN of a layer",
+    "Sam3LiteTextDecoderMLP": "a head that reads off boxes or scores, not the FFN of a layer",
+    "NeoMMEAttention": "embeddings of the words are added to its values",
     "MLPLayerWithBN": "a batch norm of its outputs follows it",
     "FocalNetModulation": "mixes tokens by convolutions, without heads",
     "SwiftFormerEfficientAdditiveAttention": "adds tokens up, without heads",
     "GroupViTAssignAttention": "gives each token to one group, without heads",
 }
+
+# Parts whose attention reads the keys and values of one another's layers from one cache, by the
+# class that joins them: in a cut, the heads of all stay as large and as many as they are.
+ONE_CACHE = {"PI0Model": ("dit", "vlm.language_model")}
 
 # Classes that use the scores of a head elsewhere too, so that its queries and keys count as well.
 SCORES_LEAVE = frozenset(["LiltSelfAttention"])

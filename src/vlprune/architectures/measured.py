@@ -57,6 +57,7 @@ def measure_projected(
             (join(path, f"{o}.weight"), linear_axes(modules[join(path, o)])[1]) for o in row.o
         ),
         folds=tuple(name for x in q for name, _ in x.params) if native.fold else (),
+        one_cache=False,
         **numbers,
     )
 
@@ -168,7 +169,8 @@ def _check_between(
 
     A norm there mixes all heads, so that a head that is zero is not a head that is absent. Layers
     that the forward calls before its value projection (a norm of the input, a convolution that
-    makes keys and values fewer) are not between.
+    makes keys and values fewer) or after its output projection (a norm of the sum with the input)
+    are not between.
     """
     value = next(name for name in reversed(projections) if name not in out)
     names = {name.rpartition(".")[2] for name in projections}
@@ -176,14 +178,14 @@ def _check_between(
         own = any(shape_of(p) == (width,) for p in layer.parameters(recurse=False))
         of_queries = child.startswith(("q_", "k_", "query", "key"))
         if own and child not in names and not of_queries and not is_linear(layer):
-            if _runs_before(core, child, value):
+            if _runs_before(core, child, value) or all(_runs_before(core, o, child) for o in out):
                 continue
             kind = stock_class(layer).__name__
             raise Leave(f"{child} ({kind}) sits between its values and its output projection")
 
 
-def _runs_before(core: nn.Module, child: str, projection: str) -> bool:
-    """Whether the forward uses ``child`` only in statements before those of ``projection``.
+def _runs_before(core: nn.Module, first: str, second: str) -> bool:
+    """Whether the forward uses the child ``first`` only in statements before those of ``second``.
 
     False where the text of the forward cannot be read, or has loops.
     """
@@ -193,7 +195,7 @@ def _runs_before(core: nn.Module, child: str, projection: str) -> bool:
         return False
     ours, theirs = (
         [s.lineno for s in simple if not hasattr(s, "body") and _uses(s, name.rpartition(".")[2])]
-        for name in (child, projection)
+        for name in (first, second)
     )
     return bool(ours) and bool(theirs) and max(ours) < min(theirs)
 

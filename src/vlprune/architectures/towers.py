@@ -22,11 +22,15 @@ def tower_of(path: str) -> str:
 
 
 _TOWERS = (
-    (r"cross_?att|encoder_attn|cross_modal", "cross"),
+    (r"cross_?att|encoder_attn|cross_modal|\.x_layers", "cross"),
     (r"fusion|multimodal_model|qformer|text_enhancer|deformable_layer|connector", "fusion"),
-    (r"vision|visual|image_model|image_encoder|backbone\.conv_encoder|backbone\.model", "vision"),
+    (
+        r"vision|visual|image_model|image_encoder|image_embed\.|\.r_layers"
+        r"|backbone\.conv_encoder|backbone\.model",
+        "vision",
+    ),
     (r"text_decoder", "decoder"),
-    (r"text|language_model|transformer\.resblocks", "text"),
+    (r"text|language_(?:model|backbone)|transformer\.resblocks", "text"),
     (r"(^|\.)decoder\.", "decoder"),
     (r"(^|\.)model\.encoder\.", "encoder"),
 )
@@ -55,6 +59,17 @@ _ORDER = {
     "GroupViTStage": ("group_projector", "layers", "downsample"),
     "XCLIPModel": ("vision_model", "mit", "text_model"),
     "XCLIPVisionEncoderLayer": ("message_attn", "self_attn"),
+    "Phi4MultimodalModel": ("embed_tokens", "embed_tokens_extend"),
+    "Sam2VideoModel": ("vision_encoder", "mask_decoder", "object_pointer_proj", "memory_encoder"),
+    "Sam3TrackerVideoModel": (
+        "vision_encoder",
+        "mask_decoder",
+        "object_pointer_proj",
+        "memory_encoder",
+    ),
+    "OmDetTurboForObjectDetection": ("vision_backbone", "encoder"),
+    "OmDetTurboDecoder": ("task_encoder",),
+    "LxmertEncoder": ("visn_fc", "layer", "r_layers"),
     "Kosmos2_5ForConditionalGeneration": (
         "vision_model",
         "image_to_text_projection",

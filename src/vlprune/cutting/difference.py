@@ -41,10 +41,11 @@ def difference(
     """Compare two lists of floating tensors, value by value.
 
     Places that are NaN on both sides, or the same infinity, are not compared (attention masks
-    leave such places). ``floor`` is the smallest scale by which a difference is divided. Raises
-    VerificationError if the number, shapes or finiteness of the outputs differ, and
-    IncomparableError if there is nothing to compare: no output, or an output that is nowhere
-    finite.
+    leave such places). The lowest number of a dtype is how a forward writes minus infinity, and
+    counts as it: as a scale, it would make any difference small. ``floor`` is the smallest scale by
+    which a difference is divided. Raises VerificationError if the number, shapes or finiteness of
+    the outputs differ, and IncomparableError if there is nothing to compare: no output, or an
+    output that is nowhere finite.
     """
     if len(expected) != len(found):
         raise VerificationError(f"{len(expected)} outputs became {len(found)}")
@@ -55,7 +56,7 @@ def difference(
             raise VerificationError(f"an output has shape {tuple(b.shape)}, not {tuple(a.shape)}")
         if not a.numel():
             continue
-        b = b.to(a.device)
+        a, b = _endless(a), _endless(b.to(a.device))
         finite = torch.isfinite(a)
         unlike = finite != torch.isfinite(b)
         if unlike.any():
@@ -77,6 +78,19 @@ def difference(
     if not total:
         raise IncomparableError("there is no output to compare")
     return Difference(largest, scale, relative, compared / total)
+
+
+ENDLESS = 1e30
+"""Beyond this no output is a result: logits that a forward rules out have -3.4e38 or -1.8e308."""
+
+
+def _endless(values: Tensor) -> Tensor:
+    """``values``, with infinities for numbers as large as a dtype has them."""
+    if not values.is_floating_point():
+        return values
+    limit = min(ENDLESS, torch.finfo(values.dtype).max)
+    large = values.abs() >= limit
+    return values if not large.any() else torch.where(large, values.sign() * torch.inf, values)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +17,27 @@ __all__ = ["copied", "is_cache", "run_inputs"]
 def copied(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one forward pass by name, tensors copied to main memory at any depth.
 
-    Caches of keys and values are left out: the pass fills them, so a second pass would not start
-    from the same state.
+    Objects that may change in the pass are copied too. Caches of keys and values are left out: the
+    pass fills them, so a second pass would not start from the same state.
     """
     names = list(inspect.signature(model.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    plain = {name: value for name, value in given.items() if not is_cache(name, value)}
+    plain = {name: _own(value) for name, value in given.items() if not is_cache(name, value)}
     copies: dict[str, Any] = recursively_apply(_copy, plain)
     return copies
+
+
+VALUES = (Tensor, Mapping, list, tuple, str, bytes, int, float, complex, torch.dtype, torch.device)
+
+
+def _own(value: Any) -> Any:
+    """``value``, or a copy of it where it is an object with a state, if that can be copied."""
+    if value is None or isinstance(value, VALUES):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # an open file, a lock
+        return value
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -35,13 +49,15 @@ def run_inputs(
 ) -> dict[str, Any]:
     """``inputs`` for a model on ``device``, floating tensors in ``dtype``, without caches.
 
-    Tensors are moved and cast at any depth; ``use_cache`` is False where the model takes it.
+    Tensors are moved and cast at any depth; ``use_cache`` is False where the model takes it. Other
+    objects are copies: the session of a tracker keeps what a pass computes, and the next pass would
+    answer from it, whatever its weights are.
     """
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    plain = {name: value for name, value in inputs.items() if not is_cache(name, value)}
+    plain = {name: _own(value) for name, value in inputs.items() if not is_cache(name, value)}
     if "use_cache" in inspect.signature(model.forward).parameters:
         plain["use_cache"] = False
     ready: dict[str, Any] = recursively_apply(cast, plain)

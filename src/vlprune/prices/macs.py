@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.hooks import RemovableHandle
 
 from ..cutting.gates import Gates, evaluating
+from ..cutting.memories import forgetful
 from ..cutting.padded import is_linear
 from ..cutting.zero import running
 from ..device import moved_to
@@ -157,7 +158,7 @@ def measure_macs(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        with running(model), evaluating(model), counter:
+        with running(model), evaluating(model), forgetful(model), counter:
             model(**moved_to(model, example_inputs))
     by_core = {}
     for core in cores:  # without what its modules do: projections, or an indexer of tokens

@@ -1,6 +1,17 @@
 """The conformance suite, for the supported families and for architectures of your own."""
 
-from . import chats, detectors, encoders, experts, segmenters, texts, variants
+from . import (
+    assistants,
+    chats,
+    detectors,
+    documents,
+    encoders,
+    experts,
+    segmenters,
+    texts,
+    trackers,
+    variants,
+)
 from .conformance import CHECKS
 from .families import FAMILIES, VARIANTS, Sample, build
 
@@ -9,12 +20,15 @@ __all__ = [
     "FAMILIES",
     "VARIANTS",
     "Sample",
+    "assistants",
     "build",
     "chats",
     "detectors",
+    "documents",
     "encoders",
     "experts",
     "segmenters",
     "texts",
+    "trackers",
     "variants",
 ]

@@ -29,6 +29,7 @@ from ..architectures import discover
 from ..calibration.session import fold, rotate
 from ..cutting.difference import difference, tensors_of
 from ..cutting.gates import gated, has_gates, ones, plan_gates
+from ..cutting.memories import forgetful
 from ..cutting.rewrite import rewrite
 from ..cutting.sharing.materialize import materialize
 from ..cutting.sharing.mixed import mixed
@@ -66,12 +67,12 @@ def _check(function: Check) -> Check:
 
 
 def _double(sample: Sample) -> Sample:
-    """The sample in float64, so that rounding cannot hide a mistake."""
-    sample.model.double().eval()
+    """The sample in float64 where it runs so, so that rounding cannot hide a mistake."""
+    sample.model.to(sample.dtype).eval()
 
     def cast(inputs: dict[str, Any]) -> dict[str, Any]:
         return {
-            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            k: v.to(sample.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
             for k, v in inputs.items()
         }
 
@@ -80,10 +81,15 @@ def _double(sample: Sample) -> Sample:
     return sample
 
 
+def _nearly(sample: Sample) -> float:
+    """The largest difference that counts as rounding in the sample."""
+    return max(TOLERANCE, sample.rounding)
+
+
 def _forward(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """Every floating output, with the same random numbers each time."""
+    """Every floating output, with the same random numbers and no memory of earlier passes."""
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), forgetful(model):
         return tensors_of(model(**inputs))
 
 
@@ -314,8 +320,7 @@ def masked_equals_cut(make: Make, attention: AttentionUnit) -> None:
             cut = answers(rewrite(sample.model, description, plan))
         for implementation in implementations:
             apart = _apart(masked[implementation], cut[implementation])
-            nearly = max(TOLERANCE, sample.rounding)
-            assert apart <= nearly, f"{apart:.1e} apart under {implementation}"
+            assert apart <= _nearly(sample), f"{apart:.1e} apart under {implementation}"
         if keep is _half:
             moved = _apart(dense, masked[implementations[-1]])
             assert moved > 1e-4, f"removing half moves the output by {moved:.1e} only"
@@ -343,7 +348,7 @@ def every_structure_alone_equals_its_mask(make: Make, attention: AttentionUnit) 
         with _put_back(sample.model):
             cut = _forward(rewrite(sample.model, description, plan), sample.inputs)
         apart = _apart(masked, cut)
-        assert apart <= TOLERANCE, f"{structure.name}: {apart:.1e} apart"
+        assert apart <= _nearly(sample), f"{structure.name}: {apart:.1e} apart"
     assert _same_bits(dense, _forward(sample.model, sample.inputs)), "the model was not put back"
 
 
@@ -369,7 +374,7 @@ def generation_agrees(make: Make, attention: AttentionUnit) -> None:
         small: Any = rewrite(sample.model, description, plan)
         cut: Any = small.generate(**sample.generate, **options)
     assert torch.equal(masked.sequences, cut.sequences), "other tokens were generated"
-    assert _apart(list(masked.scores), list(cut.scores)) <= TOLERANCE
+    assert _apart(list(masked.scores), list(cut.scores)) <= _nearly(sample)
 
 
 @_check
@@ -430,7 +435,7 @@ def sharing_is_exact(make: Make, attention: AttentionUnit) -> None:
     small = rewrite(sample.model, description, plan)
     cut = _forward(small, sample.inputs)
     apart = _apart(masked, cut)
-    assert apart <= TOLERANCE, f"{apart:.1e} apart"
+    assert apart <= _nearly(sample), f"{apart:.1e} apart"
     assert exact == sum(p.numel() for p in small.parameters())
     assert exact == param_prices_total(small, discover(small, attention))
     again_plan = make_plan(discover(small, attention), lambda size: max(1, size - 1), seed=1)
@@ -498,7 +503,7 @@ def a_second_cut_composes(make: Make, attention: AttentionUnit) -> None:
         with gated(model, description.structures, plan):
             masked = _forward(model, sample.inputs)
         model = rewrite(model, description, plan)
-        assert _apart(masked, _forward(model, sample.inputs)) <= TOLERANCE
+        assert _apart(masked, _forward(model, sample.inputs)) <= _nearly(sample)
     model.float()
     inputs = make().inputs
     before = _forward(model, inputs)
@@ -537,7 +542,7 @@ def calibration_is_exact(make: Make, attention: AttentionUnit) -> None:
     if attention == "qk_vo":  # the same under every attention unit: once is enough
         rotate(model, batches)
         apart = _apart(dense, _forward(model, sample.inputs))
-        assert apart <= TOLERANCE, f"turning heads moved the outputs by {apart:.1e}"
+        assert apart <= _nearly(sample), f"turning heads moved the outputs by {apart:.1e}"
     description = discover(model, attention)
     plan = make_plan(description, _half)
     whole = {s.name for s in description if s.kind == "experts"}  # which no repair follows
@@ -549,9 +554,9 @@ def calibration_is_exact(make: Make, attention: AttentionUnit) -> None:
         masked = _forward(model, sample.inputs)
     if errors.kept:
         apart = _apart(folded, masked)
-        assert apart <= TOLERANCE, f"units that are folded away still move it by {apart:.1e}"
+        assert apart <= _nearly(sample), f"units that are folded away still move it by {apart:.1e}"
     apart = _apart(masked, _forward(rewrite(model, description, plan), sample.inputs))
-    assert apart <= TOLERANCE, f"{apart:.1e} apart"
+    assert apart <= _nearly(sample), f"{apart:.1e} apart"
 
 
 @_check

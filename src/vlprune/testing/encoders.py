@@ -66,3 +66,17 @@ images("groupvit", also=lambda: {"input_ids": _ids()}, vision_config={"depths": 
     "num_group_tokens": [4, 4, 0], "num_output_groups": [4, 4, 4]}, projection_intermediate_dim=20)
 images("tipsv2", also=lambda: {"input_ids": _ids(), "attention_mask": _ones()},
     text_config={"hidden_size": 32, "num_attention_heads": 4})
+images("align", also=lambda: {"input_ids": _ids(), "attention_mask": _ones()},
+    vision_config={"in_channels": [32, 8], "out_channels": [8, 16], "kernel_sizes": [3, 3],
+    "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 2],
+    "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 16, "image_size": 32},
+    projection_dim=16)
+variant("videoprism", lambda: {"pixel_values_videos": _pixels(2, 4, 3, 16, 16), "input_ids": _ids(),
+    "attention_mask": _ones()}, head="VideoPrismClipModel", vision_config={"num_frames": 4,
+    "tubelet_size": [1, 8, 8], "num_spatial_layers": 1, "num_temporal_layers": 1,
+    "num_auxiliary_layers": 1}, text_config={"hidden_size": 32, "num_attention_heads": 4})
+
+# -- of anything
+variant("perceiver", lambda: {"inputs": _pixels()}, head="PerceiverForImageClassificationLearned",
+    d_model=16, d_latents=32, num_latents=6, num_blocks=1, num_self_attends_per_block=2,
+    num_self_attention_heads=4, num_cross_attention_heads=1)

@@ -28,7 +28,7 @@ class Sample:
 
     ``idle`` matches the structures that these inputs cannot reach, or that cannot matter.
     ``rounding`` is the difference that a forward makes by itself, if it computes in float32
-    whatever the dtype of the model is.
+    whatever the dtype of the model is. ``dtype`` is the widest in which the model runs.
     """
 
     model: nn.Module
@@ -36,6 +36,7 @@ class Sample:
     generate: dict[str, Any] | None = None
     idle: str = ""
     rounding: float = 0.0
+    dtype: torch.dtype = torch.float64
 
 
 FAMILIES: dict[str, Callable[[], Sample]] = {}

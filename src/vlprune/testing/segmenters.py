@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .detectors import WIDTHS
-from .families import _ids, _pixels
+from .families import _ids, _ones, _pixels
 from .tiny import images, variant
 
 BIG = (2, 3, 64, 64)
@@ -47,6 +47,10 @@ images("rf_detr", *BIG, head="RfDetrForObjectDetection",
     backbone_config={"model_type": "rf_detr_dinov2", "image_size": 64, "num_windows": 2,
     "out_features": ["stage2"]}, **PLAIN)
 
+variant("dab_detr", lambda: {"pixel_values": _pixels(2, 3, 64, 64)}, kind="dab-detr", single=True,
+    head="DabDetrForObjectDetection", backbone_config=RESNET, hidden_size=32,
+    decoder_attention_heads=4)
+
 # -- masks
 SWIN = {"model_type": "swin", "embed_dim": 8, "depths": ONES, "num_heads": [2, 2, 2, 4],
     "window_size": 4, "image_size": 64, "patch_size": 4, "out_features": ALL}
@@ -67,6 +71,19 @@ images("oneformer", *BIG, head="OneFormerForUniversalSegmentation", backbone_con
     also=lambda: {"task_inputs": _ids(7)})
 images("upernet", *BIG, head="UperNetForSemanticSegmentation", backbone_config=SWIN, hidden_size=16,
     auxiliary_in_channels=32)
+
+# -- what words name
+variant("omdet_turbo", lambda: {"pixel_values": _pixels(*BIG), "classes_input_ids": _ids(6, 3),
+    "classes_attention_mask": _ones(6, 3), "tasks_input_ids": _ids(6, 2),
+    "tasks_attention_mask": _ones(6, 2), "classes_structure": torch.tensor([1, 2])},
+    kind="omdet-turbo", head="OmDetTurboForObjectDetection", backbone_config={**SWIN,
+    "out_features": ["stage2", "stage3", "stage4"]}, text_config={"model_type": "clip_text_model",
+    "eos_token_id": 63, "hidden_size": 40, "num_attention_heads": 4, "projection_dim": 40},
+    image_size=64, text_projection_in_dim=40, text_projection_out_dim=40, class_embed_dim=40,
+    task_encoder_hidden_dim=40, encoder_hidden_dim=32, vision_features_channels=[32, 32, 32],
+    encoder_in_channels=[16, 32, 64], encoder_dim_feedforward=48, decoder_hidden_dim=32,
+    decoder_num_heads=4, decoder_num_layers=2, decoder_dim_feedforward=40, decoder_num_points=2,
+    apply_layernorm_after_vision_backbone=False)
 
 # -- masks of what is pointed at
 VIT = {"image_size": 32, "output_channels": 16, "num_pos_feats": 8, "window_size": 2,
@@ -129,3 +146,6 @@ images("superglue", 2, 2, 3, 32, 32, head="SuperGlueForKeypointMatching",
     keypoint_encoder_sizes=[8, 16], gnn_layers_types=["self", "cross"])
 images("lightglue", 2, 2, 3, 32, 32, head="LightGlueForKeypointMatching",
     keypoint_detector_config=POINTER, descriptor_dim=32, num_key_value_heads=4)
+images("efficientloftr", 2, 2, 3, 64, 64, stage_num_blocks=[1, 1, 1, 1], out_features=[8, 8, 16,
+    32], stage_stride=[2, 1, 2, 2], num_attention_layers=1, num_attention_heads=8, hidden_size=32,
+    fine_matching_slice_dim=4)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import transformers as T
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -72,6 +73,9 @@ _ALWAYS = {
 }
 
 
+SINGLE = 1e-5
+"""How far apart two orders of a sum may end in float32, relative to outputs of order 1."""
+
 Inputs = Callable[[], dict[str, Any]]
 
 
@@ -80,40 +84,47 @@ def variant(
     inputs: Inputs,
     *,
     kind: str = "",
-    head: str = "AutoModel",
+    head: str | Callable[[], Any] = "AutoModel",
     generates: bool = False,
     idle: str = "",
     eager: bool = False,
+    rounding: float = 0.0,
+    single: bool = False,
     **more: Any,
 ) -> None:
     """Add the variant ``name``: a tiny model of the type ``kind`` under the class ``head``.
 
-    ``kind`` is a model type of transformers (``name`` if empty), ``head`` one of its classes or an
-    auto class. ``inputs`` makes the inputs of a forward pass, and of ``generate`` where the model
-    ``generates``. ``idle`` is as in :class:`~vlprune.testing.families.Sample`; ``eager`` builds the
-    model for the eager attention implementation. ``more`` goes into the config, nested as it is.
+    ``kind`` is a model type of transformers (``name`` if empty), ``head`` one of its classes, an
+    auto class, or a function that makes a class. ``inputs`` makes the inputs of a forward pass, and
+    of ``generate`` where the model ``generates``. ``idle`` and ``rounding`` are as in
+    :class:`~vlprune.testing.families.Sample`; ``single`` is for a model that does not run in
+    float64. ``eager`` builds the model for the eager attention implementation. ``more`` goes into
+    the config, nested as it is.
     Raises ValueError if there is a variant of that name.
     """
     if name in VARIANTS:
         raise ValueError(f"there is a variant {name!r} already")
     kind = kind or name
     if kind in CONFIG_MAPPING:  # an older transformers has fewer
-        VARIANTS[name] = partial(_sample, kind, head, more, inputs, generates, idle, eager)
+        told: dict[str, Any] = {"idle": idle, "rounding": max(rounding, SINGLE * single)}
+        told["dtype"] = torch.float32 if single else torch.float64
+        VARIANTS[name] = partial(_sample, kind, head, more, inputs, generates, eager, told)
 
 
 def _sample(
     kind: str,
-    head: str,
+    head: str | Callable[[], Any],
     more: dict[str, Any],
     inputs: Inputs,
     generates: bool,
-    idle: str,
     eager: bool,
+    told: dict[str, Any],
 ) -> Sample:
-    config, model_class = tiny_config(CONFIG_MAPPING[kind], more), getattr(T, head)
+    config = tiny_config(CONFIG_MAPPING[kind], more)
+    model_class = getattr(T, head) if isinstance(head, str) else head()
     if eager:
         config._attn_implementation = "eager"
-    if head.startswith("Auto"):
+    if model_class.__name__.startswith("Auto"):
         model = model_class.from_config(config, trust_remote_code=False)
     else:
         model = model_class(config)
@@ -123,7 +134,7 @@ def _sample(
     if hasattr(model, "set_experts_implementation"):  # the other one has no float64
         model.set_experts_implementation("eager")
     given = inputs()
-    return Sample(model, given, dict(given) if generates else None, idle)
+    return Sample(model, given, dict(given) if generates else None, **told)
 
 
 def images(name: str, *shape: int, **more: Any) -> None:
