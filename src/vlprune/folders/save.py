@@ -12,16 +12,26 @@ from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError
 
 from ..cutting.fsdp import is_sharded
+from ..cutting.sharing.ties import is_shared
 from ..cutting.wrappers import uncompiled
 from ..errors import CheckpointError, UnsupportedError, VerificationError, VlpruneError
 from ..files import plain, read_json, reason, shown, write_text
 from ..processes import all_or_none, world
 from ..structures.record import METHOD, gather_record
+from ..structures.units import plain_name
 from .gathered import forget, gather
 from .place import CONFIG, check_place, is_being_saved, staging, swap
 from .weights import digest, is_weights, weight_files
 
-__all__ = ["SHARD", "check_result", "check_shard_size", "files_of_export", "save", "save_by"]
+__all__ = [
+    "SHARD",
+    "check_result",
+    "check_shard_size",
+    "files_of_export",
+    "refuse_joined",
+    "save",
+    "save_by",
+]
 
 
 PLAN_FILE, REPORT_FILE, RECIPE_FILE = "plan.json", "report.json", "recipe.yaml"
@@ -55,10 +65,12 @@ def save(
     Where FSDP2 has spread the weights over processes, all of them must call this. Weights are
     gathered one at a time, and the first process writes the folder.
 
-    Raises CheckpointError if the folder cannot be written, UnsupportedError for another size.
+    Raises CheckpointError if the folder cannot be written, UnsupportedError for another size, and
+    for shared weights that the model's class saves as one tensor with others.
     """
     model = uncompiled(model)
     size = check_shard_size(max_shard_size)
+    refuse_joined(model)
 
     def fill(staged: Path, **state: Any) -> None:
         model.save_pretrained(staged, max_shard_size=size, **state)
@@ -69,6 +81,36 @@ def save(
         _save_from_all(fill, model, Path(folder), extras)
         return Path(folder)
     return save_by(fill, model, folder, extras)
+
+
+def refuse_joined(model: Any) -> None:
+    """Raise UnsupportedError if weights are shared that the class saves as a part of one tensor.
+
+    transformers joins some weights when it saves (query, key and value of Molmo 2) and finds them
+    by the beginnings of their names, which those of shared weights have, too.
+    """
+    if not is_shared(model):
+        return
+    tied = [name for name in model.state_dict() if ".parametrizations." in name]
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is None:
+        rules = get_model_conversion_mapping(model, add_legacy=False)
+    saving = [rule.reverse_transform() for rule in rules]
+    for rule in saving:
+        joined = [n for n in tied if isinstance(rule, WeightConverter) and _takes(rule, n)]
+        if joined:
+            raise UnsupportedError(
+                f"{type(model).__name__} saves {plain_name(joined[0])} as a part of one tensor, "
+                "which weights that are shared between layers cannot be: call "
+                "vlprune.materialize(model) before you save it, or leave sharing out"
+            )
+
+
+def _takes(rule: Any, name: str) -> bool:
+    return rule.rename_source_key(name)[1] is not None
 
 
 def check_shard_size(size: int | str) -> int:

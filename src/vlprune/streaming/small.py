@@ -12,6 +12,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from ..cutting.rewrite import carry_out
 from ..cutting.settle import Cut
 from ..cutting.sharing.ties import WholeWeights
+from ..folders.save import refuse_joined
 from ..structures.record import write_record
 from ..structures.units import owner_of, plain_name
 from .source import Source
@@ -28,6 +29,7 @@ def cut_source(source: Source, cut: Cut) -> SmallWeights:
     whole = WholeWeights(model, source.weights.__getitem__)
     with ExitStack() as undo:
         slices = carry_out(model, cut, undo)
+        refuse_joined(model)
         write_record(model, cut.record, undo)
         undo.pop_all()
     positions = {

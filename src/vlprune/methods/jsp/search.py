@@ -23,7 +23,8 @@ __all__ = ["JspSearch"]
 SELDOM = 5
 """Every so many looks the model is compared with and without its vectors."""
 FADES = 200
-"""At most so many moves take the weights to the frozen structure: each one rewrites them all."""
+"""At most so many moves take the weights to the frozen structure: each one reads and rewrites all
+of them, which costs a fifth of a step of a small model."""
 COUNTS = ("weight_steps", "structure_steps", "skipped", "looks", "looked_step")
 LEVELS = ("threshold", "remains", "looked_at")
 
@@ -160,7 +161,7 @@ class JspSearch(Search):
         )
 
     def _alignment(self, progress: float) -> Alignment | None:
-        """The structure, as it is now or was frozen, to draw the weights to; None if too early."""
+        """The structure, as it is now or was frozen, to draw the weights to; None if not yet."""
         method = self.method
         if progress < method.align or not self.structure_steps:
             return None
@@ -169,7 +170,7 @@ class JspSearch(Search):
         after = (progress - method.freeze) / max(1e-9, 1 - method.freeze)
         remains = 1 - removed_share(min(1.0, after)) if progress < 1 else 0.0
         if remains > 0 and self.remains - remains < 1 / FADES:
-            return Alignment(self.frozen, method.alignment, 1.0)
+            return None
         factor = remains / self.remains if self.remains > 0 else 0.0
         self.remains = remains
         return Alignment(self.frozen, method.alignment, factor)
