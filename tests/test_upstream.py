@@ -651,3 +651,23 @@ def test_experts_are_run_by_flags_through_a_registry() -> None:
     assert [*inspect.signature(own).parameters] == names
     moe = importlib.import_module("transformers.integrations.moe")
     assert moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"].__module__ == "vlprune.cutting.grouped"
+
+
+def test_accelerates_state_can_forget_an_engine_and_keep_the_processes() -> None:
+    """engine: the next model would be loaded in parts, and the next Trainer get the old engine."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+
+    held = dict(AcceleratorState._shared_state)
+    processes = dict(PartialState._shared_state)
+    try:
+        Accelerator(cpu=True)
+        assert AcceleratorState._shared_state
+        AcceleratorState._reset_state()
+        assert not AcceleratorState._shared_state
+        assert PartialState._shared_state
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(held)
+        PartialState._shared_state.clear()
+        PartialState._shared_state.update(processes)
