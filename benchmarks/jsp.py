@@ -57,7 +57,7 @@ class Experiment:
     search: int = 300
     retrain: int = 200
     rate: float = 5e-4
-    after: float = 5e-4  # the learning rate of what follows, for every method
+    after: float = 2e-4  # the learning rate of what follows, for every method
     batch: int = 64
     test: int = 500
     mismatch: str = "error"
@@ -77,11 +77,10 @@ DINO = {
 EXPERIMENTS = {
     "rec": Experiment("grounding", options=MDETR),
     "gqa": Experiment(
-        "gqa", options=MDETR, start="rec", dense=2400, search=200, retrain=100, after=2e-4
+        "gqa", options=MDETR, start="rec", dense=2400, search=200, retrain=100
     ),
     "detection": Experiment(
-        "detection", options=DINO, dense=5000, search=300, retrain=200, after=2e-4,
-        batch=16, test=500,
+        "detection", options=DINO, dense=5000, search=300, retrain=200, batch=16, test=500,
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
     ),
 }  # fmt: skip
