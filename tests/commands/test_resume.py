@@ -139,7 +139,10 @@ def whole(recipe: Path) -> Path:
     return out
 
 
-SLOW = ("training, step 3", "while the cut model is evaluated", "after the last step")
+SLOW = (
+    "training, step 3", "while the cut model is evaluated", "after the last step",
+    "while a checkpoint of the search is written",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -153,9 +156,12 @@ def test_a_killed_run_ends_with_the_same_bits(
     kill_and_go_on(python, PLACES[place], recipe, whole, tmp_path / "out", asked, damaged)
 
 
+LATER = ("at_step(2, 9)", "at_step(3, 5)")
+
+
 @pytest.mark.parametrize(
     "place",
-    ["at_step(2, 5)", pytest.param("at_step(2, 9)", marks=pytest.mark.slow), "at_step(3, 5)"],
+    ["at_step(2, 5)", *(pytest.param(p, marks=pytest.mark.slow) for p in LATER)],
 )
 def test_a_killed_search_for_sharing_does_so_too(
     place: str, sharing: Path, tmp_path: Path, python: Any

@@ -16,7 +16,9 @@ WHOLE = ("siglip", "gpt2", "bert", "llava")
 """Gates on linear layers, Conv1D and grouped keys, and on weights that a forward reads itself."""
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "siglip" else f for f in WHOLE]
+)
 def test_gates_break_no_graph_and_follow_their_values(family: str) -> None:
     sample = build(family)
     model, structures = sample.model, vlprune.discover(sample.model).structures

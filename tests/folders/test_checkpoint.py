@@ -59,7 +59,12 @@ def test_without_the_import_it_fails_loudly(tmp_path: Path, python: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "first", ["import transformers", "import vlprune", "from transformers import CLIPModel"]
+    "first",
+    [
+        "import transformers",
+        pytest.param("import vlprune", marks=pytest.mark.slow),
+        pytest.param("from transformers import CLIPModel", marks=pytest.mark.slow),
+    ],
 )
 def test_the_order_of_imports_does_not_matter(tmp_path: Path, python: Any, first: str) -> None:
     vlprune.save(small(), tmp_path / "m")
@@ -245,7 +250,11 @@ print(json.dumps(seen))
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"shards": True}, marks=pytest.mark.slow), {"no links": True}],
+    [
+        {},
+        pytest.param({"shards": True}, marks=pytest.mark.slow),
+        pytest.param({"no links": True}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_model(

@@ -44,7 +44,7 @@ def samples(model: Any) -> list[dict[str, torch.Tensor]]:
     ("family", "to"),
     [
         ("clip", "onnx"),
-        ("deit", "openvino"),
+        pytest.param("deit", "openvino", marks=pytest.mark.slow),
         pytest.param("blip_vqa", "openvino", marks=pytest.mark.slow),
         pytest.param("segmenter", "torch-export", marks=pytest.mark.slow),
     ],

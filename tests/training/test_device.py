@@ -234,7 +234,10 @@ def test_the_host_stands_for_a_device_of_its_own() -> None:
     assert layer(moved_to(layer, ids)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("method", ["{name: upop}", "{name: magnitude, round_to: auto}"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("{name: upop}", marks=pytest.mark.slow), "{name: magnitude, round_to: auto}"],
+)
 def test_every_input_of_a_run_is_moved_to_the_model(
     method: str, nothing_moved: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
