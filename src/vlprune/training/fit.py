@@ -241,10 +241,10 @@ def fit(
         )
         first(trainer, callbacks)
         watch.trainer, trainer.rates, trainer.average = trainer, spec.rates, average
-        if spec.ema and trainer.is_fsdp_enabled:
+        if spec.ema and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise UnsupportedError(
-                "ema keeps the average of whole weights, and FSDP divides them among the "
-                "processes: leave ema out, or train with torchrun alone"
+                "ema keeps the average of whole weights, and FSDP and DeepSpeed divide them among "
+                "the processes: leave ema out, or train with torchrun alone"
             )
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
