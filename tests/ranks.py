@@ -50,15 +50,19 @@ def end():
 """
 
 
-def launch(python: Any, folder: Path, code: str, processes: int = 2) -> list[dict[str, Any]]:
-    """What every process found. They find each other as under torchrun, by their environment."""
+def meeting(processes: int = 2, **more: Any) -> list[dict[str, Any]]:
+    """The environment of each process, by which they find each other as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+    return [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+
+
+def launch(python: Any, folder: Path, code: str, processes: int = 2) -> list[dict[str, Any]]:
+    """What every process found."""
     path = [Path(__file__).parent]
-    done = python.together([code] * processes, folder, path=path, env=ranks)
+    done = python.together([code] * processes, folder, path=path, env=meeting(processes))
     for one in done:
         assert one.returncode == 0, one.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,26 +11,12 @@ from typing import Any
 
 import pytest
 
-from small_runs import DEMO, TINY
+from ranks import meeting
+from small_runs import DEMO, KILLED, TINY
 
 RECIPE = ["compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu"]
 
 COMMAND = "import sys; from vlprune.commands.main import main; sys.exit(main())"
-
-KILLED = """
-import os, signal, sys
-from vlprune.commands.main import main
-from vlprune.training.compressor import Compressor
-
-step = Compressor.step
-def killed(self, progress, **more):
-    if progress == 0.75 and os.environ["RANK"] == "1":  # after the checkpoint at step 2
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, progress, **more)
-if sys.argv.pop(1) == "kill":
-    Compressor.step = killed
-main()
-"""
 
 LAUNCHED = """
 import json, os, sys
@@ -70,12 +55,7 @@ os._exit(0)
 
 def side_by_side(python: Any, *args: str) -> list[Any]:
     """The recipe in two processes that find each other as under torchrun, without its guard."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
-    done: list[Any] = python.together([KILLED] * 2, *args, env=ranks)
+    done: list[Any] = python.together([KILLED] * 2, *args, env=meeting())
     return done
 
 

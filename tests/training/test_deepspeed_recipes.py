@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from small_runs import DEMO, TINY
+from ranks import meeting
+from small_runs import DEMO, KILLED, TINY
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None,
@@ -23,35 +23,21 @@ pytestmark = pytest.mark.skipif(
 RECIPE = ["compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu"]
 HALF = ["search.bf16=true", "retrain.bf16=true"]
 
-COMMAND = """
-import os, signal, sys
+COMMAND = (
+    """
+import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed.comm.torch
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # it would be compiled
-from vlprune.commands.main import main
-from vlprune.training.compressor import Compressor
-
-step = Compressor.step
-def killed(self, progress, **more):
-    if progress == 0.75 and os.environ["RANK"] == "1":  # after the checkpoint at step 2
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, progress, **more)
-if sys.argv.pop(1) == "kill":
-    Compressor.step = killed
-sys.exit(main())
 """
+    + KILLED
+)
 
 
 def launched(python: Any, stage: int, how: str, *args: str, processes: int = 2) -> list[Any]:
     """What ``accelerate launch`` sets, without its guard; stage 0 is DistributedDataParallel."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world: dict[str, Any] = {"WORLD_SIZE": processes}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if stage:
-        world |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
-    ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    wanted = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    ranks = meeting(processes, **(wanted if stage else {}))
     done: list[Any] = python.together([COMMAND] * processes, how, *args, env=ranks)
     return done
 
@@ -116,7 +102,9 @@ def test_a_checkpoint_that_is_a_program_is_not_run(python: Any, tmp_path: Path) 
             pickle.dump(Program(), stream)
     seal(checkpoint)
     for one in launched(python, 2, "run", *RECIPE, *out):
-        assert one.returncode != 0
+        assert one.returncode == 2, one.stderr[-2000:]
+        assert "holds more than tensors" in one.stderr
+        assert "Traceback" not in one.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -216,22 +216,16 @@ def _tensors_only() -> Iterator[None]:
 
 
 class _Before:
-    """Dtypes, shapes and buffers of a model that an engine is about to take over.
+    """Dtypes and shapes of a model's parameters, which an engine is about to take over.
 
-    DeepSpeed cannot send parameters without a dimension, so these become vectors of one number; and
-    it turns all buffers into the dtype that it trains in.
+    DeepSpeed cannot send parameters without a dimension, so these become vectors of one number.
+    Buffers stay in the dtype that they have.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self.scalars = [name for name, p in model.named_parameters() if not p.dim()]
-        self.buffers = {
-            (path, name): buffer
-            for path, module in model.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.is_floating_point()
-        }
+        self.scalars = {name for name, p in model.named_parameters() if not p.dim()}
         for name in self.scalars:
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.reshape(1)
@@ -241,14 +235,6 @@ class _Before:
         for name, parameter in self.model.named_parameters():
             shape = () if name in self.scalars else parameter.shape
             parameter.data = parameter.data.reshape(shape).to(self.dtypes[name])
-        for (path, name), old in self.buffers.items():
-            buffers = self.model.get_submodule(path)._buffers
-            new = buffers[name]
-            if new is None or new.dtype == old.dtype:
-                continue
-            rounded = old.to(new.device, new.dtype)
-            same = torch.equal(rounded, new)
-            buffers[name] = old.to(new.device) if same else new.to(old.dtype)
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Path) -> None:
