@@ -623,6 +623,26 @@ def test_fsdp2_keeps_units_and_entries_where_a_cut_looks_for_them() -> None:
         assert name in state, name
 
 
+def test_fsdp2_leaves_in_a_module_what_is_taken_away_with_it() -> None:
+    """fsdp: a model that has been trained in parts is an ordinary one again."""
+    import inspect
+
+    from torch.distributed import _composable_state
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
+
+    assert hasattr(_composable_state, "_module_state_mapping")
+    assert isinstance(REGISTRY_KEY, str)
+    assert isinstance(STATE_KEY, str)
+    unit = inspect.getsource(_fsdp_param_group.FSDPParamGroup)
+    assert "_module_to_pre_save_state_dict_hook_handle" in unit
+    assert "_module_to_pre_load_state_dict_hook_handle" in unit
+    assert hasattr(torch.distributed.fsdp.FSDPModule, "_get_fsdp_state")
+    state = inspect.getsource(_fsdp_state.FSDPState)
+    for name in ("_pre_forward_hook_handle", "_post_forward_hook_handle", "def _lazy_init"):
+        assert name in state, name
+
+
 def test_a_module_keeps_buffers_where_they_are_emptied_and_filled() -> None:
     """layerwise, streaming: a model without weights still holds its buffers by these names."""
     module = torch.nn.BatchNorm1d(2)

@@ -252,7 +252,7 @@ def run(
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if state:
-        compressor.restore(state[0])
+        compressor.restore(dict(reversed(state[0].items())))  # a file gives any order
         optimizer.load_state_dict(state[1])
     for step in steps:
         if look:

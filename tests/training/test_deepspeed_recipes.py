@@ -150,16 +150,6 @@ def test_what_stands_against_deepspeed_is_said_before_anything_trains(
     assert not out.exists()
 
 
-def test_a_recipe_says_that_fsdp_is_not_for_it(python: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    env = {"ACCELERATE_USE_FSDP": "true"}
-    (done,) = python.together([COMMAND], "run", *RECIPE, "-o", str(out), env=[env])
-    assert done.returncode == 2
-    assert "zero_stage 3" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not out.exists()
-
-
 CLIP = """
 task: retrieval
 data: {format: shapes, train_items: 16, test_items: 8}

@@ -65,6 +65,12 @@ end()
 FAMILIES = (
     HEAD
     + """
+import copy
+from vlprune.cutting.fsdp import end_sharding
+
+def hooks_of(module):
+    return [len(held) for name, held in vars(module).items() if "_hooks" in name]
+
 def forward(model, inputs):
     with torch.no_grad():
         return tensors_of(model(**inputs))
@@ -109,6 +115,15 @@ for family, wrap in [("clip", "layer"), ("idefics2", "linear"), ("blip", "attent
     model.load_state_dict(model.state_dict())  # its hooks fit the small parameters
     again = difference(forward(other.model, other.inputs), forward(model, sample.inputs)).relative
     result[f"{family}-{wrap}"] = [error, same, dense, small, bits, again]
+
+    end_sharding(model)
+    left = [(type(one), hooks_of(one)) for one in model.modules()]
+    clean = left == [(type(one), hooks_of(one)) for one in other.model.modules()]
+    held = [whole(t) is t and torch.equal(t, other.model.state_dict()[name])
+            for name, t in copy.deepcopy(model).state_dict().items()]
+    model = sharded(model, wrap)  # as if nothing had been
+    anew = difference(forward(other.model, other.inputs), forward(model, sample.inputs)).relative
+    result[f"{family}-{wrap}"] += [clean, all(held), anew]
 
 sample, other = build("clip"), build("clip")
 model = sharded(sample.model, "layer")
@@ -226,7 +241,8 @@ def test_sharded_models_of_every_kind_are_cut_or_put_back(python: Any, tmp_path:
     assert same_plan, "another plan by MACs than in one process"
     assert "before fully_shard" in refused
     assert len(first) == 6
-    for case, (error, same, dense, small, bits, again) in first.items():
+    for case, found in first.items():
+        error, same, dense, small, bits, again, clean, held, anew = found
         assert "process 1 has failed" in error, case
         assert "as if it differed" in error, case
         assert same, f"{case}: other parameters than before the failed cut"
@@ -234,6 +250,9 @@ def test_sharded_models_of_every_kind_are_cut_or_put_back(python: Any, tmp_path:
         assert small < 1e-6, case
         assert bits, f"{case}: other weights than those of a cut in one process"
         assert again < 1e-6, case
+        assert clean, f"{case}: classes or hooks of FSDP2 are left when its sharding has ended"
+        assert held, f"{case}: other weights when the sharding has ended"
+        assert anew < 1e-6, case
         assert second[case][0].startswith("as if it differed"), case
 
 

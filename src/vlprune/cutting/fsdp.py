@@ -24,8 +24,10 @@ __all__ = [
     "by_fsdp",
     "class_in_unit",
     "computing_in",
+    "end_sharding",
     "is_sharded",
     "is_unit",
+    "know_the_root",
     "recover",
     "refuse_other_shards",
     "reshard",
@@ -218,6 +220,54 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for state in _states(model):
                 for unit in _units(state):
                     _refresh(unit)
+
+
+def know_the_root(module: nn.Module) -> None:
+    """Let the units inside ``module`` know that it is their root, as its first forward would.
+
+    Does nothing to a module on which ``fully_shard`` was not called.
+    """
+    if is_unit(module):
+        module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+
+def end_sharding(model: nn.Module) -> None:
+    """Take ``fully_shard`` back: every process then holds all weights of an ordinary model.
+
+    The parameters are new ones, in the dtype of the parts. All processes must call this. Does
+    nothing to a model that FSDP2 has not sharded.
+    """
+    reshard(model)
+    for state in _states(model):
+        for unit in _units(state):
+            for entry in unit.fsdp_params:
+                parts = entry.sharded_param
+                entry._post_load_hook_handle.remove()
+                entry._setattr_on_modules(
+                    nn.Parameter(parts.full_tensor().detach(), requires_grad=parts.requires_grad)
+                )
+            for handles in (
+                unit._module_to_pre_save_state_dict_hook_handle,
+                unit._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for handle in handles.values():
+                    handle.remove()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        for module in state._modules:
+            _forget(module)
+
+
+def _forget(module: nn.Module) -> None:
+    """Give the module the class that it had, and let ``fully_shard`` take it again."""
+    from torch.distributed import _composable_state as known
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    known._module_state_mapping.pop(module, None)
+    for key in (STATE_KEY, REGISTRY_KEY):
+        module.__dict__.pop(key, None)
+    bases = type(module).__mro__
+    module.__class__ = bases[next(n for n, c in enumerate(bases) if c.__name__ == "FSDPModule") + 1]
 
 
 def is_unit(module: nn.Module) -> bool:

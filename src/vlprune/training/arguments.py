@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..device import use
 from ..recipe.spec import Training
-from .engine import config_of
+from .engines.deepspeed import config_of
 from .loading import Endless, length
 
 __all__ = ["Arguments", "arguments_of"]

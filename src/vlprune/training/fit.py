@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -32,9 +32,10 @@ from ..recipe.spec import Training
 from .arguments import arguments_of
 from .average import Average
 from .checkpoints import newest, seal, step_of
-from .engine import engine_for, load_checkpoint
+from .engines import engine_for, load_checkpoint, refuse_other_engine
+from .engines.fsdp import settle
 from .loading import Collate, Endless, Items, Numbered, Seeded, as_it_was, length
-from .objective import Trainee
+from .objective import Trainee, innermost
 from .ranks import agreed
 
 __all__ = ["fit", "prepare"]
@@ -77,8 +78,8 @@ class _Trainer(Trainer):
             )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Write the weights; an engine of DeepSpeed has them in what it writes by itself."""
-        if not self.is_deepspeed_enabled:
+        """Write the weights, which an engine has in what it writes by itself."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             super().save_model(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -220,13 +221,15 @@ def fit(
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
         last = agreed(lambda: newest(folder, say))
+        if last:
+            refuse_other_engine(last)
         arguments = arguments_of(
             spec, folder, saving, items, steps, seed, report_to, device_of(model)
         )
         if logs is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
         watch = _Watch(advance, patience=10 if spec.fp16 else 0)
-        average = Average(_innermost(trainee), spec.ema, last) if spec.ema else None
+        average = Average(innermost(trainee), spec.ema, last) if spec.ema else None
         callbacks = [*callbacks, *([average] if average is not None else ())]
         trainer = _Trainer(
             model=trainee,
@@ -246,6 +249,7 @@ def fit(
                 "ema keeps the average of whole weights, and FSDP and DeepSpeed divide them among "
                 "the processes: leave ema out, or train with torchrun alone"
             )
+        settle(trainer)
         trainer.model_accepts_loss_kwargs = False  # divide the loss when accumulating
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, where results go
         if last:
@@ -269,13 +273,6 @@ def fit(
         return [row for row in state.log_history if "train_runtime" not in row]
 
 
-def _innermost(trainee: nn.Module) -> nn.Module:
-    """The model itself, inside its objective and its teacher's."""
-    while isinstance(trainee, Trainee):
-        trainee = trainee.model
-    return trainee
-
-
 def first(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
     """Put these callbacks before the loggers, so that their additions to a log are logged."""
     others = [one for one in trainer.callback_handler.callbacks if one not in callbacks]
@@ -287,9 +284,7 @@ def _as_it_ended(
 ) -> TrainerState:
     """Bring model and callbacks to the end of a training, from its last checkpoint."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if trainer.is_deepspeed_enabled:
-        load_checkpoint(trainer.model, checkpoint)
-    else:
+    if not load_checkpoint(trainer.model, checkpoint):
         trainer._load_from_checkpoint(str(checkpoint))
     for callback in callbacks:
         callback.on_train_begin(trainer.args, state, trainer.control)

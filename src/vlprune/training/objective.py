@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..device import device_of
+from ..structures.shards import is_dtensor
 
-__all__ = ["Trainee"]
+__all__ = ["Trainee", "innermost"]
 
 
 class Trainee(nn.Module):
@@ -55,11 +56,23 @@ class Trainee(nn.Module):
         return device_of(self.model)
 
 
+def innermost(trainee: nn.Module) -> nn.Module:
+    """The model itself, inside its objective and its teacher's."""
+    while isinstance(trainee, Trainee):
+        trainee = trainee.model
+    return trainee
+
+
 def _without_ties(_module: nn.Module, state: dict[str, Tensor], _prefix: str, _local: Any) -> None:
-    """Drop the second name of every tied weight: safetensors refuses to write both."""
+    """Drop the second name of every tied weight: safetensors refuses to write both.
+
+    Not where FSDP2 has weights in parts: these are told apart by no address, and written otherwise.
+    """
     seen: set[tuple[int, Any, Any]] = set()
     for name in list(state):
         tensor = state[name]
+        if is_dtensor(tensor):
+            continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             del state[name]

@@ -66,7 +66,8 @@ def priced_again(prices: Prices, seconds: Mapping[str, tuple[float, ...]]) -> Pr
     """The prices with a table from :func:`seconds_of_prices` in place of their own."""
     if not seconds:
         return prices
-    curve = {name: values for name, values in seconds.items() if name}
+    # in the order of the prices: sums depend on it, and a file is read in any order
+    curve = {name: seconds[name] for name in prices.unit if name in seconds}
     unit = {name: values[-1] / (len(values) - 1) for name, values in curve.items()}
     (fixed,) = seconds[""]
     return replace(prices, fixed=fixed, curve=curve, unit=unit)

@@ -106,6 +106,7 @@ class Turns:
         """The search's turn, after a backward pass whose loss was scaled by ``weight_scale``."""
         self.weight_scale = weight_scale
         self.search.turn(progress, self)
+        reshard(self.model)  # what a look gathered would hide the parts' gradients from zero_grad
 
     def align(self, wanted: Alignment) -> None:
         """Draw the weights towards the wanted structure, by their gradients and directly."""

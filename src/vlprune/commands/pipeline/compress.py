@@ -20,7 +20,7 @@ from ...recipe.machine import need_logger
 from ...recipe.spec import Recipe
 from ...status import Progress
 from ...training.adapters import need_peft
-from ...training.engine import need_engine
+from ...training.engines import need_engine
 from ...training.fit import prepare
 from .dense import open_dense, train_dense
 from .make import make_method

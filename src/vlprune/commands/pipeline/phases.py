@@ -15,6 +15,7 @@ from ...recipe.spec import Training
 from ...structures.plan import Plan
 from ...training.fit import fit
 from ...training.loading import Endless, length
+from ...training.objective import Trainee
 from ...training.teacher import Taught
 from .notes import deciding
 from .problem import Problem
@@ -58,7 +59,8 @@ def trainee_of(problem: Problem, model: Any, teacher: Any = None) -> nn.Module:
     """The module to train for ``model``: the task's objective, with a teacher if asked for."""
     recipe, trainee = problem.recipe, problem.task.objective(model)
     if teacher is None or not recipe.teacher:
-        return trainee
+        # what is trained is what computes the losses of held-out batches: an engine is made for it
+        return trainee if isinstance(trainee, Trainee) else Trainee(trainee)
     structures = discover(teacher, recipe.attention).structures  # type: ignore[arg-type]
     return Taught(trainee, model, teacher, recipe.teacher, structures)
 

@@ -259,13 +259,16 @@ class JspSearch(Search):
         for known, key in ((COUNTS, "counts"), (LEVELS, "levels")):
             for name, value in zip(known, state[key].tolist(), strict=True):
                 setattr(self, name, value)
-        template = self.vectors_at(0.0).share
+        template = self.vectors_at(0.0)
         restored = {}
         for name in ("now", "frozen"):
-            keep = {n: t.clone() for n, t in _below(f"{name}/keep/", state).items()}
+            kept, shared = (_below(f"{name}/{what}/", state) for what in ("keep", "share"))
+            # in the template's order: sums depend on it, and a file is read in any order
+            keep = {n: kept[n].clone() for n in template.keep if n in kept}
             share = {
-                n: (template[n][0], t.clone(), template[n][2])
-                for n, t in _below(f"{name}/share/", state).items()
+                n: (source, shared[n].clone(), units)
+                for n, (source, _, units) in template.share.items()
+                if n in shared
             }
             restored[name] = Vectors(keep, share) if keep else None
         assert restored["now"] is not None

@@ -1,10 +1,4 @@
-"""DeepSpeed in a recipe: the engine that Accelerate was told to use, for one training.
-
-``accelerate launch`` says by environment variables that DeepSpeed trains, and how. An engine trains
-the model that it was made for only, while a recipe measures, cuts and trains one model in turn. So
-each training of a recipe has an engine of its own, which ends with it: from one training to the
-next every process holds the whole model, in the dtype it had before.
-"""
+"""DeepSpeed, told by ``accelerate launch --use_deepspeed`` or a config file of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +7,7 @@ import gc
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,14 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cutting.zero import end_engine
-from ..errors import CheckpointError, RecipeError, UnsupportedError
-from ..files import plain, reason
-from ..methods import Method
-from ..recipe.spec import Recipe, Training
+from ...cutting.zero import end_engine
+from ...errors import CheckpointError, RecipeError, UnsupportedError
+from ...files import plain, reason
+from ...methods import Method
+from ...recipe.spec import Training
 
-__all__ = ["config_of", "engine_for", "is_wanted", "load_checkpoint", "need_engine"]
+__all__ = [
+    "NAME",
+    "config_of",
+    "contradictions",
+    "end",
+    "has_written",
+    "is_wanted",
+    "load_checkpoint",
+    "prepare",
+    "refused",
+    "splits_weights",
+    "training",
+]
 
+NAME = "DeepSpeed"
 FLAG = "ACCELERATE_USE_DEEPSPEED"
 SIZES = (
     "reduce_bucket_size",
@@ -42,52 +49,31 @@ here DeepSpeed's own are taken."""
 
 def is_wanted() -> bool:
     """Whether Accelerate was told to train by DeepSpeed."""
-    return _on(FLAG)
+    return os.environ.get(FLAG, "").lower() in ("true", "1", "yes")
 
 
-def _on(flag: str) -> bool:
-    return os.environ.get(flag, "").lower() in ("true", "1", "yes")
-
-
-def need_engine(recipe: Recipe, method: Method) -> None:
-    """Raise UnsupportedError, or RecipeError, if this recipe cannot be trained by DeepSpeed.
-
-    Does nothing where DeepSpeed is not wanted. All that stands against it is said at once. FSDP,
-    which Accelerate can be told to use in the same way, is refused.
-    """
-    if _on("ACCELERATE_USE_FSDP"):
-        raise UnsupportedError(
-            "accelerate was told to use FSDP, under which a recipe cannot measure and cut a model: "
-            "divide its training by DeepSpeed instead (accelerate launch --use_deepspeed "
-            "--zero_stage 3), start it by torchrun alone, or use FSDP2 in a loop of your own "
-            "(docs/several-processes.md)"
-        )
-    if not is_wanted():
-        return
+def prepare() -> None:
+    """Raise UnsupportedError if DeepSpeed is not installed."""
     if find_spec("deepspeed") is None:
         raise UnsupportedError(
             "accelerate was told to use DeepSpeed, which is not installed: "
             "pip install 'vlprune[deepspeed]'"
         )
-    phases = {"train": recipe.train, "search": recipe.search, "retrain": recipe.retrain}
-    against: list[str] = []
-    for name, spec in phases.items():
-        if not spec.on:
-            continue
-        if spec.ema:
-            against.append(f"{name}.ema keeps an average beside the weights: leave it out")
-        if spec.compile:
-            against.append(f"{name}.compile: leave it out, DeepSpeed wraps the model itself")
-        against += [f"{name}: {line}" for line in _contradictions(_given(), spec)]
-    if method.uses_held_out and _stage() == 3:
-        against.append(
-            f"the method {recipe.method['name']} changes weights in turn with training, which "
-            "ZeRO stage 3 does not allow: use stage 2"
-        )
-    if against:
-        raise RecipeError(
-            "DeepSpeed cannot train this recipe.\n" + "\n".join(dict.fromkeys(against))
-        )
+
+
+def refused(name: str, method: Method) -> list[str]:
+    """A line for what DeepSpeed cannot do for this method, called ``name`` in the recipe."""
+    if method.uses_held_out and splits_weights():
+        return [
+            f"the method {name} changes weights in turn with training, which ZeRO stage 3 does not "
+            "allow: use stage 2"
+        ]
+    return []
+
+
+def splits_weights() -> bool:
+    """Whether each process holds a part of the weights only, as in stage 3 of ZeRO."""
+    return int(_given().get("zero_optimization", {}).get("stage", 0)) == 3
 
 
 def _given() -> dict[str, Any]:
@@ -107,11 +93,6 @@ def _given() -> dict[str, Any]:
     return config
 
 
-def _stage() -> int:
-    """The stage of ZeRO; 0 where the config does not say."""
-    return int(_given().get("zero_optimization", {}).get("stage", 0))
-
-
 def _decided(spec: Training) -> dict[str, Any]:
     """What a recipe decides of DeepSpeed's config."""
     return {
@@ -123,8 +104,9 @@ def _decided(spec: Training) -> dict[str, Any]:
     }
 
 
-def _contradictions(config: Mapping[str, Any], spec: Training) -> list[str]:
+def contradictions(spec: Training) -> list[str]:
     """A line for everything in the config that the recipe decides otherwise, or by itself."""
+    config = _given()
     lines = [
         f"DeepSpeed's config has its own {section}: take it out, the recipe has one"
         for section in ("optimizer", "scheduler")
@@ -162,32 +144,19 @@ def config_of(spec: Training) -> dict[str, Any] | None:
 
 
 @contextmanager
-def engine_for(model: nn.Module) -> Iterator[None]:
-    """A training of ``model`` by an engine of DeepSpeed, made in the block, which ends with it.
-
-    Afterwards the model has its weights as precisely as the engine knew them, whole in every
-    process, in the dtypes and shapes that they had before. Does nothing else where DeepSpeed is
-    not wanted. Raises UnsupportedError where ZeRO stage 3 would split weights that the objective
-    reads.
-    """
-    if not is_wanted():
-        yield
-        return
+def training(model: nn.Module) -> Iterator[None]:
+    """A training by an engine, whose checkpoints are read as tensors; it is forgotten after it."""
     flag = os.environ[FLAG]
-    reads = [type(m).__name__ for m in model.modules() if getattr(m, "reads_weights", False)]
-    if reads and _stage() == 3:
-        raise UnsupportedError(
-            f"this task's objective ({reads[0]}) keeps an average of the weights, which ZeRO stage "
-            "3 divides among the processes: use stage 2"
-        )
-    before = _Before(model)
     try:
         with _tensors_only():
             yield
-        end_engine(model)  # not after an error, where other processes may not come here
-        before.put_back()
     finally:
         _forget(flag)
+
+
+def end(model: nn.Module) -> None:
+    """Let every process have the whole weights, as precisely as the engine knew them."""
+    end_engine(model)
 
 
 @contextmanager
@@ -215,26 +184,9 @@ def _tensors_only() -> Iterator[None]:
             os.environ[force] = before
 
 
-class _Before:
-    """Dtypes and shapes of a model's parameters, which an engine is about to take over.
-
-    DeepSpeed cannot send parameters without a dimension, so these become vectors of one number.
-    Buffers stay in the dtype that they have.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self.scalars = {name for name, p in model.named_parameters() if not p.dim()}
-        for name in self.scalars:
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.reshape(1)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            shape = () if name in self.scalars else parameter.shape
-            parameter.data = parameter.data.reshape(shape).to(self.dtypes[name])
+def has_written(checkpoint: Path) -> bool:
+    """Whether DeepSpeed wrote this checkpoint."""
+    return (checkpoint / "latest").is_file()
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Path) -> None:
