@@ -66,7 +66,9 @@ def test_a_pass_that_pauses_gives_the_same_outputs(family: str) -> None:
     assert hooks(model) == own
 
 
-@pytest.mark.parametrize("error", [UnsupportedError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "error", [UnsupportedError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("where", ["inside a pass", "between passes", "at the end of another"])
 def test_nothing_stays_behind_after_an_error(error: type[BaseException], where: str) -> None:
     sample = build("clip")

@@ -17,7 +17,8 @@ WHOLE = ("siglip", "gpt2", "bert", "llava")
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "siglip" else f for f in WHOLE]
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow) if f in ("siglip", "gpt2") else f for f in WHOLE],
 )
 def test_gates_break_no_graph_and_follow_their_values(family: str) -> None:
     sample = build(family)

@@ -371,7 +371,7 @@ main()
 
 
 @pytest.mark.parametrize("step", ["rotated", "influence-rotated", "folded-1", "model-00002"])
-@pytest.mark.parametrize("then", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("then", ["--stream", pytest.param("--no-stream", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     step: str, then: str, run: Any, here: Path, tmp_path: Path, python: Any
 ) -> None:

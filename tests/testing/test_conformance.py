@@ -33,8 +33,8 @@ QUICK = {
 
 
 EVERYWHERE = "masked_equals_cut"
-"""What every family runs under every unit. Five sixths of the other checks wait for `make slow`:
-each family beyond QUICK runs every second one under one unit, and each check meets half of the
+"""What every family runs under every unit. Eight ninths of the other checks wait for `make slow`:
+each family beyond QUICK runs every third one under one unit, and each check meets a third of the
 families.
 """
 SELDOM = (
@@ -89,7 +89,7 @@ def cases() -> Iterator[Any]:
         for unit, check in product(UNITS, CHECKS):
             marks = [] if family in QUICK else [pytest.mark.whole]
             second = unit != UNITS[number % len(UNITS)]
-            other = (number // len(UNITS) + [*CHECKS].index(check)) % 2 == 1
+            other = (number // len(UNITS) + [*CHECKS].index(check)) % 3 > 0
             if marks and check != EVERYWHERE and (second or other):
                 marks = [pytest.mark.slow]
             if check in SELDOM and (second or (marks and number // len(UNITS) % 2)):

@@ -30,7 +30,7 @@ def train(model: Any, callbacks: Any, tmp_path: Any, steps: int = 3, accumulate:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("scope", ["global", "uniform"])
+@pytest.mark.parametrize("scope", ["global", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_every_baseline_in_a_trainer(method: Any, scope: str, tmp_path: Any) -> None:
     from dataclasses import replace
 

@@ -17,8 +17,7 @@ from small_runs import DEMO, KILLED, TINY
 RECIPE = ["compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu"]
 
 # Accelerate uses FSDP on no CPU: it is let to take these processes for GPUs.
-COMMAND = (
-    """
+HEAD = """
 import os, torch, torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -28,8 +27,7 @@ if "ACCELERATE_USE_FSDP" in os.environ:
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     dist.init_process_group("gloo")
 """
-    + KILLED
-)
+COMMAND = HEAD + KILLED
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -64,11 +62,12 @@ def test_a_recipe_finds_what_it_finds_without_fsdp(python: Any, tmp_path: Path) 
     assert not (out / "vlprune-run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
-        ["method={name: jsp}", "budget.params=0.72", "retrain.steps=1"],
-        pytest.param(["search.bf16=true", "retrain.bf16=true"], marks=pytest.mark.slow),
+        ["method={name: jsp}", "budget.params=0.72"],
+        ["search.bf16=true", "retrain.bf16=true"],
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(
@@ -126,3 +125,47 @@ def test_what_stands_against_fsdp_is_said_before_anything_trains(
         assert one.returncode == 2
         assert "add --fsdp_version 2" in one.stderr
     assert not out.exists()
+
+
+TRAINER = """
+import sys, transformers, vlprune
+from vlprune.testing import build
+
+model = build("vit").model
+compressor = vlprune.Compressor(model, vlprune.UPop(interval=2), {"params": 0.7})
+numbers = torch.Generator().manual_seed(0)
+items = [
+    {"pixel_values": torch.randn(3, 16, 16, generator=numbers), "labels": torch.tensor(i % 2)}
+    for i in range(16)
+]
+arguments = transformers.TrainingArguments(
+    output_dir=sys.argv[1], max_steps=4, per_device_train_batch_size=4, report_to="none",
+    use_cpu=True, save_strategy="no", disable_tqdm=True,
+)
+trainer = transformers.Trainer(
+    model=model, args=arguments, train_dataset=items, callbacks=[compressor.callback()]
+)
+trainer.train()
+small = compressor.finish()
+parts = sum(hasattr(p, "full_tensor") for p in small.parameters())
+if parts or dist.get_rank() == 0:  # all processes save what they hold in parts
+    vlprune.save(small, sys.argv[1])
+print(trainer.is_fsdp_enabled, parts > 0, compressor.plan().to_json())
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_of_ones_own_searches_and_saves_a_model_in_parts(
+    python: Any, tmp_path: Path
+) -> None:
+    found = {}
+    for name, engine in (("fsdp", FSDP), ("ddp", {})):
+        folder = tmp_path / name
+        env = meeting(2, **engine)
+        for one in python.together([HEAD + TRAINER] * 2, str(folder), env=env):
+            assert one.returncode == 0, one.stderr[-3000:]
+        found[name] = one.stdout.splitlines()[-1].split(maxsplit=2)
+        assert sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    assert found["fsdp"][:2] == ["True", "True"]
+    assert found["ddp"][:2] == ["False", "False"]
+    assert found["fsdp"][2] == found["ddp"][2]

@@ -102,7 +102,13 @@ def test_train_evaluate_save_finish_agree(method: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["adamw", "adamw, callback removed", "sgd", "optimizers= passed in"]
+    "how",
+    [
+        "adamw",
+        pytest.param("adamw, callback removed", marks=pytest.mark.slow),
+        pytest.param("sgd", marks=pytest.mark.slow),
+        "optimizers= passed in",
+    ],
 )
 def test_the_same_trainer_retrains_every_weight(how: str, tmp_path: Path) -> None:
     more: dict[str, Any] = {"optim": "sgd", "optim_args": "momentum=0.9"} if how == "sgd" else {}

@@ -76,9 +76,9 @@ def test_the_number_of_workers_changes_no_bit(items: Any) -> None:
     """Over several epochs, each of which starts workers anew or not."""
     whole = [
         trained(items, Training(steps=8, batch_size=3, accumulate=2, workers=workers))
-        for workers in (0, 1, 3)
+        for workers in (0, 3)
     ]
-    assert whole[0] == whole[1] == whole[2]
+    assert whole[0] == whole[1]
     assert whole[0] != trained(items, Training(steps=9, batch_size=3, accumulate=2))
 
 
