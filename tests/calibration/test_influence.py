@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vlprune
 from looped import batches, looped
 from vlprune.architectures import discover
 from vlprune.calibration.batches import batches_of
 from vlprune.calibration.consumers import consumers_of
 from vlprune.calibration.influence import influence_of, main_outputs
+from vlprune.errors import UnsupportedError
 from vlprune.testing import FAMILIES, build
 
 STEP = 1e-3
@@ -125,3 +127,35 @@ def test_every_query_is_watched_wherever_it_is_computed(family: str) -> None:
     for structure in structures:
         if structure.kind == "attention_qk" and not re.search(sample.idle or "$^", structure.name):
             assert (scores[structure.name] > 0).all(), structure.name
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_that_computes_without_gradients_is_refused(mode: Any) -> None:
+    """SAM 2 does, when it follows a video."""
+    sample = build("vit")
+    model: Any = sample.model
+    stock = model.forward
+
+    def forward(pixel_values: Tensor, **more: Any) -> Any:
+        with mode():
+            return stock(pixel_values, **more)
+
+    model.forward = forward
+    given = batches_of(model, [sample.inputs])
+    with pytest.raises(UnsupportedError, match="without gradients"):
+        influence_of(model, discover(model).structures, given)
+
+
+def test_neurons_that_see_nothing_but_zeros_are_no_cheap_ones() -> None:
+    """DiffusionGemma's first step of denoising has no guess of a step before it."""
+    sample = build("vit")
+    model: Any = sample.model
+    silent = "vit.layers.1.mlp.fc1"
+    nn.init.zeros_(model.get_submodule(silent).weight)
+    nn.init.zeros_(model.get_submodule(silent).bias)
+    compressor = vlprune.Compressor(
+        model, vlprune.OBS(fold=False), {"params": 0.8}, calibration=[sample.inputs] * 2
+    )
+    small: Any = compressor.finish()
+    assert small.vit.layers[1].mlp.fc1.out_features == 48 > small.vit.layers[0].mlp.fc1.out_features
+    assert any(silent in note for note in compressor.notes())

@@ -219,3 +219,16 @@ def test_half_precision_is_turned_and_rounded() -> None:
     assert not vlprune.rotate(model.bfloat16(), given)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert difference(before, answers(model.float(), given[0])).relative < 0.1
+
+
+def test_keys_and_values_that_another_part_reads_from_a_cache_are_left_alone() -> None:
+    """PI0's two language models share one cache: turned in one, they would be foreign in the
+    other."""
+    sample = build("pi0")
+    model: nn.Module = sample.model.double()
+    batch = {n: v.double() if v.is_floating_point() else v for n, v in sample.inputs.items()}
+    before = answers(model, batch)
+    refused = vlprune.rotate(model, [batch])
+    assert difference(before, answers(model, batch)).relative < 1e-10
+    reason = refused["model.vlm.language_model.layers.0.self_attn.vo"]
+    assert "in a cache" in reason

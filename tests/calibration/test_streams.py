@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -15,9 +16,11 @@ from vlprune.architectures import discover
 from vlprune.calibration.batches import batches_of
 from vlprune.calibration.blocks import blocks_of
 from vlprune.calibration.passes import calls_of, ready
+from vlprune.calibration.session import fold, rotate
 from vlprune.calibration.streams import streams
 from vlprune.cutting.difference import tensors_of
 from vlprune.errors import UnsupportedError
+from vlprune.structures.plan import Plan
 from vlprune.testing import build
 
 
@@ -139,3 +142,72 @@ def test_blocks_are_in_execution_order_whichever_batch_comes_first(texts_first: 
         structures = discover(sample.model, "head_dim").structures
         blocks = [b.path for b in ready(stack, sample.model, structures, batches)]
     assert ["vision" in path for path in blocks] == [True, True, False, False]
+
+
+MODES = {
+    "inference": torch.inference_mode,
+    "gradients on": torch.enable_grad,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+def modes() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_that_a_forward_enters_stay_inside_it(mode: str) -> None:
+    """SAM 2's forward runs in inference mode, others under autocast."""
+    sample = build("vit")
+    model: Any = sample.model
+    inside, stock = [], model.forward
+
+    def forward(**inputs: Any) -> Any:
+        with MODES[mode]():
+            output = stock(**inputs)
+            inside.append(modes())
+        return output
+
+    model.forward = forward
+    outside, call = modes(), partial(model, **sample.inputs)
+    with streams(model, ["vit.layers.0", "vit.layers.1"], [call] * 2) as passes:
+        waiting = modes()
+        for path in ("vit.layers.0", "vit.layers.1"):
+            for one in passes:
+                one.advance(path)
+                assert modes() == waiting
+        passes[0].resume()
+        assert modes() == waiting
+    assert modes() == outside
+    with MODES[mode](), torch.no_grad() if mode != "gradients on" else torch.enable_grad():
+        assert inside == [modes()]
+
+
+@pytest.mark.parametrize("mode", ["inference", "gradients on"])
+def test_a_calibration_is_the_same_in_whatever_mode_a_forward_computes(mode: str) -> None:
+    found = []
+    for entered in (torch.no_grad, MODES[mode]):
+        sample = build("vit")
+        model: Any = sample.model
+        stock = model.forward
+
+        def forward(
+            pixel_values: Any, entered: Any = entered, stock: Any = stock, **more: Any
+        ) -> Any:
+            with entered():
+                return stock(pixel_values, **more)
+
+        model.forward = forward
+        outside = modes()
+        rotate(model, [sample.inputs])
+        plan = Plan({s.name: range(0, s.size, 2) for s in discover(model)})
+        fold(model, plan, [sample.inputs])
+        assert modes() == outside
+        assert not any(p.is_inference() for p in model.parameters())
+        found.append([p.detach().clone() for p in model.parameters()])
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)

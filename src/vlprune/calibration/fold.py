@@ -136,7 +136,7 @@ def _fold_block(
         bare = torch.zeros(0)
         return {m: Repair(bare, None, *values) for m, values in facts["repairs"].items()}
     module = model.get_submodule(block.path)
-    pairs = {n: _Pair(Replay(module, small[n].args, small[n].kwargs), small[n]) for n in here}
+    pairs = {n: _Pair(Replay.of(module, small[n]), small[n]) for n in here}
     landings: dict[str, Landing | None] = {}
     for n in here[:1]:
         with small[n].awake():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..cutting.difference import tensors_of
 from ..cutting.gates import evaluating
 from ..cutting.heads import head_outputs
-from ..errors import DataError
+from ..errors import DataError, UnsupportedError
 from ..structures.structure import Structure
 from ..structures.units import owner_of
 from .backward import set_aside
@@ -90,7 +90,12 @@ def influence_of(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(set_aside(model))
 
+        without: set[str] = set()
+
         def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                without.add(path)
+                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             values = output.detach() if path in asked else None
@@ -130,6 +135,13 @@ def influence_of(
             with head_outputs(model) as logits:
                 given = outputs(_with_logits(batches.run(model, number), logits))
             made = [tensor for tensor in given.values() if tensor.requires_grad]
+            if not made and without:
+                raise UnsupportedError(
+                    f"{type(model).__name__} computes its outputs without gradients (its forward "
+                    "enters torch.no_grad or torch.inference_mode), so that no derivative says "
+                    "what an error inside does to them: choose a method that needs none, such as "
+                    "Magnitude"
+                )
             if not made:
                 raise DataError(
                     f"calibration batch {number} reaches no layer that could be pruned: give "

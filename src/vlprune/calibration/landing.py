@@ -8,8 +8,9 @@ residual and the output. Not from a paper.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from ..cutting.first_batch import is_cache
 from .blocks import hooked
+from .modes import Modes
+from .streams import Stream
 
 __all__ = ["OUTPUT", "Landing", "Replay", "landing_of", "value_at"]
 
@@ -46,17 +49,24 @@ class Landing:
 class Replay:
     """One call of a block with given arguments, which can be made again.
 
-    Caches of keys and values are left out: the first call would fill them for the second.
+    It runs in the ``modes`` of the pass that would make it, with caches of its own: keys and values
+    that a call adds would be there for the next one, and for the pass.
     """
 
     block: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    modes: Modes = field(default_factory=Modes.now)
+
+    @classmethod
+    def of(cls, block: nn.Module, waiting: Stream) -> Replay:
+        """The call that a pass waits to make."""
+        return cls(block, waiting.args, waiting.kwargs, waiting.modes)
 
     def __call__(self) -> Any:
-        args = [None if is_cache("", value) else value for value in self.args]
-        kwargs = {n: None if is_cache(n, value) else value for n, value in self.kwargs.items()}
-        return self.block(*args, **kwargs)
+        again = self._with(torch.clone, lambda value: value)
+        with self.modes.on():
+            return self.block(*again.args, **again.kwargs)
 
     def in_dtype(self, dtype: torch.dtype) -> Replay:
         """The same call with its floating-point arguments in ``dtype``."""
@@ -64,9 +74,38 @@ class Replay:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-        return Replay(
-            self.block, recursively_apply(cast, self.args), recursively_apply(cast, self.kwargs)
+        return self._with(cast, partial(recursively_apply, cast))
+
+    def _with(self, cached: Callable[[Tensor], Tensor], other: Callable[[Any], Any]) -> Replay:
+        """The same call with other tensors in its caches, and other arguments besides."""
+        numbers = {getattr(module, "layer_idx", None) for module in self.block.modules()}
+
+        def made(name: str, value: Any) -> Any:
+            return _remade(value, cached, numbers) if is_cache(name, value) else other(value)
+
+        args = tuple(made("", value) for value in self.args)
+        return replace(self, args=args, kwargs={n: made(n, v) for n, v in self.kwargs.items()})
+
+
+def _remade(value: Any, change: Callable[[Tensor], Tensor], numbers: set[Any]) -> Any:
+    """A copy of a cache, at any depth, whose tensors are what ``change`` makes of them.
+
+    Of the layers of a model it holds, those of other ``numbers`` are the same: a cache is large.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _remade(one, change, numbers) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(
+            _remade(one, change, numbers) if number in numbers or numbers == {None} else one
+            for number, one in enumerate(value)
         )
+    if not type(value).__module__.startswith("transformers."):
+        return value
+    made = copy.copy(value)
+    vars(made).update({name: _remade(one, change, numbers) for name, one in vars(value).items()})
+    return made
 
 
 def landing_of(replay: Replay, consumer: nn.Module) -> Landing | None:

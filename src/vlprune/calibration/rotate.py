@@ -65,6 +65,8 @@ def turns_of(model: nn.Module) -> list[Turn]:
     turns = []
     for structure in discover(model, "qk_vo"):
         rows = rows_of(model, structure)
+        if _is_read_elsewhere(structure):
+            continue
         if structure.kind == "attention_qk" and len(rows) == 2:
             turns.append(Turn(structure, structure.kind, *rows))
         elif structure.kind != "ffn":
@@ -75,6 +77,11 @@ def turns_of(model: nn.Module) -> list[Turn]:
                     for row, reader in zip(rows, readers, strict=True)
                 ]
     return turns
+
+
+def _is_read_elsewhere(structure: Structure) -> bool:
+    """Whether values from elsewhere reach its output projection: a gate of its own is there."""
+    return {"input", "output"} <= {gate.at for gate in structure.gates}
 
 
 def head_moments(
@@ -180,9 +187,10 @@ def rotate_heads(
     wanted = {_block_name(s) for s in structures}
     turns = [t for t in turns_of(model) if not wanted or _block_name(t.structure) in wanted]
     names: list[str] = []
-    fixed = {s.name for s in discover(model, "qk_vo") if s.kind != "ffn"}
-    fixed = {name for name in fixed if not wanted or _without_part(name) in wanted}
-    refused = dict.fromkeys(fixed - {t.structure.name for t in turns}, UNLIKE)
+    every = {s.name: s for s in discover(model, "qk_vo") if s.kind != "ffn"}
+    fixed = {name for name in every if not wanted or _without_part(name) in wanted}
+    left = fixed - {t.structure.name for t in turns}
+    refused = {n: READ_ELSEWHERE if _is_read_elsewhere(every[n]) else UNLIKE for n in left}
     reached: set[str] = set()
     with ExitStack() as stack:
         blocks = ready(stack, model, [t.structure for t in turns], batches)
@@ -196,7 +204,7 @@ def rotate_heads(
             here = {n: m for n, m in found.items() if turns[n].structure.name in own}
             at = next((one for one in passes if one.advance(block.path)), None)
             module = model.get_submodule(block.path)
-            replay = Replay(module, at.args, at.kwargs) if at is not None else None
+            replay = Replay.of(module, at) if at is not None else None
             for number, moments in here.items():
                 turn = turns[number]
                 reached.add(turn.structure.name)
@@ -237,6 +245,9 @@ BETWEEN = {
     "attention_vo": "its values pass through something on the way to the output projection, such "
     "as a norm",
 }
+
+
+READ_ELSEWHERE = "its keys and values lie in a cache that another part of the model reads, too"
 
 
 UNLIKE = "it is not one pair of projections, such as queries and keys, with a basis of its own"

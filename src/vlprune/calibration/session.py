@@ -111,6 +111,7 @@ class Session:
         self.steps = Steps(calibration.work, calibration.key)
         self.refused: dict[str, str] = {}
         self.rotated = False
+        self._empty: set[str] = set()
         self._influence: Influence | None = None
         self.errors: OutputError | None = None
         self.remark = ""
@@ -225,7 +226,8 @@ class Session:
                     layer: Any = self.model.get_submodule(consumer.module)
                     weight = weight_of(layer)
                     found = moments.pop(consumer.module)
-                    if not found.weight:  # nothing but padding
+                    if not found.xx.any():  # nothing but padding, or values that are not there
+                        self._empty.add(consumer.structure)
                         continue
                     here = influence.outputs.get(consumer.module)
                     second = found.covariance(layer.bias is not None)
@@ -282,6 +284,11 @@ class Session:
             notes.append(
                 f"no calibration batch reached {len(self.unreached)} of {len(self.structures)} "
                 f"structures: {', '.join(self.unreached)}"
+            )
+        if self._empty:
+            notes.append(
+                "the calibration batches bring nothing but zeros or padding to "
+                f"{', '.join(sorted(self._empty))}, so OBS leaves them whole"
             )
         if self.unread:
             notes.append(

@@ -17,6 +17,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from .modes import Modes
 from .store import Shelf
 
 __all__ = ["Stream", "streams"]
@@ -26,8 +27,9 @@ class Stream:
     """One forward pass. ``call`` runs the model; ``stops`` are the blocks to pause at, in order.
 
     ``at`` is the block that the pass has reached and not run yet, None at the start and the end;
-    ``args`` and ``kwargs`` are what the block is about to be called with. They may be read only
-    inside :meth:`awake`: while a pass waits, its hidden states may lie on disk.
+    ``args`` and ``kwargs`` are what the block is about to be called with, in torch's ``modes`` of
+    the pass. They may be read only inside :meth:`awake`: while a pass waits, its hidden states may
+    lie on disk.
     """
 
     def __init__(self, call: Callable[[], Any], stops: Mapping[str, int], shelf: Shelf) -> None:
@@ -36,6 +38,7 @@ class Stream:
         self.at: str | None = None
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
+        self.modes = Modes.now()
         self.over = False
         self._pass = greenlet.greenlet(call)
         _RUNNING[self._pass] = self
@@ -52,7 +55,8 @@ class Stream:
         self._waiting.take()
         self.at, self.args, self.kwargs = None, (), {}
         self._pass.parent = greenlet.getcurrent()
-        self._pass.switch()
+        with Modes.now().on():
+            self._pass.switch()
         self.over = self._pass.dead
 
     def awake(self) -> AbstractContextManager[None]:
@@ -64,7 +68,8 @@ class Stream:
         self._waiting.take()
         _RUNNING.pop(self._pass, None)
         if self._pass:  # started and not over
-            self._pass.throw()
+            with Modes.now().on():
+                self._pass.throw()
         self.over = True
 
     def pause(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,7 +78,9 @@ class Stream:
         hidden = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         states = next((v for v in hidden if v.is_floating_point()), None)
         self._waiting = self.shelf.park(states)
-        self._pass.parent.switch()
+        self.modes = Modes.now()
+        with self.modes.on():
+            self._pass.parent.switch()
 
 
 _RUNNING: dict[Any, Stream] = {}
