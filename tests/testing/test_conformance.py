@@ -161,6 +161,24 @@ def test_variant(variant: str, unit: AttentionUnit) -> None:
         CHECKS[check](partial(copied, variant), unit)
 
 
+@pytest.mark.parametrize(
+    ("variant", "check"),
+    [
+        pytest.param("unlimited_ocr", "calibration_is_exact", marks=pytest.mark.slow),
+        ("phi4_multimodal", "calibration_is_exact"),  # a mask of floating-point numbers
+        ("kosmos2_5", "calibration_is_exact"),  # places among floating-point numbers
+        ("pi0", "calibration_is_exact"),  # a part that reads the keys and values of another
+        ("colqwen2", "folders_round_trip"),  # a config that AutoModel does not know
+        ("lighton_ocr", "folders_round_trip"),  # other names of weights for AutoModel
+        ("perceiver", "folders_round_trip"),  # of which AutoModel builds something else
+        ("clipseg", "gradients_reach_every_gate"),  # a tower that computes without gradients
+        ("diffusion_gemma", "gradients_reach_every_gate"),
+    ],
+)
+def test_a_check_takes_whatever_a_model_is_given(variant: str, check: str) -> None:
+    CHECKS[check](partial(copied, variant), "head_dim")
+
+
 @cache
 def cut_as(family: str) -> dict[tuple[str, str], set[str]]:
     """{(class of an attention block, unit): the layouts in which the family's blocks are cut}.

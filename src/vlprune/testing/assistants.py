@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .chats import CLIP, DEEP, FULL, MROPE, OUT, PIXTRAL, SIGLIP, TEXT, qwens, sides, types
-from .families import IMAGE_TOKEN, _ids, _ones, _pixels, _prompt
+from .families import IMAGE_TOKEN, VOCAB, _ids, _ones, _pixels, _prompt
 from .tiny import chats, variant
 
 GEMMA = {"model_type": "gemma"}
@@ -118,7 +118,7 @@ LATENT = {"kv_lora_rank": 10, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope
 chats("diffusion_gemma", 1, head="DiffusionGemmaForBlockDiffusion", generates=False,
     vision_config={"pooling_kernel_size": 2, "position_embedding_size": 16}, text_config={**FULL,
     "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}, canvas_length=4,
-    also=placed)
+    also=lambda: {**placed(), "self_conditioning_logits": _pixels(2, 4, VOCAB)})
 qwens("muse_spark", vision_config={"pos_emb_height": 4, "pos_emb_width": 4}, out_hidden_size=128,
     projector_hidden_size=32, text_config={**FULL, "num_local_experts": 2, "num_experts_per_tok": 1,
     "moe_intermediate_size": 16, "moe_hidden_size": 32}, audio_config={"patch_sizes": [4, 2],

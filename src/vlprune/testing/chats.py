@@ -29,6 +29,11 @@ def sides() -> dict[str, Any]:
     return {"image_sizes": torch.tensor([[16, 16], [16, 16]])}
 
 
+def rows(width: int) -> Any:
+    """Four patches of each picture, each behind its row and its column."""
+    return torch.cat([_pixels(2, 4, 2).abs().floor(), _pixels(2, 4, width)], -1)
+
+
 def types(tokens: int, text: int = 4) -> dict[str, Any]:
     """Which tokens of a prompt stand for a picture."""
     return {"mm_token_type_ids": torch.tensor([[1] * tokens + [0] * text] * 2)}
@@ -81,7 +86,7 @@ chats("instructblipvideo", 8, 2, 2, 3, 16, 16, head="InstructBlipVideoForConditi
 chats("kosmos2_5", 4, kind="kosmos-2.5", head="Kosmos2_5ForConditionalGeneration", generates=False,
     latent_query_num=4, text_config={"layers": 2, "embed_dim": 32, "attention_heads": 4},
     vision_config={"patch_embed_hidden_size": 192, "head_dim": 8},
-    also=lambda: {"flattened_patches": _pixels(2, 4, 194).abs(),
+    also=lambda: {"flattened_patches": rows(192),
     "image_embeds_position_mask": torch.tensor([[1] * 4 + [0] * 4] * 2)})
 chats("shieldgemma2", 4, head="ShieldGemma2ForImageClassification", generates=False,
     yes_token_index=5, no_token_index=6, vision_config=SIGLIP,
