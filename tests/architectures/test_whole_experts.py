@@ -83,13 +83,33 @@ def _noisy(sample: Sample) -> Sample:
     return sample
 
 
-OWN = {make.__name__: make for make in (glm4_moe, gemma4, afmoe)}
+def grouped() -> Sample:
+    """Two groups of the best three are chosen first, by the sum of the two best of each."""
+    torch.manual_seed(0)
+    more = {**families._DEEPSEEK, "n_routed_experts": 12, "n_group": 3, "topk_group": 2}
+    more["num_experts_per_tok"] = 3
+    return _noisy(families._decoder(transformers.DeepseekV3ForCausalLM, **more))
+
+
+def limited() -> Sample:
+    """Groups by the one best of each, and a softmax."""
+    torch.manual_seed(0)
+    more = {**families._DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 4}
+    more |= {"topk_group": 2, "q_lora_rank": None}
+    sample = _noisy(families._decoder(transformers.DeepseekV2ForCausalLM, **more))
+    sample.rounding = 1e-6
+    return sample
+
+
+OWN = {make.__name__: make for make in (glm4_moe, gemma4, afmoe, grouped, limited)}
 QUICK = ("mixtral",)
 ALL = (
-    *QUICK, "glm4_moe", "gpt_oss", "afmoe", "gemma4", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe",
-    "qwen3_5_moe", "olmoe", "phimoe", "granitemoe", "jamba", "nemotron_h", "aria",
+    *QUICK, "glm4_moe", "grouped", "limited", "gpt_oss", "afmoe", "gemma4", "qwen2_moe",
+    "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "olmoe", "phimoe", "granitemoe", "jamba",
+    "nemotron_h", "aria", "deepseek_v3", "mistral4", "mistral_large4", "glm4v_moe", "glm4_moe_lite",
+    "deepseek_v32",
 )  # fmt: skip
-FEW = ("glm4_moe", "gpt_oss", "qwen3_vl_moe")
+FEW = ("glm4_moe", "grouped", "gpt_oss", "qwen3_vl_moe")
 BRIEFLY = ("masked_equals_cut", "costs_agree", "folders_round_trip")
 
 
@@ -136,7 +156,7 @@ def test_the_suite_holds_for_whole_experts(
     CHECKS[check](partial(made, family), "head")
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name != "qwen3_5_moe"])
+@pytest.mark.parametrize("family", [name for name in ALL if name not in ("qwen3_5_moe", "limited")])
 def test_all_of_these_routers_are_understood(family: str) -> None:
     model = made(family).model
     found = the_experts(discover(model))
@@ -218,11 +238,67 @@ def test_a_gate_scales_an_expert_and_zero_takes_it_away() -> None:
     assert (gone - nearly)[0, chosen].abs().amax(-1).min() > 1e-3
 
 
+# -- groups of experts that are chosen first -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "size", "least"),
+    [("grouped", 3, 4, 2), ("limited", 4, 2, 1), ("deepseek_v3", 2, 4, 2)],
+)
+def test_groups_keep_equally_many_experts_and_enough(
+    family: str, groups: int, size: int, least: int
+) -> None:
+    """The two best of a group must be there; of 2 groups with 1 best each a token finds its 2."""
+    model = made(family).model
+    (structure,) = the_experts(discover(model))
+    assert (structure.size, structure.least, structure.gates[0].repeat) == (size, least, groups)
+    assert {slot.repeat for slot in (*structure.slots, *structure.buffers)} == {groups}
+    if least > 1:
+        plan = plan_for(discover(model), least - 1)
+        with pytest.raises(PlanError, match=f"in each of the {groups} groups"):
+            plan.check(discover(model).structures)
+
+
+def test_what_goes_of_a_group_is_none_that_it_can_choose() -> None:
+    sample = made("grouped")
+    model: Any = sample.model.double()
+    description = discover(model)
+    gate = model.get_submodule("model.layers.1.mlp.gate")
+    hidden = torch.randn(40, 32, dtype=torch.float64)
+    plan = plan_for(description, 2)
+    with gated(model, description.structures, plan), torch.no_grad():
+        masked = gate(hidden)
+    vlprune.rewrite(model, description, plan, verify=sample.inputs)
+    with torch.no_grad():
+        logits, weights, chosen = gate(hidden)
+    stays = torch.tensor([2, 3, 6, 7, 10, 11])  # the last two of each four
+    assert logits.shape == (40, 12)
+    assert logits.isfinite().nonzero()[:, 1].unique().equal(stays)
+    assert torch.equal(stays[chosen], masked[2])
+    assert torch.equal(weights, masked[1])
+    assert gate.kept_experts.tolist() == [2, 3]
+    (smaller,) = the_experts(discover(model))
+    assert (smaller.size, smaller.least) == (2, 2)
+
+
+def test_the_config_follows_experts_of_groups(tmp_path: Path) -> None:
+    sample = made("grouped")
+    description = discover(sample.model)
+    vlprune.rewrite(sample.model, description, plan_for(description, 3), verify=sample.inputs)
+    expected = outputs(sample)
+    plain = ordinary(sample.model)
+    assert (plain.config.num_local_experts, plain.config.n_group) == (9, 3)
+    assert difference(expected, outputs(replace(sample, model=plain))).relative < 1e-6
+    plain.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert difference(expected, outputs(replace(sample, model=loaded))).relative < 1e-6
+
+
 # -- in folders ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "family", ["glm4_moe", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)]
+    "family", ["glm4_moe", "grouped", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)]
 )
 def test_a_model_is_cut_from_folder_to_folder(family: str, tmp_path: Path) -> None:
     sample = made(family)
@@ -287,7 +363,6 @@ def test_layers_with_different_numbers_of_experts_have_no_ordinary_config() -> N
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("deepseek_v3", "chooses among 2 groups"),
         ("ernie4_5_vl_moe", "in one tensor"),
         ("jetmoe", "sorts tokens by expert itself"),
         ("llama4", "is not known"),

@@ -45,7 +45,9 @@ def whole_experts(
 ) -> Structure:
     """The experts at ``path`` as units. Raises Leave if their router does not take fewer.
 
-    Where a token goes to all of them, as after a cut, all are the least that must stay.
+    Where it first chooses among groups, which must stay equally large, a unit has one expert of
+    every group: those at the same place. Where a token goes to all of them, as after a cut, all are
+    the least that must stay.
     """
     experts, (above, own) = modules[path], owner_of(path)
     together = SAVED_TOGETHER.get(stock_class(modules[above]).__name__)
@@ -54,9 +56,9 @@ def whole_experts(
     if row.apart:
         raise Leave(f"its router sorts tokens by expert itself: {INSTEAD}")
     count = shape_of(getattr(experts, row.down))[0]
-    name, router, chosen = _router_beside(modules[above], own, count)
+    name, router, (groups, least) = _router_beside(modules[above], own, count)
     inside = places_of(experts, count)
-    if chosen < count and not _take_fewer(experts, row, inside, count):
+    if least < count // groups and not _take_fewer(experts, row, inside, count):
         kind = stock_class(experts).__name__
         raise Leave(f"the forward of {kind} does not take fewer experts: {INSTEAD}")
     held = [(path, place) for place in inside]
@@ -65,23 +67,23 @@ def whole_experts(
         held += [(above, place) for place in places_of(modules[above], count) if not place.path]
     slots: dict[bool, list[Slot]] = {False: [], True: []}
     for at, place in held:
-        slots[place.is_buffer].append(Slot(join(at, place.name), place.axis))
+        slots[place.is_buffer].append(Slot(join(at, place.name), place.axis, repeat=groups))
     return Structure(
         name=path + WHOLE,
         kind="experts",
-        size=count,
+        size=count // groups,
         tower=tower,
         slots=tuple(slots[False]),
-        gates=(Gate(join(above, name), "router"),),
+        gates=(Gate(join(above, name), "router", repeat=groups),),
         attrs=tuple(
-            Attr(at, number)
+            Attr(at, number, groups)
             for at, holder in ((path, experts), (join(above, name), router))
             for number in counts_of(holder, count)
         ),
         swaps=((join(above, name), "router"),),
         indices=((join(above, name), KEPT),),
         buffers=tuple(slots[True]),
-        least=chosen,
+        least=least,
     )
 
 
@@ -92,13 +94,13 @@ def _take_fewer(experts: nn.Module, row: Experts, inside: Sequence[Place], count
     if any(place.axis or place.name not in known for place in inside):
         return False
     key = (stock_class(experts), row, count, *names, *numbers)
-    if key not in _READ:
-        _READ[key] = int(fewer_experts_agree(experts, row, names, numbers))
-    return bool(_READ[key])
+    if key not in _TAKES_FEWER:
+        _TAKES_FEWER[key] = fewer_experts_agree(experts, row, names, numbers)
+    return _TAKES_FEWER[key]
 
 
-def _router_beside(parent: nn.Module, own: str, count: int) -> tuple[str, nn.Module, int]:
-    """The child beside the experts that chooses among them, and how many a token goes to.
+def _router_beside(parent: nn.Module, own: str, count: int) -> tuple[str, nn.Module, Choice]:
+    """The child beside the experts that chooses among them, and how it does.
 
     Raises Leave if there is none, or more than one.
     """
@@ -110,7 +112,7 @@ def _router_beside(parent: nn.Module, own: str, count: int) -> tuple[str, nn.Mod
     found, reasons = [], []
     for name, child in rows:  # an FFN may be as wide as there are experts
         try:
-            found.append((name, child, _chosen(child, count)))
+            found.append((name, child, _choice(child, count)))
         except Leave as reason:
             reasons.append(reason)
     if len(found) == 1:
@@ -136,13 +138,18 @@ def _takes_more(router: nn.Module) -> bool:
 # -- a few numbers through the router's own forward -----------------------------------------
 
 TOKENS, FLIPPED, FAR, EXACT = 64, 2, 1e6, 1e-4
-_READ: dict[tuple[Any, ...], int] = {}
-"""What has been found out about a kind of router, or of experts: how many experts a token goes to,
-or whether there may be fewer; 0 if unsure."""
+Choice = tuple[int, int]
+"""(the groups of experts that a router chooses among first, the experts of each that must stay)"""
+
+_READ: dict[tuple[Any, ...], Choice | None] = {}
+"""What has been found out about a kind of router; None if unsure."""
+
+_TAKES_FEWER: dict[tuple[Any, ...], bool] = {}
+"""Whether a kind of experts takes fewer."""
 
 
-def _chosen(router: nn.Module, count: int) -> int:
-    """How many experts a token goes to. Raises Leave if the router does not take fewer rows."""
+def _choice(router: nn.Module, count: int) -> Choice:
+    """How a router chooses. Raises Leave if it does not take fewer rows."""
     cls = stock_class(router)
     simple = (int, float, str, bool, type(None))
     numbers = [(n, v) for n, v in sorted(vars(router).items()) if isinstance(v, simple)]
@@ -150,23 +157,18 @@ def _chosen(router: nn.Module, count: int) -> int:
     key = (cls, *numbers, *shapes)
     if key not in _READ:
         try:
-            _READ[key] = _how_many(router, count)
+            _READ[key] = _how_it_chooses(router, count)
         except Exception:  # it is handed other things, or gives others
-            _READ[key] = 0
-    groups = max(getattr(router, name, None) or 1 for name in ("num_group", "n_group"))
-    if not _READ[key] and groups > 1:
-        raise Leave(
-            f"its router first chooses among {groups} groups of experts, which must stay equally "
-            f"large: {INSTEAD}"
-        )
-    if not _READ[key]:
+            _READ[key] = None
+    found = _READ[key]
+    if found is None:
         raise Leave(f"what {cls.__name__} does with fewer experts is not known: {INSTEAD}")
-    return _READ[key]
+    return found
 
 
 @torch.no_grad()
-def _how_many(router: nn.Module, count: int) -> int:
-    """How many experts a token goes to; 0 if fewer rows do not give what unlikely rows give."""
+def _how_it_chooses(router: nn.Module, count: int) -> Choice | None:
+    """The router's groups; None if fewer rows do not give what unlikely rows give."""
     with torch.device("cpu"):
         for rank, dtype in product((2, 3), (torch.float64, torch.float32)):
             numbers = torch.Generator().manual_seed(0)
@@ -175,10 +177,40 @@ def _how_many(router: nn.Module, count: int) -> int:
                 chosen = trial.run()[2].shape[-1]
             except Exception:  # it takes tokens in another shape, or in another dtype
                 continue
-            sizes = sorted({chosen, (chosen + count) // 2, max(chosen, count - 1)} - {count})
-            stays = [torch.randperm(count, generator=numbers)[:s].sort().values for s in sizes]
-            return chosen if all(map(trial.fewer_is_unlikely, stays)) else 0
-    return 0
+            for groups in _groups_of(router, count):
+                for least in (chosen,) if groups == 1 else range(1, count // groups):
+                    if _all_agree(trial, groups, least, numbers):
+                        return groups, least
+                if KEPT in router._buffers:  # a cut has left the least
+                    return groups, count // groups
+            return None
+    return None
+
+
+def _groups_of(router: nn.Module, count: int) -> list[int]:
+    """The numbers of groups that a router may choose among, by its own numbers; 1 comes first."""
+    kept = router._buffers.get(KEPT)
+    if kept is not None:
+        return [count // shape_of(kept)[0]]
+    numbers = {v for n, v in vars(router).items() if "group" in n and type(v) is int}
+    return [1, *sorted((g for g in numbers if 1 < g < count and count % g == 0), reverse=True)]
+
+
+def _all_agree(trial: _Trial, groups: int, least: int, numbers: torch.Generator) -> bool:
+    """Whether rows of ``least`` experts of each group, or of more, do for all rows."""
+    count = len(trial.bias)
+    each = count // groups
+    for size in sorted({least, (least + each) // 2, max(least, each - 1)} - {each}):
+        drawn = (
+            torch.randperm(each, generator=numbers)[:size].sort().values for _ in range(groups)
+        )
+        stays = torch.cat([places + each * group for group, places in enumerate(drawn)])
+        try:
+            if not trial.fewer_is_unlikely(stays, groups > 1):
+                return False
+        except Exception:  # too few to choose from
+            return False
+    return True
 
 
 def _trial_of(
@@ -220,8 +252,11 @@ class _Trial:
         output: tuple[Tensor, ...] = stock_class(self.router).forward(copy, self.tokens, *more)
         return output
 
-    def fewer_is_unlikely(self, stays: Tensor) -> bool:
-        """Whether the rows ``stays`` alone give what all give if the others are unlikely."""
+    def fewer_is_unlikely(self, stays: Tensor, enough: bool) -> bool:
+        """Whether the rows ``stays`` alone give what all give if the others are unlikely.
+
+        If ``enough``, every expert that a token goes to must also get a weight.
+        """
         count = len(self.bias)
         goes = torch.ones(count, dtype=torch.bool).index_fill(0, stays, False).nonzero()[:, 0]
         unlikely, fewer = dict(self.tensors), dict(self.tensors)
@@ -237,7 +272,7 @@ class _Trial:
         reference = replace(self, tensors=unlikely, bias=bias).run()
         numbers = dict.fromkeys(counts_of(self.router, count), len(stays))
         found = replace(self, tensors=fewer, bias=self.bias[stays]).run(numbers)
-        return _alike(reference, found, stays, count)
+        return _alike(reference, found, stays, count) and (not enough or bool(found[1].all()))
 
 
 def _alike(reference: Sequence[Tensor], found: Sequence[Tensor], stays: Tensor, count: int) -> bool:

@@ -221,7 +221,8 @@ def _through(
     by_place: dict[str, list[tuple[Gate, Tensor]]] = {"input": [], "weight": [], "output": []}
     for gate, values in members:
         if gate.at == "router":  # the only gate there
-            return routed(module, values, forward, args, kwargs)
+            every = spread(values, gate, gate.repeat * len(values))
+            return routed(module, every, forward, args, kwargs)
         by_place[gate.at].append((gate, values))
     for gate, values in by_place["input"]:
         first, *rest = args

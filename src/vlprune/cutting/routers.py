@@ -26,7 +26,7 @@ from .wrappers import stock_class
 __all__ = ["KEPT", "Place", "counts_of", "places_of", "routed"]
 
 KEPT = "kept_experts"
-"""The buffer of a cut router that says which experts stay."""
+"""The buffer of a cut router that says which experts stay, of every group if there are groups."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,6 @@ def _few(value: Any, stays: Tensor, count: int) -> Any:
 def _narrowed(router: nn.Module, stays: Tensor, count: int) -> Iterator[None]:
     """The router with the rows and the numbers of the experts that stay, while the block runs."""
     places = places_of(router, count)
-    if KEPT in router._buffers:
-        places.append(Place("", KEPT, 0, True))
     shadowed: list[tuple[dict[str, Any], str, Any]] = []
 
     def shadow(owner: Any, name: str, value: Any) -> None:
@@ -130,6 +128,9 @@ def _narrowed(router: nn.Module, stays: Tensor, count: int) -> Iterator[None]:
         for owner in router.modules():
             for name in counts_of(owner, count):
                 shadow(owner, name, len(stays))
+        kept = router._buffers.get(KEPT)
+        if kept is not None:  # it counts in units, which have one expert of every group
+            shadow(router, KEPT, kept[stays[stays < len(kept)]])
         yield
     finally:
         for held, name, before in reversed(shadowed):
@@ -151,7 +152,10 @@ def _widened(logits: Tensor, stays: Tensor, count: int) -> Tensor:
 
 @register_native_forward("router")
 class FewerExperts:
-    """A router that has lost experts. Its logits are as wide as they were."""
+    """A router that has lost experts. Its logits are as wide as they were.
+
+    Where it first chooses among groups of experts, ``kept_experts`` are those that stay of each.
+    """
 
     kept_experts: Tensor
     experts_before = 0
@@ -165,4 +169,7 @@ class FewerExperts:
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As the stock forward, which chooses among the experts that stay."""
         logits, *rest = super().forward(*args, **kwargs)  # type: ignore[misc]
-        return _widened(logits, self.kept_experts, self.experts_before), *rest
+        groups = logits.shape[-1] // len(self.kept_experts)
+        first = torch.arange(groups, device=self.kept_experts.device)[:, None]
+        stays = (first * (self.experts_before // groups) + self.kept_experts).flatten()
+        return _widened(logits, stays, self.experts_before), *rest

@@ -142,6 +142,8 @@ def _say(
     cores = tuple(f"{s.core}." for s in members if s.core)  # keys stay where only queries go
     params = {name for name in wanted if name.startswith(cores)}
     now, before = members[0].size, sizes[members[0].name]
+    if members[0].kind == "experts":  # of which a unit has one in every group
+        now, before = (members[0].slots[0].repeat * units for units in (now, before))
     if len({sizes[s.name] for s in members}) > 1:
         return None
     for number in range(len(list(_configs(config)))):

@@ -108,10 +108,13 @@ class Plan:
                     )
         for structure in structures:
             if len(self.keep.get(structure.name, range(structure.least))) < structure.least:
+                few, groups = len(self.keep[structure.name]), structure.gates[0].repeat
                 raise PlanError(
-                    f"the plan keeps {len(self.keep[structure.name])} of the experts of "
-                    f"{shown(structure.name)}: every token goes to {structure.least}, so as many "
-                    "must stay"
+                    f"the plan keeps {few} of the experts of {shown(structure.name)}: every token "
+                    f"goes to {structure.least}, so as many must stay"
+                    if groups == 1
+                    else f"the plan keeps {few} experts in each of the {groups} groups of "
+                    f"{shown(structure.name)}: a token finds enough only if {structure.least} stay"
                 )
             if structure.name in self.share and not self.kept(structure):
                 raise PlanError(
