@@ -19,6 +19,7 @@ from ..structures.units import owner_of
 from . import layouts
 from .layouts import Native
 from .rotary import PAIRS, WholeNorm, head_norms, pairing_of, turns_a_part
+from .turned_part import partly_turned, turned_part
 
 __all__ = ["Block", "Leave", "Part", "join", "structures_of"]
 
@@ -263,12 +264,15 @@ def query_heads(block: Block) -> list[Structure]:
 def head_dims(block: Block) -> list[Structure]:
     """One structure; a unit is the same dimension of every head, in q, k, v and o (UPop).
 
+    Two structures where a rotary embedding turns a part of each head.
     Raises Leave if value heads and query heads differ in size.
     """
     if block.value_size != block.size and block.q:
         raise Leave("its value heads have another size than its query heads")
     if block.native.rotary and block.turned:
         return [rotary_pairs(block)]
+    if block.native.rotary and (turned := turned_part(block)):
+        return partly_turned(block, turned)
     parts = [(part, block.heads * block.wide, 1) for part in block.q]
     parts += [(part, block.kv, 1) for part in (*block.k, *block.v)]
     attrs = block.sizes(1)

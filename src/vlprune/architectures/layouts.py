@@ -72,6 +72,7 @@ ATTENTION = (
     Attention("q_proj", "k_proj", o=("o_proj",)),  # the full layers of large Gemma 4
     Attention("q_proj", o=("o_proj",)),  # the last layers of Gemma 3n and Gemma 4
     Attention("q_proj", "k_proj", ("v_proj",), ("projection_layer",)),  # InternVL
+    Attention("q_proj", "k_proj", ("v_proj",), ("dense",)),  # Phi
     Attention("q_proj", "k_proj", ("v_proj",), ("proj",)),  # Kimi vision
     Attention("q", "k", ("v",), ("o",)),  # T5
     Attention("q", "k", ("v",), ("proj",)),  # Qwen2.5-Omni vision
@@ -154,7 +155,8 @@ class Native:
     ``head_dim``: smaller heads, of the same size for q, k and v. ``qk_vo``: value heads of
     another size than query heads. ``fold``: the forward derives the softmax temperature from the
     head size. ``rotary``: dimensions i and i + size/2 of a head are one unit, and a subclass hands
-    the forward the angles of those that stay. ``swap``: vlprune's subclass takes over the forward.
+    the forward the angles of those that stay; dimensions that are not turned are units by
+    themselves. ``swap``: vlprune's subclass takes over the forward.
     ``widths``: further attributes equal to heads x head size. ``per_head``: parameters with one
     column per head, as (path below the block, axis).
     """
@@ -460,6 +462,12 @@ NATIVE: dict[str, Native] = {
         UnlimitedOcrTextAttention="unlimited_ocr",
         GlmImageTextAttention="glm_image",
         Apertus1p5TextAttention="apertus1p5",
+        GlmAttention="glm",
+        Glm4Attention="glm4",
+        NemotronAttention="nemotron",
+        Glm4vMoeTextAttention="glm4v_moe",
+        GPTNeoXAttention="gpt_neox",
+        PhiAttention="phi",
     ),
     # the same, but the forward takes its queries apart by the number of heads in its config
     **_rows(
@@ -481,15 +489,11 @@ NATIVE: dict[str, Native] = {
         VJEPA2RopeAttention="vjepa2",
         MllamaTextCrossAttention="mllama",
         IdeficsAttention="idefics",
-        Glm4vMoeTextAttention="glm4v_moe",
         Qwen3_5Attention="qwen3_5_vl",
         MiniMaxM3VLVisionAttention="minimax_m3_vl",
         Gemma4VisionAttention="gemma4",
         ModernBertAttention="modernbert",
         RoFormerSelfAttention="roformer",
-        GlmAttention="glm",
-        Glm4Attention="glm4",
-        NemotronAttention="nemotron",
         JambaAttention="jamba",
         NemotronHAttention="nemotron_h",
         Llama4TextAttention="llama4",

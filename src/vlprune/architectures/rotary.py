@@ -24,7 +24,7 @@ from ..cutting.wrappers import stock_class
 from ..structures.shards import shape_of
 from .fused import source_of
 
-__all__ = ["PAIRS", "WholeNorm", "head_norms", "pairing_of", "turns_a_part"]
+__all__ = ["PAIRS", "WholeNorm", "head_norms", "pairing_of", "turned_dimensions", "turns_a_part"]
 
 PAIRS = "pairs"
 """The buffer of an attention module that holds the pairs that stay, ascending, int64."""
@@ -103,48 +103,58 @@ class WholeNormOfNeighbours(WholeNorm):
     order = "neighbours"
 
 
-def pairing_of(cls: Any) -> str:
+def pairing_of(cls: Any, partly: bool = False) -> str:
     """Which dimensions a class's rotary embedding turns together, and how its angles are laid out.
 
     ``"halves"`` (i and i + size/2) or ``"neighbours"`` (2i and 2i + 1), a space, and how the angles
     lie in the last axis of ``position_embeddings``: likewise twice, or ``"once"``. Found by running
-    the function that turns, on a part of the pairs and on all of them. Empty if the forward is not
-    handed ``position_embeddings``, or no layout fits.
+    the function that turns, on a part of the pairs and on all of them. With ``partly`` there are
+    also dimensions behind the pairs, which it must leave alone. Empty if the forward is not handed
+    ``position_embeddings``, or no layout fits.
     """
-    return _pairing(cls)
+    return _pairing(cls, UNTURNED if partly else 0)
+
+
+UNTURNED = 3
+"""How many dimensions behind the pairs are tried."""
 
 
 @cache
-def _pairing(cls: Any) -> str:
+def _pairing(cls: Any, behind: int) -> str:
     named = re.search(r"\b(apply_\w*rotary\w*)\(", source_of(cls))
     turn = getattr(sys.modules.get(cls.__module__), named[1], None) if named else None
     if turn is None or ANGLES not in inspect.signature(cls.forward).parameters:
         return ""
-    fitting = (
-        f"{a} {b}" for a, b in product(("halves", "neighbours"), COLUMNS) if _fits(turn, a, b)
-    )
-    return next(fitting, "")
+    layouts = product(("halves", "neighbours"), COLUMNS)
+    return next((f"{a} {b}" for a, b in layouts if _fits(turn, a, b, behind)), "")
 
 
-def _fits(turn: Callable[..., Any], dims: str, angles: str, pairs: int = 4) -> bool:
+def _fits(turn: Callable[..., Any], dims: str, angles: str, behind: int, pairs: int = 4) -> bool:
     """Whether ``turn`` gives a part of the pairs what it gives them among all of them."""
     part = torch.tensor([1, 3], device="cpu")
     rows, columns = (COLUMNS[order](part, pairs) for order in (dims, angles))
-    for q, k, cos, sin in _trials(angles, pairs):
+    rows = torch.cat([rows, torch.arange(behind, device="cpu")[1:] + 2 * pairs])
+    for q, k, cos, sin in _trials(angles, pairs, behind):
         try:
             whole = turn(q, k, cos, sin)
             few = turn(*(x[..., rows] for x in (q, k)), *(x[..., columns] for x in (cos, sin)))
         except Exception:  # written for tensors of other axes
             continue
-        return all(torch.allclose(a[..., rows], b) for a, b in zip(whole, few, strict=True))
+        same = all(torch.allclose(a[..., rows], b) for a, b in zip(whole, few, strict=True))
+        left = (a[..., 2 * pairs :] for a in (q, k))
+        return same and (
+            not behind
+            or all(torch.equal(a, b[..., 2 * pairs :]) for a, b in zip(left, whole, strict=True))
+        )
     return False
 
 
-def _trials(order: str, pairs: int) -> Iterator[tuple[Tensor, ...]]:
+def _trials(order: str, pairs: int, behind: int) -> Iterator[tuple[Tensor, ...]]:
     """Queries and keys of a few heads and tokens with their angles, in the usual axes."""
     draw = torch.Generator("cpu").manual_seed(0)
     for axes, turned in product(((1, 2, 3), (3, 2)), ((1, 3), (3,))):
-        q, k = (torch.randn(*axes, 2 * pairs, generator=draw, device="cpu") for _ in "qk")
+        wide = 2 * pairs + behind
+        q, k = (torch.randn(*axes, wide, generator=draw, device="cpu") for _ in "qk")
         angles = LAID_OUT[order](torch.rand(*turned, pairs, generator=draw, device="cpu") * 6)
         yield q, k, angles.cos(), angles.sin()
 
@@ -168,9 +178,28 @@ def head_norms(core: nn.Module, size: int) -> list[tuple[str, Any]] | None:
 
 def turns_a_part(core: nn.Module) -> bool:
     """Whether the config turns only the first dimensions of each head."""
+    return _factors(core) != {1}
+
+
+def _factors(core: nn.Module) -> set[Any]:
+    """The parts of a head that the config turns, in any kind of layer."""
     config: Any = getattr(core, "config", None)
+    default = getattr(config, "partial_rotary_factor", None)
     given = getattr(config, "rope_parameters", None) or {}
-    kinds = [given, *(one for one in given.values() if isinstance(one, dict))]
-    parts = [one.get("partial_rotary_factor") for one in kinds]
-    parts.append(getattr(config, "partial_rotary_factor", None))
-    return any(part not in (None, 1) for part in parts)
+    kinds = [one for one in given.values() if isinstance(one, dict)] or [given]
+    return {one.get("partial_rotary_factor") or default or 1 for one in kinds}
+
+
+def turned_dimensions(core: Any) -> int:
+    """How many of the first dimensions of each head are turned; 0 where layers differ."""
+    pairs, own = core._buffers.get(PAIRS), getattr(core, "rotary_ndims", None)
+    if pairs is not None:
+        return 2 * int(shape_of(pairs)[0])
+    if isinstance(own, int):
+        return own
+    factors, config = _factors(core), getattr(core, "config", None)
+    if config is None or len(factors) > 1:
+        return 0
+    heads = getattr(config, "num_attention_heads", 0) or 1
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    return int(size * factors.pop())

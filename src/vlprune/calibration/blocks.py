@@ -13,17 +13,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cutting.native import native_forward
 from ..cutting.padded import stock_name
+from ..structures.plan import Plan
 from ..structures.structure import Structure
 from ..structures.units import owner_of
 from .consumers import Consumer, consumers_of
 from .moments import of_all_processes
 from .taken_apart import called_at, taken_apart
 
-__all__ = ["Block", "blocks_of", "callable_projections", "hooked", "members_of"]
+__all__ = ["Block", "blocks_of", "callable_projections", "columns_left", "hooked", "members_of"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,16 @@ def blocks_of(
         own.sort(key=lambda c: order[called_at(c.module)])
         blocks.append(Block(path, tuple(members[path]), tuple(own), path in again))
     return blocks
+
+
+def columns_left(block: Block, plan: Plan) -> dict[str, Tensor]:
+    """{layer: whether each of its columns stays}; several structures may have columns there."""
+    by_name, stays = {s.name: s for s in block.structures}, dict[str, Tensor]()
+    for c in block.consumers:
+        here = stays.setdefault(c.module, torch.ones(c.width, dtype=torch.bool))
+        left = c.kept(plan.kept(by_name[c.structure]))
+        stays[c.module] = here & torch.zeros_like(here).index_fill(0, left, True)
+    return stays
 
 
 def members_of(model: nn.Module, structures: Sequence[Structure]) -> dict[str, list[Structure]]:

@@ -14,7 +14,7 @@ from ..structures.structure import Slot, Structure
 from ..structures.units import laid_out, owner_of
 from .taken_apart import parts_of, reads_experts
 
-__all__ = ["Consumer", "Rows", "consumers_of", "rows_of"]
+__all__ = ["Consumer", "Rows", "consumers_of", "queries_of", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,19 @@ def rows_of(model: nn.Module, structure: Structure) -> tuple[Rows, ...]:
         layout = slot.start, slot.repeat, structure.size, slot.period
         found.append(Rows(name, slot.param, bias, *layout))
     return tuple(found)
+
+
+def queries_of(model: nn.Module, structure: Structure) -> tuple[Rows, ...]:
+    """Those of :func:`rows_of` that are queries; none where there are no keys besides.
+
+    Where only a part of each head is turned, the second dimensions of pairs are rows of their own.
+    """
+    rows = rows_of(model, structure)
+    if len(rows) < 2:
+        return ()
+    first, *others = rows
+    second = (first.weight, first.start + first.size, first.period or -1)
+    return first, *(one for one in others if (one.weight, one.start, one.period) == second)
 
 
 def _bias_beside(slots: Sequence[Slot], weight: Slot, path: str, leaf: str) -> str:

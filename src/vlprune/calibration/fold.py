@@ -25,7 +25,7 @@ from ..structures.shards import shape_of
 from ..structures.structure import Slot, Structure
 from ..structures.units import positions
 from .batches import Batches
-from .blocks import Block, hooked
+from .blocks import Block, columns_left, hooked
 from .consumers import Consumer
 from .expert_moments import ExpertMoments
 from .landing import Landing, Replay, landing_of, value_at
@@ -126,7 +126,8 @@ def _fold_block(
         if stream.advance(block.path) and dense[n].advance(block.path)
     ]
     by_name = {s.name: s for s in block.structures}
-    cut = [c for c in block.consumers if len(plan.kept(by_name[c.structure])) < len(c.columns)]
+    stays = columns_left(block, plan)
+    cut = [*{c.module: c for c in block.consumers if not stays[c.module].all()}.values()]
     known = steps.known(f"folded-{number}")
     if known is not None:
         for n in here:
@@ -166,7 +167,7 @@ def _fold_block(
             sums = _sums(model, c, landings.get(c.module), pairs, batches, tower)
         else:
             sums = experts.sums(c, pairs, tower)
-        done[c.module] = _repaired(model, c, sums, plan.kept(by_name[c.structure]))
+        done[c.module] = _repaired(model, c.module, sums, stays[c.module].nonzero()[:, 0])
     facts = {name: (r.before, r.after, r.damping) for name, r in done.items()}
     changed = {name: model.get_parameter(name) for name in _changing(model, block, plan)}
     steps.remember(f"folded-{number}", changed, {"repairs": facts})
@@ -174,13 +175,11 @@ def _fold_block(
     return done
 
 
-def _repaired(
-    model: nn.Module, consumer: Consumer, sums: tuple[Moments, Moments], units: Sequence[int]
-) -> Repair:
+def _repaired(model: nn.Module, path: str, sums: tuple[Moments, Moments], kept: Tensor) -> Repair:
     """The repair of one layer, written into it and then dropped: its errors are returned."""
-    layer: Any = model.get_submodule(consumer.module)
+    layer: Any = model.get_submodule(path)
     weight = weight_of(layer)
-    kept = consumer.kept(units).to(weight.device)
+    kept = kept.to(weight.device)
     fitted, held_out = sums
     if not fitted.count and not held_out.count:  # no batch reaches the layer: its columns just go
         bias = None if layer.bias is None else layer.bias.detach()
@@ -231,7 +230,7 @@ def _fold_alone(model: nn.Module, block: Block, plan: Plan, batches: Batches) ->
         for c in own:
             fitted, held_out = sums[c.module]
             both = fitted.summed(), held_out.summed()
-            done[c.module] = _repaired(model, c, both, plan.kept(structure))
+            done[c.module] = _repaired(model, c.module, both, c.kept(plan.kept(structure)))
     return done
 
 

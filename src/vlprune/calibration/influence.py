@@ -27,7 +27,7 @@ from ..structures.units import owner_of
 from .backward import set_aside
 from .batches import Batches
 from .blocks import callable_projections, hooked
-from .consumers import Rows, consumers_of, rows_of
+from .consumers import Rows, consumers_of, queries_of
 from .moments import check_finite, first_of_all, flat, summed
 from .store import IN_MEMORY
 
@@ -92,44 +92,48 @@ def influence_of(
 
         without: set[str] = set()
 
-        def watch(path: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def watch(note: Note, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
-                without.add(path)
+                without.add(type(_module).__name__)
                 return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            values = output.detach() if path in asked else None
-            output.register_hook(partial(note, path, values))
+            output.register_hook(note(output.detach()))
             return output.clone()  # what comes next may change its input in place
 
-        def note(name: str, values: Tensor | None, grad: Tensor) -> None:
-            check_finite(grad)
-            if name in consumers:
-                found = flat(grad).double().square().sum(0)
-                squares[name] = squares.get(name, 0) + found
-            for structure, rows in queries.items():
-                if rows.weight == name and values is not None:
-                    pairs = (flat(values) * flat(grad)).double()
-                    change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
-                    scores[structure] = scores.get(structure, 0) + change
+        def squared(name: str, _values: Tensor) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor) -> None:
+                check_finite(grad)
+                squares[name] = squares.get(name, 0) + flat(grad).double().square().sum(0)
 
-        queries = {
-            s.name: rows_of(model, s)[0]
-            for s in structures
-            if s.kind in ("attention", "attention_qk") and len(rows_of(model, s)) > 1
-        }
-        asked = {rows.weight for rows in queries.values()}
+            return hook
+
+        def scored(structure: str, rows: Rows, values: Tensor) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor) -> None:
+                check_finite(grad)
+                pairs = (flat(values) * flat(grad)).double()
+                change = pairs.square().sum(0).unflatten(0, (rows.heads, rows.size)).sum(0)
+                scores[structure] = scores.get(structure, 0) + change
+
+            return hook
+
+        kinds = ("attention", "attention_qk")
+        queries = {s.name: queries_of(model, s) for s in structures if s.kind in kinds}
         hooks = [
-            (model.get_submodule(path).register_forward_hook, partial(watch, path))
+            (
+                model.get_submodule(path).register_forward_hook,
+                partial(watch, partial(squared, path)),
+            )
             for path in consumers
         ]
-        for rows in queries.values():
+        for name, rows in ((name, rows) for name, own in queries.items() for rows in own):
+            seen = partial(watch, partial(scored, name, rows))
             if rows.module:
                 module = model.get_submodule(rows.module)
-                hooks.append((module.register_forward_hook, partial(_watch_rows, watch, rows)))
+                hooks.append((module.register_forward_hook, partial(_watch_rows, seen, rows)))
             else:
                 owner = model.get_submodule(owner_of(rows.weight)[0])
-                stack.enter_context(_watched_projection(owner, partial(watch, rows.weight)))
+                stack.enter_context(_watched_projection(owner, seen))
         stack.enter_context(hooked(hooks))
         for number in range(len(batches)):
             with head_outputs(model) as logits:
@@ -154,7 +158,7 @@ def influence_of(
             advance(1)
     return Influence(
         _mean(squares, {path: c.out for path, c in consumers.items()}, len(batches)),
-        _mean(scores, {name: rows.size for name, rows in queries.items()}, len(batches)),
+        _mean(scores, {name: own[0].size for name, own in queries.items() if own}, len(batches)),
     )
 
 
@@ -165,12 +169,15 @@ def _with_logits(output: Any, logits: Sequence[Tensor]) -> Any:
     return {**output, "logits": logits[-1]}
 
 
-Watch = Callable[[str, nn.Module, Any, Tensor], Tensor]
+Note = Callable[[Tensor], Callable[[Tensor], None]]
+"""From the values of an output, the hook of its gradient."""
+
+Watch = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
 def _watch_rows(watch: Watch, rows: Rows, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Watch the rows of a projection that are queries; of a fused one, they are a part."""
-    queries = watch(rows.weight, module, args, rows.of(output))
+    queries = watch(module, args, rows.of(output))
     return queries if queries.shape == output.shape else rows.with_new(output, queries)
 
 

@@ -114,7 +114,8 @@ def _all_at_once(
             call()
     for block in blocks:
         advance(1)
-        yield block, {c.module: found[c.module].summed() for c in block.consumers}
+        own = dict.fromkeys(c.module for c in block.consumers)
+        yield block, {name: found[name].summed() for name in own}
 
 
 def _empty(model: nn.Module, consumers: Sequence[Consumer]) -> dict[str, Moments]:
@@ -137,5 +138,5 @@ def _watch(
         weights = token_weights(batches, towers[consumer.structure], number, layer, x)
         found[consumer.module].add(flat(x), weights)
 
-    for consumer in consumers:
+    for consumer in {c.module: c for c in consumers}.values():  # structures may share a layer
         yield input_hook(model.get_submodule(consumer.module), partial(take, consumer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,10 +223,13 @@ class Session:
             for block, moments in moments_by_block(
                 self.model, self.structures, self.batches, advance
             ):
+                to_come = Counter(consumer.module for consumer in block.consumers)
                 for consumer in block.consumers:
                     layer: Any = self.model.get_submodule(consumer.module)
                     weight = weight_of(layer)
-                    found = moments.pop(consumer.module)
+                    to_come[consumer.module] -= 1
+                    last = not to_come[consumer.module]
+                    found = (moments.pop if last else moments.__getitem__)(consumer.module)
                     if not found.xx.any():  # nothing but padding, or values that are not there
                         self._empty.add(consumer.structure)
                         continue

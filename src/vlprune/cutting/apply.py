@@ -249,7 +249,11 @@ def follow(
             continue
         for attr in structure.attrs:
             module = model.get_submodule(attr.module)
-            _set(module, attr.name, attr.per_unit * len(kept[structure.name]) + attr.more, undo)
+            left = len(kept[structure.name])
+            value = attr.per_unit * left + attr.more
+            if attr.joint:
+                value = getattr(module, attr.name) - attr.per_unit * (structure.size - left)
+            _set(module, attr.name, value, undo)
         for path, name in structure.indices:
             _note_units(model.get_submodule(path), name, kept[structure.name], undo)
 

@@ -66,13 +66,15 @@ class Gate:
 class Attr:
     """A module attribute that must follow the cut: ``per_unit`` times the units kept, and ``more``.
 
-    ``more`` is the part of the number that no unit of the structure has to do with.
+    ``more`` is the part of the number that no unit of the structure has to do with. With ``joint``
+    another structure has a part in the number, too, so that it becomes smaller by what goes.
     """
 
     module: str
     name: str
     per_unit: int = 1
     more: int = 0
+    joint: bool = False
 
 
 @dataclass(frozen=True)

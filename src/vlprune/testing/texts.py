@@ -56,7 +56,8 @@ for name in TRANSLATORS.split():
 DECODERS = (
     "biogpt starcoder2 cohere cohere2 olmo olmo2 olmo3 granite glm glm4 helium smollm3 "
     "ministral ministral3 nemotron arcee exaone4 ernie4_5 seed_oss hunyuan_v1_dense apertus cwm "
-    "vaultgemma"
+    "vaultgemma phi"
 )
 for name in DECODERS.split():
     texts(name, head="AutoModelForCausalLM", generates=True)
+texts("gpt_neox", head="AutoModelForCausalLM", generates=True, hidden_size=96)  # 3 pairs a head
