@@ -185,6 +185,8 @@ NATIVE: dict[str, Native] = {
     # the forward views its projections as (..., -1, head_dim) and keeps its own scale
     **_rows(
         Native,
+        JambaAttention="jamba",  # positions come from its recurrent layers
+        NemotronHAttention="nemotron_h",
         CLIPAttention="clip",
         SiglipAttention="siglip",
         Siglip2Attention="siglip2",
@@ -492,10 +494,8 @@ NATIVE: dict[str, Native] = {
         Qwen3_5Attention="qwen3_5_vl",
         MiniMaxM3VLVisionAttention="minimax_m3_vl",
         Gemma4VisionAttention="gemma4",
-        ModernBertAttention="modernbert",
+        ModernBertAttention="modernbert",  # its temperature would fold into a part of its rows
         RoFormerSelfAttention="roformer",
-        JambaAttention="jamba",
-        NemotronHAttention="nemotron_h",
         Llama4TextAttention="llama4",
     ),
     # relative positions are as long as a head, and the same for all heads
