@@ -107,9 +107,9 @@ ALL = (
     *QUICK, "glm4_moe", "grouped", "limited", "gpt_oss", "afmoe", "gemma4", "qwen2_moe",
     "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "olmoe", "phimoe", "granitemoe", "jamba",
     "nemotron_h", "aria", "deepseek_v3", "mistral4", "mistral_large4", "glm4v_moe", "glm4_moe_lite",
-    "deepseek_v32",
+    "deepseek_v32", "llama4",
 )  # fmt: skip
-FEW = ("glm4_moe", "grouped", "gpt_oss", "qwen3_vl_moe")
+FEW = ("glm4_moe", "grouped", "gpt_oss", "qwen3_vl_moe", "llama4")
 BRIEFLY = ("masked_equals_cut", "costs_agree", "folders_round_trip")
 
 
@@ -156,7 +156,9 @@ def test_the_suite_holds_for_whole_experts(
     CHECKS[check](partial(made, family), "head")
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name not in ("qwen3_5_moe", "limited")])
+@pytest.mark.parametrize(
+    "family", [name for name in ALL if name not in ("qwen3_5_moe", "limited", "llama4")]
+)
 def test_all_of_these_routers_are_understood(family: str) -> None:
     model = made(family).model
     found = the_experts(discover(model))
@@ -294,6 +296,57 @@ def test_the_config_follows_experts_of_groups(tmp_path: Path) -> None:
     assert difference(expected, outputs(replace(sample, model=loaded))).relative < 1e-6
 
 
+# -- experts that compute on every token ---------------------------------------------------
+
+
+def test_a_router_that_gives_scores_gives_none_to_experts_that_are_gone() -> None:
+    """Llama 4's multiplies what every expert is handed, by 0 where it is not chosen."""
+    sample = made("llama4")
+    model: Any = sample.model.double()
+    description = discover(model)
+    (structure,) = the_experts(description)
+    assert (structure.size, structure.least) == (4, 1)
+    router = model.get_submodule("model.layers.1.feed_forward.router")
+    hidden = torch.randn(40, 32, dtype=torch.float64)
+    plan = plan_for(description, 2)
+    with gated(model, description.structures, plan), torch.no_grad():
+        masked = router(hidden)
+    vlprune.rewrite(model, description, plan, verify=sample.inputs)
+    with torch.no_grad():
+        scores, logits = router(hidden)
+    assert torch.equal(masked[0], torch.cat([torch.zeros_like(scores), scores], 1))
+    assert torch.equal(masked[1], logits)
+    assert logits.isfinite().any(0).tolist() == [False, False, True, True]
+    assert (scores != 0).sum(1).eq(1).all()
+    plain = ordinary(model)
+    assert plain.config.num_local_experts == 2
+    expected = outputs(sample)
+    assert difference(expected, outputs(replace(sample, model=plain))).relative < 1e-6
+
+
+def test_llama_4_is_cut_from_folder_to_folder(tmp_path: Path) -> None:
+    """Experts alone: what else a cut changes, its positions in float32 round."""
+    model: Any = build("llama4").model
+    model.save_pretrained(tmp_path / "dense")
+    plan = plan_for(discover(model), 3)
+    stream_cut(tmp_path / "dense", plan, tmp_path / "streamed", tmp_path / "work")
+    vlprune.rewrite(model, discover(model), plan)
+    loaded = vlprune.load(tmp_path / "streamed").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_experts_that_compute_on_every_token_save_macs() -> None:
+    sample = made("llama4")
+    options: Any = {"example_inputs": sample.inputs, "skip": ("*.self_attn", "*_proj")}
+    compressor = _compressor(sample, vlprune.Magnitude(), {"macs": 0.9}, **options)
+    before = cost.macs(sample.model, (), sample.inputs)
+    compressor.finish()
+    assert cost.macs(sample.model, (), sample.inputs) <= 0.9 * before
+    with pytest.raises(BudgetError, match="save no latency"):
+        _compressor(made("llama4"), vlprune.Magnitude(), {"latency": 0.9}, **options)
+
+
 # -- in folders ------------------------------------------------------------------------------
 
 
@@ -365,7 +418,6 @@ def test_layers_with_different_numbers_of_experts_have_no_ordinary_config() -> N
     [
         ("ernie4_5_vl_moe", "in one tensor"),
         ("jetmoe", "sorts tokens by expert itself"),
-        ("llama4", "is not known"),
     ],
 )
 def test_other_experts_stay_dense_for_a_reason(family: str, why: str) -> None:

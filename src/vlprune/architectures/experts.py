@@ -25,9 +25,16 @@ from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of, positions
 from .attention import Leave, join
 from .fused import source_of
+from .stand_in import stand_in
 from .towers import child_of
 
-__all__ = ["Experts", "experts_at", "experts_structure", "fewer_experts_agree", "stand_in"]
+__all__ = [
+    "Experts",
+    "compute_on_every_token",
+    "experts_at",
+    "experts_structure",
+    "fewer_experts_agree",
+]
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,12 @@ def experts_structure(path: str, module: nn.Module, row: Experts, tower: str) ->
     )
 
 
+def compute_on_every_token(module: nn.Module) -> bool:
+    """Whether experts are handed all tokens for each of them, of which most are 0 (Llama 4)."""
+    taken = inspect.signature(stock_class(module).forward).parameters
+    return len(taken) == 2
+
+
 _READ: dict[tuple[Any, ...], tuple[int, Order] | None] = {}
 """What has been found out about a class: (axis of the neurons in down, their order in up)."""
 
@@ -190,18 +203,23 @@ def fewer_experts_agree(
         cut = {name: w[1:] if name in tensors else w for name, w in whole.items()}
         weights = torch.rand(TOKENS, 2, generator=generator, dtype=torch.float64)
         index = (torch.arange(TOKENS)[:, None] + torch.arange(2)) % (count - 1)
+        x = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+        given: Sequence[tuple[Tensor, ...]]
+        given = (x, index + 1, weights), (x, index, weights), (x, index, 0 * weights)
+        if compute_on_every_token(module):  # expert after expert, the one that goes first
+            every = torch.cat([x] * count)
+            given = (every,), (every[TOKENS:],), (0 * every[TOKENS:],)
         for kernel in _kernels(module):
             try:
                 full, small, none = (
-                    _run(module, w, kernel, NEURONS, widths, hidden, routing, more)
-                    for w, routing, more in (
-                        (whole, (index + 1, weights), {}),
-                        (cut, (index, weights), fewer),
-                        (cut, (index, 0 * weights), fewer),
+                    _run(module, w, kernel, NEURONS, widths, hidden, inputs, more)
+                    for w, inputs, more in zip(
+                        (whole, cut, cut), given, ({}, fewer, fewer), strict=True
                     )
                 )
             except Exception:  # it takes other arguments, or counts in its own way
                 return False
+            full = full[len(full) - len(small) :]
             same = full.shape == small.shape and bool((full - small).abs().max() < EXACT)
             if not (same and full.abs().max() > EXACT > none.abs().max()):
                 return False
@@ -281,12 +299,12 @@ def _run(
     neurons: int,
     widths: Sequence[str],
     hidden: int,
-    routing: tuple[Tensor, Tensor] | None = None,
+    inputs: tuple[Tensor, ...] | None = None,
     more: Mapping[str, int] = MappingProxyType({}),
 ) -> Tensor:
     """The forward of the module's class with these weights, on two of its experts or on all.
 
-    Or on those of the ``routing``, (experts, weights) of each token. ``more`` are attributes.
+    Or on ``inputs``, whatever these say. ``more`` are attributes.
     """
     cls = stock_class(module)
     children = {
@@ -314,32 +332,10 @@ def _run(
         2: (x, torch.ones(tokens, experts, dtype=torch.float64)),
         3: (x, index, torch.rand(index.shape, generator=numbers_of, dtype=torch.float64)),
     }
-    if routing is not None:
-        given = {3: (x[:TOKENS], *routing)}
+    if inputs is not None:
+        given = {len(inputs): inputs}
     output: Tensor = cls.forward(made, *given[len(taken)])
     return output
-
-
-def stand_in(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    children: Mapping[str, nn.Module],
-    numbers: Mapping[str, int],
-) -> Any:
-    """A module of the same stock class, with other parameters, children and attributes."""
-    made: Any = object.__new__(stock_class(module))
-    made.__dict__.update(nn.Module().__dict__)
-    made.__dict__ |= {n: v for n, v in module.__dict__.items() if n not in made.__dict__}
-    own = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-    made.__dict__ |= {
-        "_parameters": {**dict.fromkeys(module._parameters), **own},
-        "_buffers": dict(module._buffers),
-        "_modules": dict(children),
-        "training": False,
-        **numbers,
-    }
-    made.__dict__.pop("forward", None)  # of an instance, as accelerate sets it
-    return made
 
 
 class _Config:

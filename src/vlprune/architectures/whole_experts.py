@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cutting.routers import KEPT, Place, counts_of, places_of
+from ..cutting.routers import KEPT, Place, counts_of, gives_scores, places_of
 from ..cutting.wrappers import stock_class
 from ..structures.shards import shape_of
 from ..structures.structure import Attr, Gate, Slot, Structure
 from ..structures.units import owner_of
 from .attention import Leave, join
-from .experts import Experts, fewer_experts_agree, stand_in
+from .experts import Experts, compute_on_every_token, fewer_experts_agree
+from .stand_in import stand_in
 
 __all__ = ["WHOLE", "whole_experts"]
 
@@ -82,6 +83,8 @@ def whole_experts(
         ),
         swaps=((join(above, name), "router"),),
         indices=((join(above, name), KEPT),),
+        core=path if compute_on_every_token(experts) else None,
+        core_share=float(compute_on_every_token(experts)),
         buffers=tuple(slots[True]),
         least=least,
     )
@@ -246,11 +249,17 @@ class _Trial:
     bias: Tensor
 
     def run(self, numbers: Mapping[str, int] = MappingProxyType({})) -> tuple[Tensor, ...]:
-        """The router's forward, with these ``numbers`` for attributes."""
+        """Logits, weights and choice by the router's forward, with ``numbers`` for attributes."""
         copy = _copied(self.router, self.tensors, numbers)
         more = [self.bias] if _takes_more(self.router) else []
         output: tuple[Tensor, ...] = stock_class(self.router).forward(copy, self.tokens, *more)
-        return output
+        if not gives_scores(output):
+            return output
+        scores, logits = output
+        chosen = (scores != 0).sum(-1)
+        if scores.shape != logits.shape or not bool((chosen == chosen.flatten()[0]).all()):
+            raise ValueError("neither choices nor scores")
+        return logits, *scores.topk(int(chosen.flatten()[0]))
 
     def fewer_is_unlikely(self, stays: Tensor, enough: bool) -> bool:
         """Whether the rows ``stays`` alone give what all give if the others are unlikely.

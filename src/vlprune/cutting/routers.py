@@ -23,7 +23,7 @@ from ..structures.shards import is_dtensor, is_part, shape_of
 from .native import register_native_forward
 from .wrappers import stock_class
 
-__all__ = ["KEPT", "Place", "counts_of", "places_of", "routed"]
+__all__ = ["KEPT", "Place", "counts_of", "gives_scores", "places_of", "routed"]
 
 KEPT = "kept_experts"
 """The buffer of a cut router that says which experts stay, of every group if there are groups."""
@@ -84,16 +84,37 @@ def routed(
     values = values.to(args[0].device)
     stays = (values != 0).nonzero()[:, 0]
     if len(stays) == len(values):
-        logits, weights, chosen, *rest = forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
     else:
         given = [_few(one, stays, len(values)) for one in args[1:]]
         named = {name: _few(one, stays, len(values)) for name, one in kwargs.items()}
         with _narrowed(router, stays, len(values)):
-            logits, weights, chosen, *rest = forward(args[0], *given, **named)
-        chosen = stays[chosen]
-        if KEPT not in router._buffers:
-            logits = _widened(logits, stays, len(values))
+            output = forward(args[0], *given, **named)
+        output = _translated(output, stays, len(values), KEPT in router._buffers)
+    if gives_scores(output):
+        return output[0] * values.to(output[0].dtype), output[1]
+    logits, weights, chosen, *rest = output
     return logits, weights * values[chosen].to(weights.dtype), chosen, *rest
+
+
+def gives_scores(output: Any) -> bool:
+    """Whether a router has given what every expert gets of every token, most of it 0, and logits.
+
+    Llama 4's does, in place of logits, weights and numbers of the chosen experts.
+    """
+    return len(output) == 2
+
+
+def _translated(output: Any, stays: Tensor, count: int, is_wide: bool) -> Any:
+    """What a router says of the experts ``stays``, said of ``count``; ``is_wide`` logits are."""
+    if gives_scores(output):
+        scores, logits = output
+        nothing = scores.new_zeros(*scores.shape[:-1], count)
+        scores = nothing.index_copy(-1, stays.to(scores.device), scores)
+        return scores, logits if is_wide else _widened(logits, stays, count)
+    logits, weights, chosen, *rest = output
+    logits = logits if is_wide else _widened(logits, stays, count)
+    return logits, weights, stays[chosen], *rest
 
 
 def _few(value: Any, stays: Tensor, count: int) -> Any:
@@ -168,8 +189,11 @@ class FewerExperts:
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As the stock forward, which chooses among the experts that stay."""
-        logits, *rest = super().forward(*args, **kwargs)  # type: ignore[misc]
+        output: Any = super().forward(*args, **kwargs)  # type: ignore[misc]
+        place = 1 if gives_scores(output) else 0
+        logits = output[place]
         groups = logits.shape[-1] // len(self.kept_experts)
         first = torch.arange(groups, device=self.kept_experts.device)[:, None]
         stays = (first * (self.experts_before // groups) + self.kept_experts).flatten()
-        return _widened(logits, stays, self.experts_before), *rest
+        wide = _widened(logits, stays, self.experts_before)
+        return *output[:place], wide, *output[place + 1 :]

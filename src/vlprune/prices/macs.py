@@ -174,7 +174,8 @@ def measure_macs(
         for name, numbers in sizes_of.items():
             by_projection[name] = counter.core[path] * numbers // sum(sizes_of.values())
     unit = {
-        s.name: counter.core[routers[s.name]] / s.size  # a token has as many experts as before
+        # a token has as many experts as before, unless all experts compute on it
+        s.name: (counter.core[routers[s.name]] + s.core_share * counter.core[s.core or ""]) / s.size
         if s.name in routers
         else _macs_per_unit(s, shapes, by_projection, by_core)
         for s in structures

@@ -86,8 +86,9 @@ class Structure:
     narrow result is scattered back to the full width so that the forward stays untouched.
     ``indices`` are (module path, buffer name) pairs: forwards there ask which units stay.
     ``folds`` are query parameters to be multiplied by ``sqrt(kept / size)``, for a forward that
-    derives its softmax temperature from the head size.     ``core`` is the module that computes
-    attention scores, ``core_share`` the fraction of its MACs that follow this structure.
+    derives its softmax temperature from the head size. ``core`` is the module that computes
+    attention scores, or experts that compute on every token, ``core_share`` the fraction of its
+    MACs that follow this structure.
     ``buffers`` are slots of buffers, which are cut as parameters are, and cost nothing. At least
     ``least`` units must stay.
     """

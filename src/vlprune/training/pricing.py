@@ -120,7 +120,10 @@ def costs_of(
     Raises BudgetError if the budget's currency needs inputs and ``inputs`` is None, or if it must
     be measured and the weights are sharded.
     """
-    if budget.what != "params" and any(s.kind == "experts" for s in structures):
+    every = budget.what == "macs"  # of experts that all compute on every token
+    if budget.what != "params" and any(
+        s.kind == "experts" and not (every and s.core) for s in structures
+    ):
         raise BudgetError(
             f"whole experts save no {budget.what}, as every token still goes to as many of them: "
             'ask for a budget in params, for experts="neuron", or leave them dense with '
