@@ -21,6 +21,7 @@ from vlprune.cutting.padded import PaddedLinear
 from vlprune.errors import UnsupportedError
 from vlprune.folders.ordinary import ordinary
 from vlprune.streaming.cut import stream_cut
+from vlprune.structures.structure import unit_of
 from vlprune.testing import CHECKS, build
 from vlprune.testing.conformance import make_plan
 
@@ -44,10 +45,12 @@ def halved(model: Any) -> vlprune.Plan:
 def test_pairs_and_what_is_not_turned_are_two_structures(family: str) -> None:
     sample = build(family)
     pairs, behind = FAMILIES[family]
-    found = [s for s in vlprune.discover(sample.model) if s.kind == "attention"]
+    found = [s for s in vlprune.discover(sample.model) if s.kind.startswith("attention")]
     assert [s.size for s in found] == [pairs, behind] * 2
     assert {s.layout for s in found} == {"native"}
     assert [s.name.endswith(".unturned") for s in found] == [False, True] * 2
+    assert [s.kind for s in found] == ["attention", "attention_unturned"] * 2
+    assert unit_of(found) == "head_dim"
     assert sum(s.core_share for s in found) == 2
     vlprune.rewrite(sample.model, vlprune.discover(sample.model), halved(sample.model))
     for core in attention_of(sample.model):
@@ -121,7 +124,7 @@ def test_pairs_and_single_dimensions_of_queries_are_scored() -> None:
         sample.model, structures, batches_of(sample.model, [sample.inputs])
     ).scores
     for structure in structures:
-        if structure.kind == "attention":
+        if structure.kind.startswith("attention"):
             assert scores[structure.name].shape == (structure.size,)
             assert (scores[structure.name] > 0).all()
 
@@ -133,10 +136,22 @@ def test_classes_that_turn_all_they_are_given_take_no_dimensions_behind_the_pair
         assert bool(pairing_of(cls, partly=True)) is partly
 
 
+def test_pairs_are_not_kept_for_having_twice_the_weights() -> None:
+    sample = build("gpt_neox")
+    options: Any = {"example_inputs": sample.inputs}
+    compressor = vlprune.Compressor(sample.model, vlprune.Magnitude(), {"params": 0.6}, **options)
+    compressor.finish()
+    kept = {s.name: len(compressor.plan().keep[s.name]) for s in compressor.structures}
+    pairs = sum(n for name, n in kept.items() if name.endswith("attention"))
+    behind = sum(n for name, n in kept.items() if name.endswith("unturned"))
+    assert pairs < 2 * 4
+    assert behind > 2 * 6
+
+
 def test_norms_over_the_whole_head_keep_it_padded() -> None:
     sample = build("phi")
     for core in attention_of(sample.model):
         core.q_layernorm = torch.nn.LayerNorm(8)
-    found = [s for s in vlprune.discover(sample.model) if s.kind == "attention"]
+    found = [s for s in vlprune.discover(sample.model) if s.kind.startswith("attention")]
     assert {s.layout for s in found} == {"padded"}
     assert len(found) == 2

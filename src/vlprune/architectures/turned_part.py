@@ -69,7 +69,7 @@ def partly_turned(block: Block, turned: int) -> list[Structure]:
         made.append(
             block.structure(
                 suffix,
-                "attention",
+                "attention" + suffix.replace(".", "_"),
                 size,
                 [],
                 native=True,

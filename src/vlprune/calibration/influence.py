@@ -117,7 +117,7 @@ def influence_of(
 
             return hook
 
-        kinds = ("attention", "attention_qk")
+        kinds = ("attention", "attention_qk", "attention_unturned")
         queries = {s.name: queries_of(model, s) for s in structures if s.kind in kinds}
         hooks = [
             (

@@ -272,12 +272,13 @@ def standardised(
     """Scores with zero mean and unit variance over all units of a kind, all towers together.
 
     The variance of n units is a sum over n - ``correction``. Source: UPop, section 3.2: one mean
-    and spread for attention, one for FFN. Whole experts (not from the paper) have
-    their own.
+    and spread for attention, one for FFN. Whole experts, and single dimensions of heads beside
+    pairs, which weigh half as much, have their own (not from the paper).
     """
     kinds: dict[str, list[str]] = {}
     for structure in structures:
-        kinds.setdefault(family(structure), []).append(structure.name)
+        kind = structure.kind if structure.kind == "attention_unturned" else family(structure)
+        kinds.setdefault(kind, []).append(structure.name)
     result = {}
     for names in kinds.values():
         together = torch.cat([scores[name].double() for name in names])

@@ -119,7 +119,7 @@ def fingerprint(attention: str, structures: Iterable[Structure]) -> str:
 def unit_of(structures: Iterable[Structure]) -> str:
     """The attention unit that the structures were described in; "" if none is attention."""
     attention = [s for s in structures if s.kind.startswith("attention")]
-    if any(s.kind != "attention" for s in attention):
+    if any(s.kind in ("attention_qk", "attention_vo") for s in attention):
         return "qk_vo"
     if not attention:
         return ""
