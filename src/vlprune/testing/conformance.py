@@ -505,7 +505,8 @@ def _found_by_auto(folder: Path) -> dict[str, Tensor]:
     None where it does not know the config (ColPali's) or builds something else from it
     (Perceiver's), or looks for other names (LightOnOCR's).
     """
-    if type(transformers.AutoConfig.from_pretrained(folder)) not in transformers.MODEL_MAPPING:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in transformers.MODEL_MAPPING:
         return {}
     try:
         base, info = transformers.AutoModel.from_pretrained(
