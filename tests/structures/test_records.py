@@ -194,3 +194,18 @@ def test_an_ordinary_model_keeps_its_generation_config() -> None:
     assert plain.generation_config.eos_token_id == 7
     assert plain.generation_config is not model.generation_config
     assert same(model, plain, sample.inputs)
+
+
+@pytest.mark.parametrize("tower", ["Vision", "Text"])
+def test_auto_model_opens_a_tower_with_its_projection(tower: str, tmp_path: Path) -> None:
+    """AutoModel makes the tower itself, whose names lack the prefix that the projection's has."""
+    sample = build("clip")
+    vlprune.save(sample.model, tmp_path / "whole")
+    cls = getattr(T, f"CLIP{tower}ModelWithProjection")
+    model = cls.from_pretrained(tmp_path / "whole").eval()
+    inputs = inputs_of(f"{tower.lower()}_model", sample)
+    cut(model, inputs)
+    vlprune.save(model, tmp_path / "small")
+    base = T.AutoModel.from_pretrained(tmp_path / "small").eval()
+    assert type(base) is not cls
+    assert same(getattr(model, f"{tower.lower()}_model"), base, inputs)

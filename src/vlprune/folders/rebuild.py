@@ -53,24 +53,41 @@ def naming(path: Path) -> Iterator[None]:
         raise type(error)(f"{plain(path)}: {error}") from error
 
 
+def _renamings(model: Any) -> list[Any]:
+    """How transformers changes the names of weights that another class of this model wrote."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    return [rule for rule in rules if isinstance(rule, WeightRenaming)]
+
+
 def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
     """The model's structures that the record cut, and the record in the model's own names.
 
     A folder may be opened by a class one level up or down (AutoModel on a folder written by
-    a head class), whose module names lack or gain the base model's prefix.
+    a head class), whose module names lack or gain the base model's prefix, or another prefix that
+    transformers changes as it reads the weights.
     """
     recorded = discover_recorded(model, record.plan.attention, record.plan.keep)  # type: ignore[arg-type]
     own = {structure.name: structure for structure in recorded}
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     cut, keep, unknown = [], {}, []
 
+    @cache
+    def renamings() -> list[Any]:
+        return _renamings(model)
+
     def find(name: str) -> Structure | None:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        for candidate in candidates:
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
             if candidate in own:
                 return own[candidate]
         inside = [n for n in own if n.endswith(f".{name}")]  # a class around a plain tower
-        return own[inside[0]] if len(inside) == 1 else None
+        if len(inside) == 1:
+            return own[inside[0]]
+        for renaming in renamings():
+            name, _ = renaming.rename_source_key(name)
+        return own.get(name)
 
     @cache
     def apart() -> dict[str, Structure]:
