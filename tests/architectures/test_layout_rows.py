@@ -16,6 +16,7 @@ from vlprune.testing import build
 ORDERS = {
     "blip": "blocks", "qwen2_vl": "blocks", "instructblip": "blocks", "sam": "blocks",
     "modernbert": "blocks", "phi3": "blocks", "gpt2": "blocks", "fuyu": "heads",
+    "imagegpt": "blocks",
 }  # fmt: skip
 
 
@@ -274,6 +275,43 @@ def test_scores_that_leave_a_block_count_as_well() -> None:
     (layer, *_) = vlprune.discover(build("lilt").model, "head")
     gated = {gate.module.rpartition(".")[2] for gate in layer.gates}
     assert gated == {"query", "key", "value"}
+
+
+def test_scores_that_are_averaged_over_heads_count_as_well() -> None:
+    """Autoformer attends at the lags that the mean over all heads finds."""
+    config = T.AutoformerConfig(
+        prediction_length=4, context_length=8, lags_sequence=[1, 2], num_time_features=1,
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+    )  # fmt: skip
+    (layer, *_) = vlprune.discover(T.AutoformerModel(config), "head")
+    gated = {gate.module.rpartition(".")[2] for gate in layer.gates}
+    assert gated == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_a_unit_that_a_forward_ties_to_another_stays_dense() -> None:
+    """DiffLlama subtracts heads in pairs: their dimensions are units, the heads are not."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    config = T.DiffLlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = T.DiffLlamaModel(config)
+    for unit, kinds in {
+        "head_dim": {"attention", "ffn"},
+        "qk_vo": {"attention_qk", "attention_vo", "ffn"},
+        "head": {"ffn"},
+        "query_head": {"ffn"},
+    }.items():
+        description = vlprune.discover(model, unit)  # type: ignore[arg-type]
+        assert {s.kind for s in description} == kinds
+        told = description.dense.get("layers.0.self_attn.q_proj", "")
+        assert ("take head_dim" in told) == (kinds == {"ffn"})
+
+
+def test_what_a_whole_model_holds_is_no_part_of_a_block() -> None:
+    """The language head of FalconMamba is not recurrent, though its class says Mamba."""
+    config = T.FalconMambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)
+    dense = vlprune.discover(T.FalconMambaForCausalLM(config)).dense
+    assert dense["lm_head"] == "a projection outside attention and FFN"
+    assert "a recurrent block" in dense["backbone.layers.0.mixer.in_proj"]
 
 
 def test_what_no_row_takes_says_which_kind_of_block_it_is_part_of() -> None:

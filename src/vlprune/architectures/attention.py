@@ -372,6 +372,9 @@ def structures_of(block: Block, unit: str) -> list[Structure]:
     Of a block that reads another layer's keys and values, units are its query heads whatever is
     asked for: keys and values go with the layer that makes them.
     """
+    units, why = layouts.TIED.get(block.stock_name, ((), ""))
+    if unit in units:
+        raise Leave(why)
     return [own_queries(block)] if block.borrows else UNITS[unit](block)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "NATIVE",
     "ONE_CACHE",
     "PADDED",
+    "TIED",
     "WIDTHS",
     "WRAPPERS",
     "Native",
@@ -67,6 +68,10 @@ ATTENTION = (
     Attention(  # Gemma 4 vision, before the row of the same names
         "q_proj.linear", "k_proj.linear", ("v_proj.linear",), ("o_proj.linear",)
     ),
+    Attention(  # Gemma 4 audio
+        "q_proj.linear", "k_proj.linear", ("v_proj.linear",), ("post.linear",)
+    ),
+    Attention("attn.q_proj", "attn.k_proj", ("attn.v_proj",), ("post",)),  # Gemma 3n audio
     Attention("q_proj", "k_proj", ("v_proj",), ("out_proj",)),  # CLIP, SigLIP, OPT, Bart
     Attention("q_proj", "k_proj", ("v_proj",), ("o_proj",)),  # ViT, DETR, Swin, LLaMA, Qwen
     Attention("q_proj", "k_proj", o=("o_proj",)),  # the full layers of large Gemma 4
@@ -87,6 +92,9 @@ ATTENTION = (
     Attention("q_lin", "k_lin", ("v_lin",), ("out_lin",)),  # DistilBERT
     Attention("query", "key", ("value",), ("out_proj",)),  # Grounding DINO
     Attention("self.query", "self.key", ("self.value",), ("output.dense",)),  # BERT, BLIP text
+    Attention(  # DeBERTa v2
+        "self.query_proj", "self.key_proj", ("self.value_proj",), ("output.dense",)
+    ),
     Attention(  # TVP, before the row whose output is that of the FFN here
         "attention.query", "attention.key", ("attention.value",), ("attention.dense",)
     ),
@@ -99,6 +107,7 @@ ATTENTION = (
         ("out_text_proj", "out_vision_proj"),
     ),
     Attention(v=("value_proj",), o=("output_proj",)),  # deformable attention
+    Attention(v=("v_proj",), o=("output_proj",)),  # Aimv2 pooling, whose query is a parameter
     Attention(qkv="qkv", o=("projection",)),  # BLIP
     Attention(qkv="qkv", o=("proj",)),  # Qwen-VL vision, Florence-2, timm
     Attention(qkv="attention.qkv", o=("output.dense",)),  # TimeSformer
@@ -114,18 +123,22 @@ FFN = (
     Ffn("up_proj", "down_proj"),  # DINOv3, Nemotron, Arcee
     Ffn("gate_up_proj", "down_proj", fused=True),  # Phi-3
     Ffn("weights_in", "weights_out", fused=True),  # DINOv2 SwiGLU
+    Ffn("input_linear", "output_linear", fused=True),  # the shared expert of Granite MoE
     Ffn("wi_1", "wo", gate="wi_0"),  # T5 v1.1
     Ffn("wi", "wo"),  # T5
     Ffn("w3", "w2", gate="w1"),  # LFM2
     Ffn("Wi", "Wo", fused=True),  # ModernBERT
     Ffn("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Fuyu
     Ffn("proj_in", "proj_out"),  # SAM 2
+    Ffn("ffw_layer_1.linear", "ffw_layer_2.linear"),  # Gemma 4 audio
+    Ffn("ffw_layer_1", "ffw_layer_2"),  # Gemma 3n audio
     Ffn("fc1", "fc2"),
     Ffn("lin1", "lin2"),
     Ffn("linear1", "linear2"),
     Ffn("linear_fc1", "linear_fc2"),
     Ffn("c_fc", "c_proj"),
     Ffn("dense1", "dense2"),  # Perceiver
+    Ffn("fc_in", "fc_out"),  # GPT-J, CodeGen
     Ffn("pwconv1", "pwconv2"),  # ConvNeXt
     Ffn("pointwise_conv1", "pointwise_conv2"),  # ConvNeXt of DINOv3
     Ffn("intermediate.dense", "output.dense"),
@@ -477,12 +490,14 @@ NATIVE: dict[str, Native] = {
         Phi3Attention="phi3",
         Phi4MultimodalAttention="phi4_multimodal",
     ),
-    # the size of a head is under names of its own, or scaled dimension by dimension
+    # the size of a head is under names of its own, scaled dimension by dimension, or divides the
+    # scores, where queries cannot be scaled without the keys and values of the same parameter
     **_rows(
         partial(Native, head_dim=False),
         PerceiverSelfAttention="perceiver",
         VideoPrismMultiheadAttentionPoolingHead="videoprism",
         EmbeddingGemma2Attention="embedding_gemma2",
+        ImageGPTAttention="imagegpt",
     ),
     # rotary embeddings that turn a part of a head, have angles of their own, or keep them inside
     **_rows(
@@ -538,7 +553,7 @@ NATIVE: dict[str, Native] = {
 }
 
 # Fused projections whose rows are [q | k | v], though no shape in their source says so.
-FUSED_ORDER_KNOWN = frozenset(["GPT2Attention"])
+FUSED_ORDER_KNOWN = frozenset(["GPT2Attention", "ImageGPTAttention"])
 
 # Blocks that are not what a row of the table says, whether they match one or not.
 DENSE = {
@@ -561,8 +576,21 @@ DENSE = {
 # class that joins them: in a cut, the heads of all stay as large and as many as they are.
 ONE_CACHE = {"PI0Model": ("dit", "vlm.language_model")}
 
-# Classes that use the scores of a head elsewhere too, so that its queries and keys count as well.
-SCORES_LEAVE = frozenset(["LiltSelfAttention"])
+# Classes that use the scores of a head elsewhere too, or the mean over all heads, so that its
+# queries and keys count as well.
+SCORES_LEAVE = frozenset(["LiltSelfAttention", "AutoformerAttention"])
+
+# Classes whose forward ties what a unit would take apart: these units, and why.
+TIED = {
+    "ClvpSelfAttention": (
+        ("head_dim", "qk_vo"),
+        "a rotary embedding turns its values as well, which joins their dimensions: take head",
+    ),
+    "DiffLlamaAttention": (
+        ("head", "query_head"),
+        "each head is subtracted from another one, whose values it shares: take head_dim",
+    ),
+}
 
 # Projections beside those of a row, by name.
 DENSE_CHILDREN = {

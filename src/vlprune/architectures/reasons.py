@@ -19,6 +19,10 @@ _BLOCKS = {
 }
 
 
+_MODELS = r"For[A-Z]|Model$"
+"""The classes of whole models: what they hold themselves is no part of a block."""
+
+
 def reason_of(module: nn.Module, owner: str, name: str) -> str:
     """Why a module that no row takes stays dense.
 
@@ -36,9 +40,10 @@ def reason_of(module: nn.Module, owner: str, name: str) -> str:
         return "convolution: not a transformer block"
     if "Router" in kind:
         return "which experts a token goes to, and every expert stays"
-    if is_linear(module):
+    if is_linear(module) and not re.search(_MODELS, owner):
         for part, names in _BLOCKS.items():
             if re.search(names, owner):
                 return f"part of {part} ({owner}) whose layout is in no row of the table"
+    if is_linear(module):
         return "a projection outside attention and FFN"
     return f"parameters of {kind} itself"

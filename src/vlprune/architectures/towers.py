@@ -53,6 +53,7 @@ _ORDER = {
     "SiglipModel": ("vision_model", "text_model"),
     "Siglip2Model": ("vision_model", "text_model"),
     "FlavaModel": ("image_model", "text_model", "multimodal_model"),
+    "Gemma4AudioLayer": ("feed_forward1", "self_attn", "lconv1d"),
     "PixtralAttentionLayer": ("attention", "feed_forward"),
     "TimesformerLayer": ("temporal_attention", "attention"),
     "GroupViTModel": ("vision_model", "text_model"),

@@ -5,6 +5,8 @@ Variants, as in :mod:`vlprune.testing.variants`; what a row means is in :mod:`vl
 
 from __future__ import annotations
 
+import torch
+
 from .families import _ids, _ones, _pixels
 from .tiny import images, variant
 
@@ -80,3 +82,15 @@ variant("videoprism", lambda: {"pixel_values_videos": _pixels(2, 4, 3, 16, 16), 
 variant("perceiver", lambda: {"inputs": _pixels()}, head="PerceiverForImageClassificationLearned",
     d_model=16, d_latents=32, num_latents=6, num_blocks=1, num_self_attends_per_block=2,
     num_self_attention_heads=4, num_cross_attention_heads=1)
+variant("imagegpt", lambda: {"input_ids": _ids()}, head="ImageGPTForCausalImageModeling",
+    generates=True)
+
+# -- the ears of chat models that see, too
+variant("gemma3n_audio", lambda: {"audio_mel": _pixels(2, 24, 16), "audio_mel_mask":
+    torch.zeros(2, 24, dtype=torch.bool)}, input_feat_size=16, conf_num_attention_heads=4,
+    conf_num_hidden_layers=2, sscp_conv_channel_size=[8, 4], conf_attention_chunk_size=4,
+    conf_attention_context_left=5)
+variant("gemma4_audio", lambda: {"input_features": _pixels(2, 24, 16), "attention_mask":
+    torch.ones(2, 24, dtype=torch.bool)}, hidden_size=32, num_attention_heads=4,
+    subsampling_conv_channels=[16, 4], attention_chunk_size=4, attention_context_left=5,
+    output_proj_dims=16, single=True)
