@@ -67,7 +67,8 @@ class Block:
     the module that computes the scores; ``native`` says what its forward accepts. Each head has
     ``wide`` times ``size`` rows in ``q``: 2 where a gate of its output lies behind its query, 3
     where its key and its value do (``k`` and ``v`` are empty then). With ``one_cache`` it
-    also reads the keys and values of another block, whose heads may lose other units.
+    also reads the keys and values of another block, whose heads may lose other units. ``gate`` are
+    the (parameter, axis) pairs of a projection that gates what the heads give, number by number.
     """
 
     path: str
@@ -87,6 +88,7 @@ class Block:
     folds: tuple[str, ...] = ()
     wide: int = 1
     one_cache: bool = False
+    gate: tuple[tuple[str, int], ...] = ()
 
     def structure(
         self,
@@ -136,8 +138,9 @@ class Block:
         return [Gate(path, "input", 0, repeat, inner) for path in paths]
 
     def out(self, repeat: int, inner: int) -> tuple[Slot, ...]:
-        """The slots of o."""
-        return tuple(Slot(name, axis, 0, repeat, inner) for name, axis in self.columns)
+        """The slots of o, and of what gates its input."""
+        places = (*self.columns, *self.gate)
+        return tuple(Slot(name, axis, 0, repeat, inner) for name, axis in places)
 
     def attrs(self, names: tuple[str, ...], per_unit: int) -> list[Attr]:
         """Attributes among ``names`` that the core has and that follow the number of units."""

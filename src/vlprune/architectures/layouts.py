@@ -25,6 +25,7 @@ __all__ = [
     "HEAD_SIZES",
     "NATIVE",
     "ONE_CACHE",
+    "OUTPUT_GATES",
     "PADDED",
     "TIED",
     "WIDTHS",
@@ -157,6 +158,9 @@ HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads",)
 GROUPS = ("num_key_value_groups", "n_rep")
 WIDTHS = ("all_head_size", "split_size")
+
+# Projections beside those of a row that gate what all heads give, before the output projection.
+OUTPUT_GATES = ("gate_proj", "g_proj")
 
 
 @dataclass(frozen=True)

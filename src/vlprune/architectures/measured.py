@@ -43,6 +43,9 @@ def measure_projected(
     measure = _measure_fused if row.qkv else _measure_apart if row.k or row.v else _measure_queries
     q, k, v, numbers = measure(path, row, modules, core)
     native = native_of(core, name)
+    columns = tuple(
+        (join(path, f"{o}.weight"), linear_axes(modules[join(path, o)])[1]) for o in row.o
+    )
     return Block(
         path=path,
         core_path=core_path,
@@ -53,9 +56,8 @@ def measure_projected(
         q=q,
         k=k,
         v=v,
-        columns=tuple(
-            (join(path, f"{o}.weight"), linear_axes(modules[join(path, o)])[1]) for o in row.o
-        ),
+        columns=columns,
+        gate=_output_gate(core_path, modules, numbers["heads"] * numbers["value_size"]),
         folds=tuple(name for x in q for name, _ in x.params) if native.fold else (),
         one_cache=False,
         **numbers,
@@ -74,6 +76,20 @@ def _part(path: str, child: str, modules: Mapping[str, nn.Module], start: int = 
     if module.bias is not None:
         params.append((join(path, f"{child}.bias"), 0))
     return Part(tuple(params), start, join(path, child))
+
+
+def _output_gate(
+    path: str, modules: Mapping[str, nn.Module], width: int
+) -> tuple[tuple[str, int], ...]:
+    """The rows of the projection that gates what the heads give, if the block has one.
+
+    What it multiplies is zero where a unit is gone, whatever the gate is.
+    """
+    for name in layouts.OUTPUT_GATES:
+        module = modules.get(join(path, name))
+        if module is not None and is_linear(module) and _rows(path, name, modules) == width:
+            return _part(path, name, modules).params
+    return ()
 
 
 def _rows(path: str, child: str, modules: Mapping[str, nn.Module]) -> int:

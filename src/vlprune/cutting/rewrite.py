@@ -18,6 +18,7 @@ from ..structures.structure import Description, Structure
 from .apply import Slices, apply_plan
 from .fsdp import is_sharded, refuse_other_shards, reshard
 from .gates import evaluating
+from .joined import save_apart
 from .proof import Verification, compare, run_masked, verification
 from .settle import Cut, settle
 from .sharing.ties import remember_ties, ties_in, untie
@@ -129,6 +130,7 @@ def carry_out(model: nn.Module, cut: Cut, undo: ExitStack) -> Slices:
     if ties:
         undo.callback(remember_ties(model))
         untie(model)
+    save_apart(model, undo)
     return apply_plan(model, cut.structures, cut.plan, undo, ties)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import wrapt
@@ -98,6 +99,7 @@ def _register_quantizer(auto: Any) -> None:
                 if hasattr(getattr(module, "config", None), "_is_quantized"):
                     module.config._is_quantized = False
             importlib.import_module("vlprune.cutting.padded").check_indices(model)
+            importlib.import_module("vlprune.cutting.joined").save_apart(model, ExitStack())
             # The record uses this model's names, as another class may have written the folder, and
             # omits the digest of the weights, which the next training would make wrong.
             importlib.import_module("vlprune.structures.record").write_record(model, self.record)
