@@ -306,6 +306,29 @@ def test_a_unit_that_a_forward_ties_to_another_stays_dense() -> None:
         assert ("take head_dim" in told) == (kinds == {"ffn"})
 
 
+@pytest.mark.parametrize("unit", ["head_dim", "head"])
+def test_a_gate_of_what_heads_give_goes_with_them(unit: Any) -> None:
+    """Its rows are laid out as the columns of the output projection are."""
+    model = build("muse_glimmer").model
+    description = vlprune.discover(model, unit)
+    layer = "model.language_model.layers.0.self_attn"
+    (block,) = [s for s in description if s.name == layer]
+    slots = {s.param.removeprefix(f"{layer}."): s for s in block.slots}
+    gate, out = slots["gate_proj.weight"], slots["o_proj.weight"]
+    assert (gate.axis, out.axis) == (0, 1)
+    assert (gate.repeat, gate.inner, gate.start) == (out.repeat, out.inner, out.start)
+    assert f"{layer}.gate_proj" not in description.dense
+
+
+def test_projections_for_some_tokens_are_cut_with_those_for_all() -> None:
+    """Longformer projects the tokens that see all others by weights of their own."""
+    (attention, _ffn, *_) = vlprune.discover(build("longformer").model)
+    cut = {slot.param.split(".")[-2] for slot in attention.slots}
+    assert cut == {"dense"} | {
+        f"{name}{more}" for name in ("query", "key", "value") for more in ("", "_global")
+    }
+
+
 def test_what_a_whole_model_holds_is_no_part_of_a_block() -> None:
     """The language head of FalconMamba is not recurrent, though its class says Mamba."""
     config = T.FalconMambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)

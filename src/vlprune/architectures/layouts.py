@@ -93,6 +93,12 @@ ATTENTION = (
     Attention("q_lin", "k_lin", ("v_lin",), ("out_lin",)),  # DistilBERT
     Attention("query", "key", ("value",), ("out_proj",)),  # Grounding DINO
     Attention("self.query", "self.key", ("self.value",), ("output.dense",)),  # BERT, BLIP text
+    Attention(  # LED
+        "longformer_self_attn.query",
+        "longformer_self_attn.key",
+        ("longformer_self_attn.value",),
+        ("output",),
+    ),  # fmt: skip
     Attention(  # DeBERTa v2
         "self.query_proj", "self.key_proj", ("self.value_proj",), ("output.dense",)
     ),
@@ -143,6 +149,7 @@ FFN = (
     Ffn("pwconv1", "pwconv2"),  # ConvNeXt
     Ffn("pointwise_conv1", "pointwise_conv2"),  # ConvNeXt of DINOv3
     Ffn("intermediate.dense", "output.dense"),
+    Ffn("intermediate_dense", "output_dense"),  # wav2vec 2 and its like
     Ffn("intermediate_query.dense", "output_query.dense"),
     Ffn("lang_inter.dense", "lang_output.dense"),  # LXMERT
     Ffn("visn_inter.dense", "visn_output.dense"),

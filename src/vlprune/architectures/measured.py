@@ -149,7 +149,12 @@ def _measure_apart(
         )
     _check_between(core, columns, (row.q, row.k, *row.v, *row.o), row.o)
     q, k, v = (
-        tuple(_part(path, child, modules) for child in children if child)
+        tuple(
+            _part(path, name, modules)
+            for child in children
+            for name in (child, f"{child}_global")  # Longformer's, for tokens that all others see
+            if child and join(path, name) in modules
+        )
         for children in ((row.q,), (row.k,), row.v)
     )
     numbers = {"heads": heads, "kv": kv, "size": size, "value_size": value_size, "wide": wide}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .families import _ids, _pixels
 from .tiny import texts
 
@@ -35,6 +37,21 @@ for name in READERS.split():  # encoders' classes as decoders that read an image
     )
 texts("roc_bert", pronunciation_vocab_size=64, shape_vocab_size=64)
 texts("megatron_bert", kind="megatron-bert")
+texts(
+    "deberta_v2",
+    kind="deberta-v2",
+    relative_attention=True,
+    pos_att_type=["p2c", "c2p"],
+    share_att_key=True,
+)
+
+
+def seen_by_all() -> dict[str, Any]:
+    """The first token reads all others and is read by them, by projections of its own."""
+    return {"global_attention_mask": torch.eye(6, dtype=torch.long)[:1].repeat(2, 1)}
+
+
+texts("longformer", attention_window=[4, 4], also=seen_by_all)
 texts(
     "trocr",
     head="AutoModelForCausalLM",
