@@ -98,7 +98,7 @@ ATTENTION = (
         "longformer_self_attn.key",
         ("longformer_self_attn.value",),
         ("output",),
-    ),  # fmt: skip
+    ),
     Attention(  # DeBERTa v2
         "self.query_proj", "self.key_proj", ("self.value_proj",), ("output.dense",)
     ),
