@@ -54,6 +54,7 @@ _ORDER = {
     "Siglip2Model": ("vision_model", "text_model"),
     "FlavaModel": ("image_model", "text_model", "multimodal_model"),
     "Gemma4AudioLayer": ("feed_forward1", "self_attn", "lconv1d"),
+    "GraniteMoeHybridDecoderLayer": ("self_attn", "mamba", "block_sparse_moe"),
     "PixtralAttentionLayer": ("attention", "feed_forward"),
     "TimesformerLayer": ("temporal_attention", "attention"),
     "GroupViTModel": ("vision_model", "text_model"),

@@ -128,6 +128,15 @@ def granitemoe() -> Sample:
 
 
 @_variant
+def granitemoehybrid() -> Sample:
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
+    return _decoder(
+        T.GraniteMoeHybridForCausalLM, num_local_experts=4, shared_intermediate_size=24,
+        layer_types=["attention", "mamba"], **mamba,
+    )  # fmt: skip
+
+
+@_variant
 def jetmoe() -> Sample:
     return _decoder(
         T.JetMoeForCausalLM, num_local_experts=4, num_experts_per_tok=2, kv_channels=8,
