@@ -80,6 +80,7 @@ ATTENTION = (
     Attention("q_proj", "k_proj", ("v_proj",), ("projection_layer",)),  # InternVL
     Attention("q_proj", "k_proj", ("v_proj",), ("dense",)),  # Phi
     Attention("q_proj", "k_proj", ("v_proj",), ("proj",)),  # Kimi vision
+    Attention("q_proj", "k_proj", ("v_proj",), ("Wo",)),  # ModernBERT as a decoder
     Attention("q", "k", ("v",), ("o",)),  # T5
     Attention("q", "k", ("v",), ("proj",)),  # Qwen2.5-Omni vision
     Attention("query", "key", ("value",), ("proj",)),  # V-JEPA 2, PVT v2

@@ -38,6 +38,15 @@ for name in READERS.split():  # encoders' classes as decoders that read an image
 texts("roc_bert", pronunciation_vocab_size=64, shape_vocab_size=64)
 texts("megatron_bert", kind="megatron-bert")
 texts(
+    "modernbert_decoder",
+    kind="modernbert-decoder",
+    head="AutoModelForCausalLM",
+    generates=True,
+    cls_token_id=1,
+    sep_token_id=2,
+)
+texts("nomic_bert")
+texts(
     "deberta_v2",
     kind="deberta-v2",
     relative_attention=True,
