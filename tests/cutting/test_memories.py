@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlprune
 from vlprune.cutting import rewrite as cutting
-from vlprune.cutting.memories import memories
+from vlprune.cutting.memories import forgetful, memories
 from vlprune.errors import VerificationError
 from vlprune.structures.plan import Plan
 from vlprune.testing import build
@@ -194,3 +194,19 @@ def test_a_whole_proof_tells_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         vlprune.rewrite(sample.model, *halved(sample.model), verify=sample.inputs)
+
+
+def test_a_memory_that_counts_its_entries_counts_from_none() -> None:
+    """OmDet-Turbo drops its oldest entry when the count says that it is full."""
+
+    class Remembered:
+        def __init__(self) -> None:
+            self.entries = {"a": torch.ones(1), "b": torch.ones(1)}
+            self.capacity = self.load = 2
+
+    model: Any = nn.Linear(1, 1)
+    model.cache = Remembered()
+    with forgetful(model):
+        assert (model.cache.load, model.cache.capacity, model.cache.entries) == (0, 2, {})
+        model.cache.entries["c"], model.cache.load = torch.ones(1), 1
+    assert (model.cache.load, model.cache.capacity, model.cache.entries) == (0, 2, {})

@@ -6,6 +6,7 @@ from what the dense model remembers, and would agree whatever was cut.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,25 @@ def _is_memory(value: object) -> bool:
     return any(isinstance(part, Tensor) for part in parts)
 
 
+def _emptied(model: nn.Module) -> list[MutableMapping[Any, Any]]:
+    """The memories, which are empty now; a number beside one that counts its entries is 0."""
+    found = memories(model)
+    for module in model.modules():
+        for value in vars(module).values():
+            inside = getattr(value, "__dict__", {}) if _is_plain(value) else {}
+            sizes = {len(part) for part in inside.values() if any(part is one for one in found)}
+            for name, count in inside.items():
+                if type(count) is int and count in sizes and not re.search(_LIMIT, name):
+                    inside[name] = 0
+    for held in found:
+        held.clear()
+    return found
+
+
+_LIMIT = "cap|max|size|limit"
+"""In the names of numbers that bound a memory: a full one has as many entries."""
+
+
 @contextmanager
 def forgetful(model: nn.Module) -> Iterator[None]:
     """The model without memories while the block runs.
@@ -50,14 +70,11 @@ def forgetful(model: nn.Module) -> Iterator[None]:
     other weights, or in another dtype. Anything else is a table, and has its entries back.
     """
     before = [(held, dict(held)) for held in memories(model)]
-    for held, _ in before:
-        held.clear()
+    _emptied(model)
     try:
         yield
     finally:
-        filled = memories(model)
-        for held in filled:
-            held.clear()
+        filled = _emptied(model)
         for held, entries in before:
             if not any(held is one for one in filled):
                 held.update(entries)
