@@ -64,7 +64,10 @@ def recipe(tmp_path: Path) -> str:
 STREAM = ["data.streaming=true", "data.test_items=4", "data.shuffle_buffer=5"]
 
 
-@pytest.mark.parametrize("more", [[], STREAM], ids=["table", "stream"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], id="table", marks=pytest.mark.slow), pytest.param(STREAM, id="stream")],
+)
 def test_a_run_on_a_dataset_is_the_same_with_workers(
     recipe: str, tmp_path: Path, more: list[str]
 ) -> None:

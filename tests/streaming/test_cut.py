@@ -184,7 +184,7 @@ def test_files_of_tokenizer_and_processor_come_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["by passes", "by weights"])
-@pytest.mark.parametrize("family", ["clip", "llava", "vilt"])
+@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow), "vilt"])
 def test_a_wrong_slice_anywhere_is_refused(
     family: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

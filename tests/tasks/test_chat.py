@@ -277,7 +277,7 @@ def test_a_processor_without_its_part_for_videos_is_saved_whole(tmp_path: Path) 
 
 # -- the task --------------------------------------------------------------------------------------
 
-SECOND = ("idefics3", "gemma3", "internvl")
+SECOND = ("idefics3", "gemma3", "internvl", "qwen2_vl")
 """Families whose whole recipe waits for `make slow`: they differ in the tokens that are learnt."""
 SHORT = Training(steps=2, batch_size=4, learning_rate=1e-3)
 FEW = DataSpec(train_items=8, test_items=2)
@@ -311,7 +311,7 @@ def test_a_recipe_for_each_family(name: str, tmp_path: Path) -> None:
     assert sum(p.numel() for p in again.parameters()) == report["params"]["after"]
 
 
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_recover_the_small_model(merge: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     sizes = ModelSpec(width=32, heads=2, vision_layers=1, text_layers=1, image_size=32)

@@ -372,7 +372,7 @@ def test_results_are_what_the_servers_take(tmp_path: Path) -> None:
     assert row["prediction"] in classes.classes
 
 
-@pytest.mark.parametrize("family", ["blip_nlvr", "segmenter"])
+@pytest.mark.parametrize("family", [pytest.param("blip_nlvr", marks=pytest.mark.slow), "segmenter"])
 def test_auto_classes_know_our_models(family: str, tmp_path: Path, python: Any) -> None:
     import vlprune
     from vlprune.testing import build

@@ -133,10 +133,10 @@ TESTING = [*dict.fromkeys(row.family for row in NATIVE.values())]
 
 
 def waits(variant: str) -> bool:
-    """Whether all of a variant waits for `make slow`: every second row of the tables does."""
+    """Whether all of a variant waits for `make slow`: two of three rows of the tables do."""
     row = isinstance(VARIANTS[variant], partial)
     place = TESTING.index(variant) if variant in TESTING else 1
-    return variant in (*LIKE_ANOTHER, *DEAR) or (row and place % 2 == 1)
+    return variant in (*LIKE_ANOTHER, *DEAR) or (row and place % 3 > 0)
 
 
 def variants() -> Iterator[Any]:
@@ -144,7 +144,7 @@ def variants() -> Iterator[Any]:
     for number, variant in enumerate(VARIANTS):
         row = isinstance(VARIANTS[variant], partial)
         place = TESTING.index(variant) if variant in TESTING else 1
-        own = ("head_dim", "head")[place // 2 % 2] if row else UNITS[number % len(UNITS)]
+        own = ("head_dim", "head")[place // 3 % 2] if row else UNITS[number % len(UNITS)]
         for unit in (*UNITS, "query_head"):
             quick = unit == own and not waits(variant)
             mark = pytest.mark.whole if quick else pytest.mark.slow

@@ -250,7 +250,7 @@ def test_every_input_of_a_run_is_moved_to_the_model(
     scan_folder(out / "dense", recipe)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_model_of_a_run_is_placed_once_made(
     stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

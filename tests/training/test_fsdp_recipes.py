@@ -53,6 +53,7 @@ def same(mine: Path, theirs: Path, apart: float) -> None:
             torch.testing.assert_close(own[name], tensor, rtol=0, atol=apart)
 
 
+@pytest.mark.slow
 def test_a_recipe_finds_what_it_finds_without_fsdp(python: Any, tmp_path: Path) -> None:
     out = run(python, FSDP, tmp_path / "fsdp")
     alone = run(python, {}, tmp_path / "ddp")

@@ -231,7 +231,13 @@ def test_a_search_that_was_complete_is_resumed_for_the_cut(tmp_path: Path) -> No
     assert trainer.evaluate()["eval_loss"] == pytest.approx(masked, abs=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [Trainee, lambda model: model], ids=["trainee", "callback"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(Trainee, id="trainee", marks=pytest.mark.slow),
+        pytest.param(lambda model: model, id="callback"),
+    ],
+)
 def test_retraining_is_resumed_with_its_weights(
     wrap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

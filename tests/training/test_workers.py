@@ -133,7 +133,7 @@ end()
 )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_processes_share_the_batches_of_a_stream(tmp_path: Path, python: Any, workers: int) -> None:
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n{SCRIPT}"
     found = launch(python, tmp_path, code.replace("WORKERS", str(workers)))
