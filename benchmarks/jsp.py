@@ -218,9 +218,10 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
         order = list(range(len(task.train)))
         random.Random(seed).shuffle(order)
         aside, rest = order[: len(order) // 20], sorted(order[len(order) // 20 :])
+        look = min(what.batch, max(16, what.batch // 4))  # as in a recipe
         held_out = [
-            task.collate([task.train[i] for i in aside[start : start + what.batch]])
-            for start in range(0, min(len(aside), 16 * what.batch), what.batch)
+            task.collate([task.train[i] for i in aside[start : start + look]])
+            for start in range(0, len(aside), look)
         ]
         search = JSP(families=SEARCHES[method], mismatch=what.mismatch, seed=seed)
         compressor = Compressor(model, search, {"params": share}, held_out=held_out)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from small_runs import DEMO, TINY
+from vlprune.commands.pipeline.make import make_task, split
 from vlprune.errors import BudgetError, RecipeError
 from vlprune.recipe.spec import load_recipe
 
@@ -105,3 +107,14 @@ def test_malformed_overrides_are_refused(tmp_path: Path, override: str) -> None:
 def test_a_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_look_takes_a_quarter_of_a_batch(tmp_path: Path) -> None:
+    """... of 16 items at least, where a batch has them."""
+    sizes = {4: 4, 16: 16, 32: 16, 80: 20}
+    recipes = [load_recipe(DEMO, [*TINY, f"search.batch_size={size}"]) for size in sizes]
+    task = make_task(load_recipe(DEMO, [*TINY, "data.train_items=200"]), tmp_path)
+    for recipe, looked in zip(recipes, sizes.values(), strict=True):
+        kept, held_out = split(task, recipe)
+        assert len(kept) + len(held_out.items) == len(task.train)
+        assert len(held_out[0]["pixel_values"]) == held_out.batch_size == looked

@@ -32,6 +32,12 @@ __all__ = [
 
 HELD_OUT = 0.05
 """The fraction of the training items that a search learns from and does not train on."""
+LOOK = 16
+"""Items in a held-out batch: a quarter of a training batch, but no fewer than these, or all of it.
+
+Such a batch costs as much as its share of a training step, and a short search looks at one every
+few steps.
+"""
 
 
 def make_task(recipe: Recipe, folder: Path) -> Task:
@@ -111,7 +117,8 @@ def split(task: Task, recipe: Recipe) -> tuple[Sequence[Any], HeldOut]:
     aside = sorted(order[:count])
     rest = sorted(order[count:])
     items = Part(task.train, aside)
-    size = min(recipe.search.batch_size, len(items))
+    trained = recipe.search.batch_size
+    size = min(trained, len(items), max(LOOK, trained // 4))
     return Part(task.train, rest), HeldOut(task, items, size)
 
 
