@@ -20,10 +20,12 @@ from vlprune.cutting import rewrite as cutting
 from vlprune.cutting.difference import difference, tensors_of
 from vlprune.cutting.gates import has_gates
 from vlprune.cutting.sharing import ties
+from vlprune.cutting.widened import widened
 from vlprune.errors import IncomparableError, PlanError, VerificationError
 from vlprune.structures import record
 from vlprune.structures.plan import Plan
 from vlprune.testing import build
+from vlprune.testing.conformance import make_plan
 
 NAN, INF = float("nan"), float("inf")
 
@@ -286,6 +288,55 @@ def test_nested_labels(family: str) -> None:
     assert proof.dtype == "float64"  # DETR's loss holds float32 numbers: it is proved without
     assert proof.difference < 1e-9
     assert labels[0]["boxes"].dtype == torch.float32
+
+
+class Rounding(nn.Module):
+    """Computes a product in float32 by itself, and with a tensor of torch's default dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.own.weight.to(torch.float32)
+        turned = (x.float() @ weight.T).softmax(-1, dtype=torch.float32)
+        return turned.type_as(x) @ torch.eye(64)
+
+
+def test_a_forward_that_asks_for_float32_computes_in_float64() -> None:
+    torch.manual_seed(0)
+    module, x = Rounding().double(), torch.randn(4, 64, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="dtype"):
+        module(x)
+    with widened():
+        found = module(x)
+        assert torch.get_default_dtype() == torch.float64
+    assert found.dtype == torch.float64
+    exact = (x @ module.own.weight.T).softmax(-1)
+    assert float((found - exact).abs().max()) < 1e-15
+    assert torch.get_default_dtype() == torch.float32
+    assert module.own.weight.to(torch.float32).dtype == torch.float32
+    with pytest.raises(KeyError), widened():
+        raise KeyError
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama4", "dab_detr"])
+def test_what_a_forward_rounds_by_itself_is_no_difference(family: str) -> None:
+    sample = build(family)
+    description = vlprune.discover(sample.model, "head")
+    plan = make_plan(description, lambda size: max(1, size // 2))
+    small = vlprune.rewrite(sample.model, description, plan, verify=sample.inputs)
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    again = build(family)
+    compressor = vlprune.Compressor(
+        again.model, vlprune.Magnitude(), {"params": 0.9}, example_inputs=again.inputs
+    )
+    compressor.finish()
+    proof = compressor.verification
+    assert proof is not None
+    assert proof.dtype == "float64"
+    assert proof.difference < 1e-12
 
 
 def test_a_look_at_generate_before_training_is_no_probe() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..structures.shards import is_part, shape_of, whole
+from .widened import as_asked
 
 __all__ = ["Pieces", "Weights", "held_weights", "layerwise"]
 
@@ -128,7 +129,8 @@ def _fill(modules: dict[str, nn.Module], dtype: torch.dtype, weights: Weights, *
     """Give modules {path: module} their weights."""
     for path, module in modules.items():
         for leaf, parameter in list(_floating(module)):
-            weight = weights(f"{path}.{leaf}".lstrip(".")).to(dtype)
+            with as_asked():
+                weight = weights(f"{path}.{leaf}".lstrip(".")).to(dtype)
             module._parameters[leaf] = nn.Parameter(weight, parameter.requires_grad)
 
 

@@ -26,6 +26,7 @@ from .masked import MaskedWeights, untied, used_in
 from .memories import forgetful, memories
 from .settle import Cut
 from .sharing.ties import WholeWeights
+from .widened import widened
 from .zero import is_split
 
 __all__ = [
@@ -77,7 +78,8 @@ class Setting:
     """How a pass of the proof runs.
 
     On which inputs and in which dtype, with which attention kernel ("" for the model's own), what
-    of the model holds its weights at a time, and whether it ``forgets`` earlier passes first.
+    of the model holds its weights at a time, whether it ``forgets`` earlier passes first, and
+    whether what the forward computes in float32 by itself is ``wide``, too.
     """
 
     inputs: Mapping[str, Any]
@@ -85,6 +87,7 @@ class Setting:
     kernel: str
     pieces: Pieces
     forgets: bool = True
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,10 @@ def run_masked(
 ) -> Masked:
     """The masked model's outputs, and how they were computed.
 
-    The first attempt uses the wide dtype and the model's own kernels. If it fails, the proof is
-    tried without labels (a loss may hold numbers of another dtype), then with other kernels that
-    may support the wide dtype (flash attention does not), then in float32, and last in the model's
-    own dtype.
+    The first attempt uses the wide dtype, for all that the forward computes, and the model's own
+    kernels. If it fails, the proof is tried with a forward that rounds where it asks for float32,
+    without labels (a loss may hold numbers of another dtype), with other kernels that may support
+    the wide dtype (flash attention does not), in float32, and last in the model's own dtype.
     ``stored`` gives the weights of a model that has none in memory; ``part`` is the path of a
     sub-model that runs alone.
 
@@ -132,10 +135,12 @@ def run_masked(
     (first, *others) = [(inputs, *setting) for setting in _settings(model)]
     labelled = [(unlabelled, *first[1:])] if "labels" in inputs else []
     for one in (Setting(*values) for values in (first, *labelled, *others)):
-        for pieces, forgets in product(_pieces(model), (True, False)):
+        for wide, pieces, forgets in product((True, False), _pieces(model), (True, False)):
             if not (forgets or memories(model)):  # the same again
                 continue
-            setting = replace(one, pieces=pieces, forgets=forgets)
+            if wide and (one.dtype != torch.float64 or by_fsdp(model)):
+                continue
+            setting = replace(one, pieces=pieces, forgets=forgets, wide=wide)
             try:
                 structures = cut.description.structures
                 with (
@@ -232,7 +237,9 @@ def _pass(model: nn.Module, setting: Setting, part: str, weights: Weights) -> li
             entered.enter_context(in_dtype(model, setting.dtype))
         else:
             entered.enter_context(layerwise(model, setting.dtype, weights, setting.pieces))
-        return _run(model.get_submodule(part), setting.inputs, setting.dtype, setting.forgets)
+        return _run(
+            model.get_submodule(part), setting.inputs, setting.dtype, setting.forgets, setting.wide
+        )
 
 
 def _settings(model: Any) -> Iterator[tuple[torch.dtype, str, Pieces]]:
@@ -310,13 +317,20 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _run(
-    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype, forgets: bool = True
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    dtype: torch.dtype,
+    forgets: bool = True,
+    wide: bool = False,
 ) -> list[Tensor]:
     """Every floating tensor of one forward pass, and the logits that its output leaves out."""
     given = run_inputs(model, inputs, device_of(model), dtype)
     with same_random_numbers(model), head_outputs(model) as logits:
         torch.manual_seed(0)
-        with forgetful(model) if forgets else nullcontext():
+        with (
+            forgetful(model) if forgets else nullcontext(),
+            widened() if wide else nullcontext(),
+        ):
             found = tensors_of(model(**given))
     named = {tensor.shape for tensor in found}
     return [*found, *(tensor for tensor in logits if tensor.shape not in named)]
