@@ -60,12 +60,30 @@ def kosmos2(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_does_not_run_in_float64_is_proved_in_float32(dtype: torch.dtype) -> None:
+def test_a_model_that_makes_float32_tensors_is_proved_in_float64(dtype: torch.dtype) -> None:
     """Its masks hold float32's smallest number. Norms behind its values leave attention dense."""
     model, inputs = kosmos2(dtype)
     description = vlprune.discover(model)
     reasons = {r for name, r in description.dense.items() if ".self_attn." in name}
     assert "inner_attn_ln (LayerNorm) sits between its values and its output projection" in reasons
+    compressor = vlprune.Compressor(
+        model, vlprune.Magnitude(), {"params": 0.8}, example_inputs=inputs
+    )
+    compressor.finish()
+    assert compressor.verification.dtype == "float64"
+
+
+def test_a_model_that_does_not_run_in_float64_is_proved_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """... which is the last resort: also with float64 in place of the float32 it asks for."""
+    model, inputs = kosmos2(torch.float32)
+
+    def fails(module: nn.Module, args: Any) -> None:
+        if any(p.dtype == torch.float64 for p in module.parameters()):
+            raise RuntimeError("no kernel for double")
+
+    next(m for m in model.modules() if isinstance(m, nn.LayerNorm)).register_forward_pre_hook(fails)
     compressor = vlprune.Compressor(
         model, vlprune.Magnitude(), {"params": 0.8}, example_inputs=inputs
     )

@@ -57,11 +57,15 @@ def build(name: str, seed: int = 0) -> Sample:
     torch.manual_seed(seed)
     sample = (FAMILIES.get(name) or VARIANTS[name])()
     sample.model.eval()
+    gains = torch.Generator().manual_seed(seed)
     for parameter in sample.model.parameters():
-        # Stock initialisation is so small that attention hardly moves the output, and its
-        # zero biases would hide a forgotten bias: make everything count.
+        # Stock initialisation is so small that attention hardly moves the output, its zero biases
+        # would hide a forgotten bias, and its equal gains those of another unit: make everything
+        # count.
         if bool((parameter == 0).all()):
             nn.init.normal_(parameter, std=0.2)
+        elif parameter.dim() == 1 and len(parameter) > 1 and bool((parameter == 1).all()):
+            nn.init.uniform_(parameter, 0.5, 1.5, gains)
         elif parameter.dim() == 2 and float(parameter.detach().std(correction=0)) < 0.1:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return sample
