@@ -117,8 +117,8 @@ def refuse_other_engine(checkpoint: Path) -> None:
             f"by {one.NAME}" if one else "without an engine" for one in (wrote, engine)
         )
         raise CheckpointError(
-            f"the training of {plain(checkpoint)} began {began} and is to go on {goes_on}: start "
-            "it as it was begun, or remove that folder's parent to begin this training again"
+            f"the training in {plain(checkpoint.parent)} began {began} and is to go on {goes_on}: "
+            "start it as it was begun, or remove that folder to begin it again"
         )
 
 
