@@ -2,11 +2,12 @@
 
     python benchmarks/upop.py vqa-scenes retrieval-scenes easy-vqa digits -o upop-runs
 
-For every experiment a dense model is trained once (seed 0). Every method then starts from it
+For every experiment and seed a dense model is trained once. Every method then starts from it
 and takes search + retrain optimizer steps in all, whatever it does with them: Random and
 Magnitude cut at once and retrain all the while; Taylor watches the search steps, cuts, and
 retrains the rest; UPop searches progressively and retrains the rest. ``dense`` goes on training
-for as many steps without being cut. Seeds change the order of the data and Random's choice.
+for as many steps without being cut. Seeds change the first weights of the dense model, the order
+of the data and Random's choice: what survives a cut depends most on which dense model it is.
 Results are added to OUT/results.jsonl as they come, so a run that is stopped goes on; the
 table is printed at the end. ``easy-vqa`` and ``nlvr1`` are looked for in $VLPRUNE_DATA.
 """
@@ -112,7 +113,7 @@ def scikit_digits(root: Path) -> Recipe:
 
 
 EXPERIMENTS: dict[str, tuple[Any, Any]] = {
-    "vqa-scenes": (vqa_scenes, lambda recipe: Experiment(recipe, rate=5e-4, decay="cosine")),
+    "vqa-scenes": (vqa_scenes, Experiment),
     "retrieval-scenes": (retrieval_scenes, Experiment),
     "easy-vqa": (easy_vqa, Experiment),
     "nlvr1": (nlvr1, Experiment),
@@ -228,9 +229,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["experiment"] for row in rows):
         mine = [row for row in rows if row["experiment"] == name]
         dense = [row["metric"] for row in mine if row["method"] == "dense"]
-        start = next((row["start"] for row in mine if "start" in row), float("nan"))
+        start = {row["seed"]: row["start"] for row in mine if "start" in row}
         lines += [
-            f"\n{name}: dense {100 * start:.1f} %, after as many further steps {_spread(dense)}\n",
+            f"\n{name}: dense {_spread(list(start.values()))} %, after as many further steps "
+            f"{_spread(dense)}\n",
             "| stays | method | right after the cut | retrained | seeds |",
             "|---|---|---|---|---|",
         ]
@@ -273,14 +275,14 @@ def main() -> None:
         if options.steps:
             half = options.steps // 2
             what = replace(what, search=half, retrain=options.steps - half)
-        folder = options.out / f"dense-{make.__name__}"
-        if not (folder / "report.json").exists():
-            compress(what.recipe, folder)
-        dense = folder / "dense"
-        start = evaluate_folder(dense, what.recipe)
         metric = TASKS[what.recipe.task].metric
-        for ratio in options.ratios:
-            for seed in options.seeds:
+        for seed in options.seeds:
+            folder = options.out / f"dense-{make.__name__}-{seed}"
+            if not (folder / "report.json").exists():
+                compress(replace(what.recipe, seed=seed), folder)
+            dense = folder / "dense"
+            start = evaluate_folder(dense, what.recipe)
+            for ratio in options.ratios:
                 for method in FEW if ratio in options.few else options.methods:
                     told = f"{name}, {options.steps} steps" if options.steps else name
                     key = {"experiment": told, "method": method, "ratio": ratio, "seed": seed}
