@@ -27,6 +27,7 @@ from vlprune.recipe.checks import Checked, Text
 from vlprune.recipe.machine import LOGGERS, need_logger
 from vlprune.recipe.options import METHOD_OPTIONS, TASK_OPTIONS, TeacherOptions
 from vlprune.recipe.spec import (
+    AugmentSpec,
     CalibrationSpec,
     DataSpec,
     LoraSpec,
@@ -58,6 +59,8 @@ def places() -> Iterator[tuple[str, ...]]:
             yield (one.name, leaf.name)
     yield from [("budget", "params"), ("budget", "latency"), ("teacher", "logits")]
     yield from [("retrain", "lora", one.name) for one in dataclasses.fields(LoraSpec)]
+    yield from [("data", "augment", one.name) for one in dataclasses.fields(AugmentSpec)]
+    yield from [("train", "drop_path", "a*"), ("train", "dropout", "a*")]
     yield from [("train", "rates", "a*"), ("data", "train", "images"), ("method", "name")]
 
 
@@ -249,7 +252,7 @@ def ranges() -> Iterator[str]:
     """The table of docs/recipes.md: what every leaf and option may be."""
     parts: dict[str, Any] = {"": Recipe, "model.": ModelSpec, "data.": DataSpec, "*.": Training}
     parts |= {"teacher.": TeacherOptions, "calibration.": CalibrationSpec}
-    parts |= {"retrain.lora.": LoraSpec}
+    parts |= {"retrain.lora.": LoraSpec, "data.augment.": AugmentSpec}
     parts |= {f"{name}: ": cls for name, cls in [*METHOD_OPTIONS.items(), *TASK_OPTIONS.items()]}
     rows: dict[str, list[str]] = {}
     for part, cls in parts.items():

@@ -30,7 +30,7 @@ from vlprune.folders.exported.write import export
 from vlprune.measuring import bench
 from vlprune.measuring.inputs import made_up_inputs
 from vlprune.recipe.spec import Training, load_recipe
-from vlprune.tasks.base import PixelCache
+from vlprune.tasks.pixels import PixelCache
 from vlprune.tasks.vqa import VqaTask
 from vlprune.testing import build
 from vlprune.training.fit import fit

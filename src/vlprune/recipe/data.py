@@ -10,7 +10,7 @@ from ..errors import did_you_mean
 from .checks import KEY, Checked, Flag, Number, OneOf, Text, Whole, checked
 from .options import TASK_OPTIONS
 
-__all__ = ["DataSpec", "data_mistakes"]
+__all__ = ["AugmentSpec", "DataSpec", "data_mistakes"]
 
 MANY = 10**9
 SCENES = 10**6
@@ -20,6 +20,33 @@ TABLE = "dataset"
 """The format of Hugging Face datasets, whose columns a recipe may name."""
 
 Place = tuple[str, ...]
+
+
+POLICIES = ("blip", "timm")
+
+
+@checked
+class AugmentSpec(Checked):
+    """Random changes of the pictures of a training batch; by default there are none.
+
+    ``crop`` is the least fraction of the area that a random crop keeps, whose sides are to each
+    other as 3 to 4, or less far apart; it is scaled to the size that the model reads (0: no crop).
+    ``mirror`` mirrors half of the pictures. RandAugment (Cubuk et al., NeurIPS 2020) follows:
+    ``operations`` times an operation from the list of ``policy``, each left out half of the time,
+    with a strength drawn around ``magnitude`` with the standard deviation ``deviation``.
+    """
+
+    crop: Annotated[float, Number(0, 1)] = 0.0
+    mirror: Annotated[bool, Flag()] = False
+    operations: Annotated[int, Whole(0, 16)] = 0
+    magnitude: Annotated[float, Number(0, 10)] = 5.0
+    deviation: Annotated[float, Number(0, 10)] = 0.0
+    policy: Annotated[str, OneOf(*POLICIES)] = "blip"
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is changed."""
+        return bool(self.crop or self.mirror or self.operations)
 
 
 @checked
@@ -36,6 +63,7 @@ class DataSpec(Checked):
     the columns that hold them, where the two differ. With ``streaming`` the training split is read
     from its beginning while it is trained on, shuffled among ``shuffle_buffer`` rows at a time (0:
     in its own order). ``pixel_cache`` is how many GiB of prepared pictures each process keeps.
+    ``augment`` changes the pictures of training batches at random.
     """
 
     format: Annotated[str, Text(1)] = "shapes"
@@ -49,6 +77,7 @@ class DataSpec(Checked):
     streaming: Annotated[bool, Flag()] = False
     shuffle_buffer: Annotated[int, Whole(0, 10**6)] = 1000
     pixel_cache: Annotated[float, Number(0, GIB)] = 2.0
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
 
     def conflicts(self) -> Iterable[tuple[Place, str]]:
         """Scenes are generated, so their number is bounded by the disk; only tables stream."""
@@ -65,8 +94,15 @@ class DataSpec(Checked):
 
 
 def data_mistakes(task: str, data: DataSpec) -> Iterator[tuple[Place, str]]:
-    """The mistakes: a format that the task does not read, and unknown or missing keys."""
+    """The mistakes: a format that the task does not read, and unknown or missing keys.
+
+    Pictures with boxes, masks or a chat about them are not augmented: a crop or a mirror image
+    would have to change these, too.
+    """
     takes = TASK_OPTIONS[task]
+    if data.augment.on and not takes.augments:
+        able = ", ".join(name for name, one in sorted(TASK_OPTIONS.items()) if one.augments)
+        yield ("augment",), f"{KEY} is only for {able}"
     known = OneOf("shapes", *sorted(takes.formats))
     for name, value in (("format", data.format), ("like", data.like)):
         if value not in known.words and (value or name == "format"):

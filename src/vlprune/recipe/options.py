@@ -188,7 +188,7 @@ class TaskOptions(Checked):
     by one. ``columns`` are the names by which the task reads the rows of a dataset
     (:mod:`vlprune.recipe.columns`). A new model of a task that ``counts_words`` takes its
     vocabulary from the training texts; ``stream_needs`` are options that replace a look at all
-    training items.
+    training items. A task that ``augments`` may train on pictures changed by ``data.augment``.
     """
 
     formats: ClassVar[Formats] = {}
@@ -197,6 +197,7 @@ class TaskOptions(Checked):
     columns: ClassVar[Columns] = {}
     counts_words: ClassVar[bool] = True
     stream_needs: ClassVar[tuple[str, ...]] = ()
+    augments: ClassVar[bool] = False
 
 
 CAPTIONS: Formats = {
@@ -216,6 +217,8 @@ class ReasoningOptions(TaskOptions):
         **DATASET,
     }
     columns: ClassVar[Columns] = STATEMENTS
+    augments: ClassVar[bool] = True
+    swap: Annotated[bool, Flag()] = False
 
 
 @checked
@@ -224,6 +227,7 @@ class CaptioningOptions(TaskOptions):
 
     formats: ClassVar[Formats] = CAPTIONS
     columns: ClassVar[Columns] = CAPTIONED
+    augments: ClassVar[bool] = True
     prompt: Annotated[str, Text(0, 60)] = "a picture of"
     beams: Annotated[int, Whole(1, 64)] = 3
 
@@ -243,6 +247,7 @@ class VqaOptions(TaskOptions):
     }
     columns: ClassVar[Columns] = QUESTIONS
     stream_needs: ClassVar[tuple[str, ...]] = ("answers",)
+    augments: ClassVar[bool] = True
     answers: Annotated[str, Text()] = ""
 
 
@@ -252,6 +257,7 @@ class ContrastOptions(TaskOptions):
 
     formats: ClassVar[Formats] = CAPTIONS
     columns: ClassVar[Columns] = CAPTIONED
+    augments: ClassVar[bool] = True
     queue: Annotated[int, Whole(0, MANY)] = 0
     momentum: Annotated[float, Number(0, 1)] = 0.995
     alpha: Annotated[float, Number(0, 1)] = 0.4
@@ -278,6 +284,7 @@ class ZeroShotOptions(TaskOptions):
 
     formats: ClassVar[Formats] = {"image-folder": ("folder",), **DATASET}
     columns: ClassVar[Columns] = LABELLED
+    augments: ClassVar[bool] = True
     model: Annotated[str, OneOf(*DUAL_ENCODERS)] = "clip"
     templates: Annotated[Sequence[str], Texts()] = ("a photo of a {}.",)
     names: Mapping[Annotated[str, Text(1)], Annotated[str, Text(1)]] = field(default_factory=dict)
@@ -307,6 +314,7 @@ class ClassificationOptions(TaskOptions):
     formats: ClassVar[Formats] = {"image-folder": ("folder",), **DATASET}
     columns: ClassVar[Columns] = LABELLED
     counts_words: ClassVar[bool] = False
+    augments: ClassVar[bool] = True
     mixup: Annotated[float, Number(0, 1000)] = 0.8
     smoothing: Annotated[float, Number(0, 1, below=True)] = 0.1
     flip: Annotated[bool, Flag()] = True

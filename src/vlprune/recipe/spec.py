@@ -38,7 +38,7 @@ from .checks import (
     refusal,
     refuse,
 )
-from .data import DataSpec, data_mistakes
+from .data import AugmentSpec, DataSpec, data_mistakes
 from .machine import THREADS, Device, Logger
 from .options import (
     JSP_FAMILIES,
@@ -51,6 +51,7 @@ from .options import (
 from .reading import override, read
 
 __all__ = [
+    "AugmentSpec",
     "CalibrationSpec",
     "DataSpec",
     "LoraSpec",
@@ -141,6 +142,9 @@ class Training(Checked):
     ``clip`` (0: not at all). ``optimizer`` is ``adamw``, or ``sgd`` with Nesterov's momentum of
     0.9. With ``ema`` the phase ends with an exponential moving average of its weights, which after
     every step is ``ema`` of itself and the rest of the weights (0: with the last weights).
+
+    ``drop_path`` and ``dropout`` are rates by patterns of module names, as in
+    ``{"vision_model.*": 0.1}``, for this training alone (:mod:`vlprune.training.regularise`).
     """
 
     steps: Annotated[int, Whole(0, MANY)] = 0
@@ -155,6 +159,12 @@ class Training(Checked):
     )
     clip: Annotated[float, Number(0, 10**6)] = 1.0
     ema: Annotated[float, Number(0, 1, below=True)] = 0.0
+    drop_path: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1, below=True)]] = field(
+        default_factory=dict
+    )
+    dropout: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1, below=True)]] = field(
+        default_factory=dict
+    )
     warmup: Annotated[float, Number(0, 1)] = 0.1
     decay: Annotated[str, OneOf(*DECAYS)] = "cosine"
     bf16: Annotated[bool, Flag()] = False
@@ -171,6 +181,8 @@ class Training(Checked):
             yield ("fp16",), f"{KEY} and bf16 must not both be true: leave one of them out"
         if self.ema and self.lora.rank:
             yield ("ema",), f"{KEY} must be 0 with lora, which leaves the weights as they are"
+        if self.drop_path and self.lora.rank:
+            yield ("drop_path",), f"{KEY} must be empty with lora, which wraps the projections"
 
     @property
     def on(self) -> bool:
@@ -363,6 +375,7 @@ class Recipe(Checked):
                 like=self.data.like if form == "shapes" else form,
                 train_items=96,
                 test_items=32,
+                augment=self.data.augment,
             ),
             train=short(self.train, True),
             calibration=CalibrationSpec(

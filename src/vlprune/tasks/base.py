@@ -12,29 +12,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from ..data.augment import augmented
 from ..data.datasets.rows import Row
 from ..data.datasets.sources import Asked, class_names, open_rows, open_stream
 from ..data.datasets.streams import Stream
 from ..data.datasets.tables import Rows
-from ..data.files import Left, listed, open_image
+from ..data.files import Left, listed
 from ..data.layouts import GENERATED, STANDARD, splits
 from ..data.shapes.write import write_shapes
-from ..data.stored import Picture, StoredPicture
 from ..errors import DataError, RecipeError, did_you_mean
 from ..files import plain
 from ..folders.opening import from_folder, model_class, open_config, open_processor
 from ..recipe.options import TaskOptions
 from ..recipe.spec import DataSpec, ModelSpec
+from .pixels import PixelCache
 
-__all__ = ["PixelCache", "Task"]
+__all__ = ["Task"]
 
 Advance = Callable[[int], None]
-Names = tuple[str, ...]
-PIXELS = ("pixel_values",)
 
 
 class Task(ABC):
@@ -72,6 +69,11 @@ class Task(ABC):
             getattr(self.processor, "image_processor", self.processor),
             round(data.pixel_cache * 1024**3),
         )
+        self.augment = data.augment
+        if self.augment.crop and self.pixels.size is None:
+            raise RecipeError(
+                "data.augment.crop must be 0 for this model, which reads pictures of any size"
+            )
 
     def _load_data(self, data: DataSpec, folder: Path) -> None:
         """Fill ``train`` and ``test``; generated data go to ``data.folder``, else to ``folder``."""
@@ -221,6 +223,18 @@ class Task(ABC):
         stopped and resumed sees the same batches; without ``rng`` nothing is random.
         """
 
+    def training_batch(self, items: list[Any], rng: random.Random) -> dict[str, Any]:
+        """As :meth:`collate`, of items that are changed at random as the recipe says.
+
+        Only what a model trains on is changed: no test item, and none that a search or a
+        calibration looks at.
+        """
+        return self.collate([self.changed(item, rng) for item in items], rng)
+
+    def changed(self, item: Any, rng: random.Random) -> Any:
+        """The training item, its pictures changed as ``data.augment`` says."""
+        return augmented(item, self.augment, rng) if self.augment.on else item
+
     @abstractmethod
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
         """Metrics on ``test``, as fractions; ``advance`` gets the number of items of each step."""
@@ -307,44 +321,3 @@ def check_images(split: str, paths: Sequence[Path]) -> None:
             f"{len(missing):,} of the {count:,} images of data.{split} are missing, as "
             f"{plain(missing[0])}: give the right folder, restore them, or remove their entries"
         )
-
-
-class PixelCache:
-    """Inputs made of images; keeps those of as many images as fit in ``limit`` bytes.
-
-    Each process has its own, and so has each worker of a loader.
-    """
-
-    def __init__(self, image_processor: Any, limit: int = 2 * 1024**3) -> None:
-        self.image_processor = image_processor
-        self.limit = self.room = limit
-        self.kept: dict[tuple[Picture, Names, tuple[int, int] | None], dict[str, Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "kept": {}, "room": self.limit}
-
-    def __call__(self, pictures: Sequence[Picture], size: tuple[int, int] | None = None) -> Tensor:
-        """(images, channels, height, width), float32; ``size`` as in :func:`open_image`."""
-        return self.inputs(pictures, PIXELS, size)["pixel_values"]
-
-    def inputs(
-        self, pictures: Sequence[Picture], names: Names, size: tuple[int, int] | None = None
-    ) -> dict[str, Tensor]:
-        """What the image processor makes under these names, for all images: (images, ...) each."""
-        found = [self._one(picture, names, size) for picture in pictures]
-        return {name: torch.stack([one[name] for one in found]) for name in names}
-
-    def _one(
-        self, picture: Picture, names: Names, asked: tuple[int, int] | None
-    ) -> dict[str, Tensor]:
-        found = self.kept.get((picture, names, asked))
-        if found is None:
-            image: Image.Image = open_image(picture, asked)
-            made = self.image_processor(image, return_tensors="pt")
-            found = {name: made[name][0] for name in names}
-            size = sum(one.numel() * one.element_size() for one in found.values())
-            seen_again = not isinstance(picture, StoredPicture) or picture.lasting
-            if seen_again and size <= self.room:
-                self.room -= size
-                self.kept[picture, names, asked] = found
-        return found

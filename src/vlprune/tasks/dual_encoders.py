@@ -14,9 +14,10 @@ from ..data.stored import Picture
 from ..device import moved_to
 from ..errors import UnsupportedError
 from ..files import plain
-from .base import PIXELS, Names, Task
+from .base import Task
 from .contrast import ClipFeatures
 from .new_models import clip_config, clip_processor, siglip_config, siglip_processor
+from .pixels import PIXELS, Names
 
 __all__ = ["DualEncoderTask"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,14 +21,19 @@ from ..recipe.options import ReasoningOptions, TaskOptions
 from .base import Advance, Task
 from .new_models import blip_config, blip_processor
 
-__all__ = ["ReasoningTask"]
+__all__ = ["ReasoningTask", "swapped"]
+
+SIDE = re.compile(r'(?<![^\s.!"()*#:;~])(left|right)(?![^\s.!"()*#:;~])', re.IGNORECASE)
+"""The words that BLIP's authors change over: between blanks, or the marks that they remove."""
 
 
 class ReasoningTask(Task):
     """NLVR2 with a :class:`vlprune.models.BlipForVisualReasoning`; the metric is ``accuracy``.
 
     ``model.path`` may also name a BLIP of transformers, whose weights then start this model, with
-    both cross-attentions alike. The text begins with the tokenizer's own first token.
+    both cross-attentions alike. The text begins with the tokenizer's own first token. The option
+    ``swap`` trains on half of the statements with their images, and their words left and right,
+    changed over.
     """
 
     name: ClassVar[str] = "reasoning"
@@ -63,6 +70,11 @@ class ReasoningTask(Task):
             return self.model_type().from_blip(from_folder(BlipForImageTextRetrieval, path))
         return super().load(path)
 
+    def changed(self, item: Statement, rng: random.Random) -> Statement:
+        """The statement with changed pictures and, half of the time, told from the other side."""
+        item = super().changed(item, rng)
+        return swapped(item) if self.options["swap"] and rng.random() < 0.5 else item
+
     def collate(
         self, items: list[Statement], rng: random.Random | None = None
     ) -> dict[str, Tensor]:
@@ -96,3 +108,15 @@ class ReasoningTask(Task):
     def _answers(self, model: Any, items: list[Statement]) -> list[bool]:
         batch = {k: v for k, v in self.collate(items).items() if k != "labels"}
         return [bool(a) for a in model(**moved_to(model, batch)).logits.argmax(1).tolist()]
+
+
+def swapped(statement: Statement) -> Statement:
+    """The statement about the same pictures in the other order; it is as true as before."""
+
+    def other(match: re.Match[str]) -> str:
+        word = "right" if match[0].lower() == "left" else "left"
+        return word.capitalize() if match[0][0].isupper() else word
+
+    first, second = statement.images
+    text = SIDE.sub(other, statement.text)
+    return dataclasses.replace(statement, text=text, images=(second, first))

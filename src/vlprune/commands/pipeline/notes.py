@@ -58,10 +58,11 @@ def basis_of(recipe: Recipe, task: Task) -> Basis:
 def _basis_of(recipe: Recipe, task: Task) -> Basis:
     sizes = {name: value for name, value in asdict(recipe.model).items() if name != "path"}
     options = {**recipe.options, **task.contents()}
+    changes = asdict(recipe.data.augment)
     return Basis(
         hashed([fingerprint.of_model(recipe.model.path), sizes]),
         hashed([fingerprint.of_data(task.train), fingerprint.of_data(task.test)]),
-        hashed([recipe.task, options, recipe.seed, deciding(recipe.train)]),
+        hashed([recipe.task, options, changes, recipe.seed, deciding(recipe.train)]),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...structures.plan import Plan
 from ...training.fit import fit
 from ...training.loading import Endless, length
 from ...training.objective import Trainee
+from ...training.regularise import regularised
 from ...training.teacher import Taught
 from .notes import deciding
 from .problem import Problem
@@ -72,10 +74,12 @@ def run_phase(
     trainee: nn.Module,
     items: Sequence[Any] | Endless,
     callbacks: Sequence[Any] = (),
+    dense: Any = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place through its ``trainee``; returns the Trainer's log.
 
-    Goes on from the phase's last whole checkpoint, if there is one.
+    Goes on from the phase's last whole checkpoint, if there is one. ``dense`` is the model before
+    it was cut, if it was.
     """
     spec = phase.spec
     if not spec.on:
@@ -83,11 +87,14 @@ def run_phase(
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     steps = spec.count(length(items), PartialState().num_processes)
-    with problem.progress.count(phase.title, steps) as advance:
+    with (
+        _regularised(problem, spec, model, trainee, dense),
+        problem.progress.count(phase.title, steps) as advance,
+    ):
         history = fit(
             trainee,
             items,
-            problem.task.collate,
+            problem.task.training_batch,
             spec,
             seed=problem.recipe.seed,
             report_to=problem.recipe.report_to,
@@ -100,3 +107,17 @@ def run_phase(
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     return history
+
+
+def _regularised(
+    problem: Problem, spec: Training, model: nn.Module, trainee: nn.Module, dense: Any
+) -> AbstractContextManager[None]:
+    """The drop path and the dropout of a phase; dropout alone needs no description.
+
+    A cut model is described by the dense one, since its own attention can no longer be measured.
+    """
+    recipe, found = problem.recipe, None
+    if spec.drop_path:
+        whole = model if dense is None else dense
+        found = discover(whole, recipe.attention, recipe.experts)  # type: ignore[arg-type]
+    return regularised(trainee, model, found or (), spec.drop_path, spec.dropout)

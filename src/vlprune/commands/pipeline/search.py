@@ -177,7 +177,7 @@ def retrain(problem: Problem, small: Small, dense: Any) -> Small:
     if lora.rank:
         adapters = Adapters(small.model, lora, problem.recipe.seed)
     trainee = trainee_of(problem, small.model, dense)
-    history = run_phase(problem, phase, small.model, trainee, problem.task.train)
+    history = run_phase(problem, phase, small.model, trainee, problem.task.train, dense=dense)
     if adapters is not None and lora.merge:
         adapters.merge()
     metrics = evaluated(problem.task, small.model, "evaluating retrained", problem.progress)

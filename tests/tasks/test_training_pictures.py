@@ -1,0 +1,118 @@
+"""Batches that a model trains on: changed at random, and no others."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprune.commands.pipeline.make import CalibrationBatches, HeldOut
+from vlprune.data.pairs import Statement
+from vlprune.errors import RecipeError
+from vlprune.recipe.data import AugmentSpec
+from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe
+from vlprune.tasks import TASKS, Task
+from vlprune.tasks.reasoning import swapped
+from vlprune.training.loading import Seeded
+
+SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=32, patch_size=16)
+BLIP = AugmentSpec(crop=0.5, mirror=True, operations=2, magnitude=5)
+ABLE = ["blip-retrieval", "captioning", "classification", "reasoning", "retrieval", "vqa",
+        "zero-shot"]  # fmt: skip
+
+
+def made(name: str, folder: Path, augment: AugmentSpec = BLIP, **options: Any) -> Task:
+    data = DataSpec(format="shapes", train_items=6, test_items=4, augment=augment)
+    return TASKS[name](SMALL, data, folder, options)
+
+
+@pytest.mark.parametrize("name", ABLE)
+def test_training_batches_are_changed_and_no_others(name: str, tmp_path: Path) -> None:
+    off = {"flip": False, "mixup": 0.0} if name == "classification" else {}
+    task = made(name, tmp_path, **off)
+    items = list(task.train[:4])
+    batch = Seeded(task.training_batch, seed=1)
+    rows = list(enumerate(items))
+    one, again = batch(rows), batch(rows)
+    other = Seeded(task.training_batch, seed=2)(rows)
+    plain = task.collate(items, random.Random(0))
+    shape = plain["pixel_values"].shape
+    assert one["pixel_values"].shape == other["pixel_values"].shape == shape
+    assert torch.equal(one["pixel_values"], again["pixel_values"])
+    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+    assert not torch.equal(one["pixel_values"], plain["pixel_values"])
+    if "keys" in plain:  # what belongs to the same picture is still known
+        assert torch.equal(one["keys"], plain["keys"])
+    pixels = task.collate(items)["pixel_values"]
+    assert torch.equal(plain["pixel_values"], pixels)
+    assert torch.equal(HeldOut(task, items, 4)[0]["pixel_values"], pixels)
+    recipe = Recipe(name, {"params": 0.5}, calibration=CalibrationSpec(6, 6))
+    seen = CalibrationBatches(task, recipe)
+    chosen = [task.train[number] for number in seen.chosen]
+    assert torch.equal(seen[0]["pixel_values"], task.collate(chosen)["pixel_values"])
+
+
+@pytest.mark.parametrize("name", ABLE)
+def test_without_changes_a_training_batch_is_what_it_was(name: str, tmp_path: Path) -> None:
+    task = made(name, tmp_path, AugmentSpec())
+    items = list(task.train[:4])
+    one = task.training_batch(items, random.Random(7))
+    two = task.collate(items, random.Random(7))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[key]))
+
+
+def test_a_processor_that_crops_gets_no_second_crop(tmp_path: Path) -> None:
+    """DeiT's scales to 256 and cuts out 224: a picture of 224 must pass as it is."""
+    from transformers import DeiTImageProcessor
+
+    task = made("classification", tmp_path, AugmentSpec(crop=1.0), flip=False, mixup=0.0)
+    task.pixels.image_processor = DeiTImageProcessor(
+        size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}
+    )
+    assert task.pixels.size == (32, 32)
+    batch = task.training_batch([task.train[0]], random.Random(0))
+    assert batch["pixel_values"].shape[2:] == (32, 32)
+    task.pixels.image_processor.crop_size = None
+    task.pixels.image_processor.do_center_crop = False
+    assert task.pixels.size == (40, 40)
+
+
+def test_a_crop_needs_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlprune.tasks.pixels import PixelCache
+
+    monkeypatch.setattr(PixelCache, "size", None)
+    with pytest.raises(RecipeError, match=r"data.augment.crop must be 0"):
+        made("captioning", tmp_path)
+    made("captioning", tmp_path, AugmentSpec(mirror=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("The left image shows two dogs.", "The right image shows two dogs."),
+        ("Left: one. RIGHT: two", "Right: one. Left: two"),
+        ("a (left) and a left/right one", "a (right) and a left/right one"),
+        ("the left-hand dog, left", "the left-hand dog, right"),
+        ("Nothing is leftover.", "Nothing is leftover."),
+    ],
+)
+def test_a_statement_from_the_other_side(text: str, other: str) -> None:
+    one = Statement("1", text, (Path("a"), Path("b")), True)
+    assert swapped(one) == Statement("1", other, (Path("b"), Path("a")), True)
+
+
+def test_half_of_the_statements_are_swapped_only_where_asked_for(tmp_path: Path) -> None:
+    task = made("reasoning", tmp_path, AugmentSpec(), swap=True)
+    item = task.train[0]
+    assert item.images[0] != item.images[1]
+    rng = random.Random(0)
+    found = [task.changed(item, rng) for _ in range(200)]
+    assert {one.truth for one in found} == {item.truth}
+    assert 80 < sum(one.images == item.images[::-1] for one in found) < 120
+    plain = made("reasoning", tmp_path, AugmentSpec())
+    assert all(plain.changed(item, rng) is item for _ in range(20))
