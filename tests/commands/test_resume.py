@@ -513,9 +513,12 @@ def test_what_decides_is_what_a_model_is_made_from(recipe: Path, tmp_path: Path)
     assert keys("search.steps=7")[0] == once[0]
     for other in (
         "search.steps=7", "budget.params=0.7", "latency_batch_size=2", "calibration.items=8",
+        "search.drop_path={'vision*': 0.1}", "search.dropout={'text*': 0.1}",
     ):  # fmt: skip
         assert keys(other)[1] != once[1], other
-    for other in ("train.steps=5", "seed=1", "model.width=64", f"model.path={dense}"):
+    for other in (
+        "train.steps=5", "seed=1", "model.width=64", f"model.path={dense}", "data.augment.crop=0.5",
+    ):  # fmt: skip
         assert keys(other)[0] != once[0], other
 
     def changed_in_place(path: Path) -> None:

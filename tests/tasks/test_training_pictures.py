@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import TrainerCallback
 
+import vlprune
 from vlprune.commands.pipeline.make import CalibrationBatches, HeldOut
 from vlprune.data.pairs import Statement
 from vlprune.errors import RecipeError
 from vlprune.recipe.data import AugmentSpec
-from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe
+from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe, Training
 from vlprune.tasks import TASKS, Task
 from vlprune.tasks.reasoning import swapped
+from vlprune.training.fit import fit
 from vlprune.training.loading import Seeded
+from vlprune.training.regularise import regularised
 
 SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=32, patch_size=16)
 BLIP = AugmentSpec(crop=0.5, mirror=True, operations=2, magnitude=5)
@@ -53,6 +59,33 @@ def test_training_batches_are_changed_and_no_others(name: str, tmp_path: Path) -
     seen = CalibrationBatches(task, recipe)
     chosen = [task.train[number] for number in seen.chosen]
     assert torch.equal(seen[0]["pixel_values"], task.collate(chosen)["pixel_values"])
+
+
+class Stop(TrainerCallback):
+    """Ends a training after its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_training_that_is_stopped_goes_on_exactly(tmp_path: Path) -> None:
+    """With changed pictures, drop path and dropout."""
+    task = made("reasoning", tmp_path, swap=True)
+    spec = Training(steps=4, batch_size=2, save_steps=2)
+    collate = pickle.loads(pickle.dumps(task.training_batch))  # as a worker gets it
+
+    def trained(*callbacks: Any, **more: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = task.new_model()
+        rates = {"vision_model.*": 0.5}, {"text_encoder.*": 0.1}
+        with regularised(model, model, vlprune.discover(model).structures, *rates):
+            fit(model, task.train, collate, spec, seed=3, callbacks=callbacks, **more)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    whole = trained()
+    stopped = trained(Stop(), checkpoints=tmp_path / "phase")
+    assert not torch.equal(stopped, whole)
+    assert torch.equal(trained(checkpoints=tmp_path / "phase"), whole)
 
 
 @pytest.mark.parametrize("name", ABLE)
