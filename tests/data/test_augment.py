@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlprune.data.augment import POLICIES, AugmentedPicture, Canvas, augment, augmented, random_box
+from vlprune.data.augment import (
+    POLICIES,
+    AugmentedPicture,
+    Canvas,
+    augment,
+    augmented,
+    distorted,
+    random_box,
+)
 from vlprune.data.captions import CaptionedImage
 from vlprune.data.files import open_image
 from vlprune.errors import RecipeError
@@ -149,6 +157,27 @@ def test_operations_are_drawn_evenly_and_left_out_half_of_the_time(
     assert min(counts.values()) > 150
     assert 0.88 < sum(strengths) / len(strengths) < 0.91
     assert max(strengths) == 1.0  # cut off at the greatest
+
+
+def test_distorted_colours_stay_within_their_ranges() -> None:
+    """A grey picture has no colour to turn: contrast and brightness alone, half of the time each.
+
+    100 becomes 50 to 150 by contrast, 68 to 132 by brightness, and at most 198 by both.
+    """
+    grey = Image.new("RGB", (2, 2), (100, 100, 100))
+    found = []
+    for seed in range(400):
+        pixels = np.asarray(distorted(grey, random.Random(seed)))
+        assert pixels.min() == pixels.max()
+        found.append(int(pixels[0, 0, 0]))
+    assert 70 < sum(level == 100 for level in found) < 130  # a quarter stays
+    assert 34 <= min(found) < 60
+    assert 150 < max(found) <= 198
+    colour = Image.new("RGB", (2, 2), (120, 40, 40))  # too dark to be cut off
+    seen = [distorted(colour, random.Random(seed)).convert("HSV").getpixel((0, 0))
+            for seed in range(400)]  # fmt: skip
+    turns = {min(hue, 256 - hue) for hue, _, _ in seen}  # type: ignore[misc]
+    assert 24 <= max(turns) <= 29  # red is 0; 36 degrees are 26 of 256, before rounding
 
 
 # -- where the randomness comes from ---------------------------------------------------------

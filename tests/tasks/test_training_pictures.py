@@ -7,14 +7,17 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
 import vlprune
 from vlprune.commands.pipeline.make import CalibrationBatches, HeldOut
 from vlprune.data.pairs import Statement
+from vlprune.data.pictures import IGNORE, open_mask
 from vlprune.errors import RecipeError
 from vlprune.recipe.data import AugmentSpec
 from vlprune.recipe.spec import CalibrationSpec, DataSpec, ModelSpec, Recipe, Training
@@ -149,3 +152,57 @@ def test_half_of_the_statements_are_swapped_only_where_asked_for(tmp_path: Path)
     assert 80 < sum(one.images == item.images[::-1] for one in found) < 120
     plain = made("reasoning", tmp_path, AugmentSpec())
     assert all(plain.changed(item, rng) is item for _ in range(20))
+
+
+# -- segmentation ----------------------------------------------------------------------------
+
+
+def segmentation(folder: Path, **options: Any) -> Any:
+    """A task on one picture of 32 by 64: class 1 is its right third, the rest is class 0."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(exist_ok=True, parents=True)
+    Image.new("RGB", (64, 32), (200, 100, 50)).save(folder / "images" / "a.png")
+    mask = np.ones((32, 64), dtype=np.uint8)
+    mask[:, 43:] = 2
+    Image.fromarray(mask).save(folder / "masks" / "a.png")
+    split = {"images": str(folder / "images"), "masks": str(folder / "masks")}
+    data = DataSpec(format="ade20k", train=split, test=split)
+    return TASKS["segmentation"](SMALL, data, folder, options)
+
+
+def test_a_crop_with_one_class_is_drawn_again(tmp_path: Path) -> None:
+    """At the picture's own size half of the places have class 0 alone."""
+    shares = []
+    for most in (1.0, 0.75):
+        task, rng, counted = segmentation(tmp_path, largest_class=most), random.Random(0), []
+        labels = torch.from_numpy(open_mask(task.train[0].mask))
+        for _ in range(300):
+            x, y = task._place(labels, rng)
+            assert y == 0
+            assert 0 <= x <= 32
+            counted.append(float((labels[:, x : x + 32] == 0).double().mean()))
+        shares.append(counted)
+    assert sum(share == 1 for share in shares[0]) > 80
+    assert max(shares[1]) > 0.7  # what a hundredth of all ten draws miss may be above
+    assert sum(share >= 0.75 for share in shares[1]) < 5
+    assert task._place(labels, None) == (16, 0)
+
+
+def test_colours_are_distorted_only_while_training(tmp_path: Path) -> None:
+    task = segmentation(tmp_path, distort=True, augment=False)
+    items = list(task.train)
+    plain = task.collate(items)
+    assert torch.equal(task.collate(items, random.Random(0))["pixel_values"], plain["pixel_values"])
+    seen = [task.training_batch(items, random.Random(seed)) for seed in range(20)]
+    assert len({float(one["pixel_values"].sum()) for one in seen}) > 15
+    assert all(torch.equal(one["labels"], plain["labels"]) for one in seen)
+    again = segmentation(tmp_path, augment=False).training_batch(items, random.Random(0))
+    assert torch.equal(again["pixel_values"], plain["pixel_values"])
+
+
+def test_small_crops_are_padded_on_the_right_after_the_mirror(tmp_path: Path) -> None:
+    task = segmentation(tmp_path, augment=True)
+    for seed in range(40):
+        batch = task.collate(list(task.train), random.Random(seed))
+        ignored = (batch["labels"][0] == IGNORE).any(0)
+        assert not ignored[0] or bool(ignored.all())

@@ -22,7 +22,15 @@ from ..files import opened
 from ..recipe.data import AugmentSpec
 from .stored import Picture, StoredPicture
 
-__all__ = ["POLICIES", "AugmentedPicture", "Canvas", "augment", "augmented", "random_box"]
+__all__ = [
+    "POLICIES",
+    "AugmentedPicture",
+    "Canvas",
+    "augment",
+    "augmented",
+    "distorted",
+    "random_box",
+]
 
 T = TypeVar("T")
 Size = tuple[int, int]
@@ -115,6 +123,39 @@ def random_box(size: Size, least: float, rng: random.Random) -> tuple[int, int, 
     wide, high = min(width, round(height * WIDEST)), min(height, round(width * WIDEST))
     left, top = (width - wide) // 2, (height - high) // 2
     return left, top, left + wide, top + high
+
+
+def distorted(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The RGB picture in other colours, as mmseg's PhotoMetricDistortion draws them.
+
+    Brightness moves by up to 32 levels, contrast and saturation by a factor between 0.5 and 1.5,
+    the hue by up to 36 degrees, each half of the time; contrast comes before or after the colours.
+    """
+
+    def levels(image: Image.Image, change: Callable[[int], float]) -> Image.Image:
+        table = [int(min(255, max(0, change(level)))) for level in range(256)]
+        return image.point(table * len(image.getbands()))
+
+    def contrast(image: Image.Image) -> Image.Image:
+        if rng.random() < 0.5:
+            return image
+        factor = rng.uniform(0.5, 1.5)
+        return levels(image, lambda level: factor * level)
+
+    if rng.random() < 0.5:
+        more = rng.uniform(-32, 32)
+        image = levels(image, lambda level: level + more)
+    first = rng.random() < 0.5
+    image = contrast(image) if first else image
+    hue, saturation, value = image.convert("HSV").split()
+    if rng.random() < 0.5:
+        factor = rng.uniform(0.5, 1.5)
+        saturation = levels(saturation, lambda level: factor * level)
+    if rng.random() < 0.5:
+        turn = rng.randint(-26, 25)  # of 256, as -18 to 17 of 180
+        hue = hue.point([(level + turn) % 256 for level in range(256)])
+    image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return image if first else contrast(image)
 
 
 # -- RandAugment -----------------------------------------------------------------------

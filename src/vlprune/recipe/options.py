@@ -331,6 +331,8 @@ class SegmentationOptions(TaskOptions):
     multi_scale: Annotated[bool, Flag()] = False
     classes: Annotated[int, Whole(0, 1000)] = 0
     augment: Annotated[bool, Flag()] = True
+    distort: Annotated[bool, Flag()] = False
+    largest_class: Annotated[float, Number(0, 1, above=True)] = 1.0
 
 
 GROUNDERS = ("mdetr", "grounding-dino", "glip")

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..data.augment import distorted
 from ..data.datasets.records import masked_image
 from ..data.files import Left, open_image
 from ..data.pictures import IGNORE, MaskedImage, open_mask, read_ade20k
@@ -37,7 +38,9 @@ class SegmentationTask(Task):
     side of an image is resized to the model's image size, and windows of that size slide over
     the image. Options: ``multi_scale`` adds ``miou_multi_scale`` (six scales, each also mirrored);
     ``classes`` is the number of classes of a new model (0: as many as the training masks have);
-    ``augment`` trains on random crops at 0.5 to 2 times the size, mirrored half the time.
+    ``augment`` trains on random crops at 0.5 to 2 times the size, mirrored half the time. One that
+    has a single class, or a class that covers ``largest_class`` or more of it, is drawn again, up
+    to ten times (1: it is not). ``distort`` trains on crops in other colours.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -129,32 +132,49 @@ class SegmentationTask(Task):
     def collate(
         self, items: list[MaskedImage], rng: random.Random | None = None
     ) -> dict[str, Tensor]:
-        pairs = [self._crop(item, rng) for item in items]
-        return {
-            "pixel_values": torch.stack([pixels for pixels, _ in pairs]),
-            "labels": torch.stack([labels for _, labels in pairs]),
-        }
+        return _stacked([self._crop(item, rng) for item in items])
 
-    def _crop(self, item: MaskedImage, rng: random.Random | None) -> tuple[Tensor, Tensor]:
+    def training_batch(self, items: list[MaskedImage], rng: random.Random) -> dict[str, Tensor]:
+        colours = rng if self.options["distort"] else None
+        return _stacked([self._crop(item, rng, colours) for item in items])
+
+    def _crop(
+        self, item: MaskedImage, rng: random.Random | None, colours: random.Random | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A square of the window's size: pixels (3, side, side), labels (side, side)."""
         (image, mask), side = self._opened(item, self.known_classes), self.side
-        augment = rng is not None and self.options["augment"]
-        zoom = rng.uniform(0.5, 2.0) if rng is not None and augment else 1.0
+        moving = rng if self.options["augment"] else None
+        zoom = moving.uniform(0.5, 2.0) if moving is not None else 1.0
         scale = zoom * side / min(image.size)
         width, height = (max(1, round(scale * length)) for length in image.size)
-        pixels = self._tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
         labels = F.interpolate(
             torch.from_numpy(mask)[None, None].float(), (height, width), mode="nearest"
         )[0, 0].long()
-        left, top = max(0, width - side), max(0, height - side)
-        x = rng.randint(0, left) if rng is not None and augment else left // 2
-        y = rng.randint(0, top) if rng is not None and augment else top // 2
-        pixels, labels = pixels[:, y : y + side, x : x + side], labels[y : y + side, x : x + side]
+        x, y = self._place(labels, moving)
+        image = image.crop((x, y, min(width, x + side), min(height, y + side)))
+        labels = labels[y : y + side, x : x + side]
+        if moving is not None and moving.random() < 0.5:
+            image, labels = ImageOps.mirror(image), labels.flip(-1)
+        pixels = self._tensor(image if colours is None else distorted(image, colours))
         room = (0, side - pixels.shape[2], 0, side - pixels.shape[1])
-        pixels, labels = F.pad(pixels, room), F.pad(labels, room, value=IGNORE)
-        if rng is not None and augment and rng.random() < 0.5:
-            pixels, labels = pixels.flip(-1), labels.flip(-1)
-        return pixels, labels
+        return F.pad(pixels, room), F.pad(labels, room, value=IGNORE)
+
+    def _place(self, labels: Tensor, rng: random.Random | None) -> tuple[int, int]:
+        """The upper left corner (x, y) of a crop: the middle one without ``rng``."""
+        side, (height, width) = self.side, labels.shape
+        left, top = max(0, width - side), max(0, height - side)
+        if rng is None:
+            return left // 2, top // 2
+        x, y = rng.randint(0, left), rng.randint(0, top)
+        most = self.options["largest_class"]
+        for _ in range(10 if most < 1 else 0):
+            seen = labels[y : y + side, x : x + side]
+            counts = seen[seen != IGNORE].unique(return_counts=True)[1]
+            if len(counts) > 1 and int(counts.max()) < most * int(counts.sum()):
+                break
+            x, y = rng.randint(0, left), rng.randint(0, top)
+        return x, y
 
     @torch.no_grad()
     def evaluate(self, model: Any, advance: Advance, batch_size: int = 64) -> dict[str, float]:
@@ -224,6 +244,14 @@ class SegmentationTask(Task):
             named = zip(found.tolist(), shares.tolist(), strict=True)
             said.append(", ".join(f"class {c}: {share:.0%}" for c, share in named))
         return said
+
+
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A batch of crops, from pixels and labels of each."""
+    return {
+        "pixel_values": torch.stack([pixels for pixels, _ in pairs]),
+        "labels": torch.stack([labels for _, labels in pairs]),
+    }
 
 
 def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:
