@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,35 @@ def test_the_recipe_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     toy = load_recipe(path, toy=True)
     assert toy.data.like == recipe.data.format
     assert not toy.model.path
+
+
+VISION, ENCODER, DECODER = ({f"{name}.*": 0.1} for name in
+                            ("vision_model", "text_encoder", "text_decoder"))  # fmt: skip
+REGULARISED: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "ade20k-segmenter": ({"vit.*": 0.1}, {"decoder.*": 0.1}),
+    "coco-caption": ({}, DECODER),
+    "coco-retrieval-blip": ({}, ENCODER),
+    "coco-retrieval-clip": ({}, {}),
+    "flickr-retrieval-blip": ({}, ENCODER),
+    "flickr-retrieval-clip": ({}, {}),
+    "imagenet-deit": ({"layers.*": 0.1}, {}),
+    "nlvr2": (VISION, ENCODER),
+    "vqav2": (VISION, {**ENCODER, **DECODER}),
+}
+"""The authors' drop path and dropout, in the search and in the retraining."""
+
+
+@pytest.mark.parametrize("name", REGULARISED)
+def test_the_authors_regularisation(name: str) -> None:
+    recipe = load_recipe(FOLDER / "upop" / f"{name}.yaml", toy=True)
+    for phase in (recipe.search, recipe.retrain):
+        assert (phase.drop_path, phase.dropout) == REGULARISED[name]
+    augment = {"imagenet-deit": (0.08, False, 2, 9, 0.5, "timm"),
+               "ade20k-segmenter": (0, False, 0, 5, 0, "blip")}  # fmt: skip
+    wanted = augment.get(name, (0.5, True, 2, 5, 0, "blip"))
+    assert dataclasses.astuple(recipe.data.augment) == wanted
+    own = {"nlvr2": {"swap": True}, "ade20k-segmenter": {"distort": True, "largest_class": 0.75}}
+    assert own.get(name, {}).items() <= recipe.options.items()
 
 
 @pytest.mark.slow
