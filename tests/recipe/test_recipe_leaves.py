@@ -277,6 +277,7 @@ def test_the_documents_say_what_is_allowed() -> None:
     ("overrides", "says"),
     [
         (["train.bf16=true", "train.fp16=true"], "train.fp16 and bf16"),
+        (["retrain.lora.rank=2", "retrain.drop_path={a: 0.1}"], "retrain.drop_path must be empty"),
         (["model.image_size=4096", "model.patch_size=1"], "more than 16,384 patches"),
         (["model.width=8192", "model.vision_layers=1000"], "more than 1,000,000,000 parameters"),
         (["data.train_items=100000000"], "data.train_items must be from 2 to 1,000,000 generated"),

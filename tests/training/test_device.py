@@ -261,10 +261,10 @@ def test_every_model_of_a_run_is_placed_once_made(
         with monkeypatch.context() as patch, stop:
             real = search.run_phase
 
-            def until_retraining(problem: Any, phase: Any, *args: Any) -> Any:
+            def until_retraining(problem: Any, phase: Any, *args: Any, **more: Any) -> Any:
                 if phase.name == "retrain":
                     raise RuntimeError("pulled the plug")
-                return real(problem, phase, *args)
+                return real(problem, phase, *args, **more)
 
             patch.setattr(search, "run_phase", until_retraining)
             compress(recipe, tmp_path / "out")

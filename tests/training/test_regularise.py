@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import vlprune
+from small_runs import DEMO, TINY
 from vlprune.architectures import discover
+from vlprune.commands.pipeline.compress import compress
 from vlprune.cutting.gates import gated
 from vlprune.errors import RecipeError, UnsupportedError
+from vlprune.recipe.spec import load_recipe
 from vlprune.structures.plan import Plan
 from vlprune.testing import build
 from vlprune.training.objective import Trainee
@@ -247,3 +250,13 @@ def test_a_cut_model_is_regularised_like_a_whole_one(family: str) -> None:
             assert {name for name, module in small.named_modules() if hooks(module)} == dense
             assert bool(output(small.train(), sample.inputs).isfinite().all())
         assert hooks(small) == 0
+
+
+@pytest.mark.parametrize("wrong", ["drop_path", "dropout"])
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_trains(
+    wrong: str, tmp_path: Path
+) -> None:
+    recipe = load_recipe(DEMO, [*TINY, f"retrain.{wrong}={{'nothing.*': 0.1}}"])
+    with pytest.raises(RecipeError, match=rf"{wrong}: .* 'nothing\.\*'"):
+        compress(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "dense").exists()

@@ -22,7 +22,15 @@ from ...training.teacher import Taught
 from .notes import deciding
 from .problem import Problem
 
-__all__ = ["Phase", "retraining", "run_phase", "searching", "trainee_of", "training"]
+__all__ = [
+    "Phase",
+    "refuse_patterns",
+    "retraining",
+    "run_phase",
+    "searching",
+    "trainee_of",
+    "training",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,18 @@ def run_phase(
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     return history
+
+
+def refuse_patterns(problem: Problem, model: nn.Module) -> None:
+    """Raise RecipeError now for drop path or dropout of any phase that the model has no place for.
+
+    ``model`` is the dense one.
+    """
+    recipe = problem.recipe
+    for spec in (recipe.train, recipe.search, recipe.retrain):
+        if spec.on:
+            with _regularised(problem, spec, model, model, None):
+                pass
 
 
 def _regularised(

@@ -27,7 +27,7 @@ from ...training.teacher import Taught
 from .evaluate import evaluated
 from .make import CalibrationBatches, model_from
 from .notes import CUT_NOTE, known, remember
-from .phases import retraining, run_phase, searching, trainee_of
+from .phases import refuse_patterns, retraining, run_phase, searching, trainee_of
 from .problem import Problem
 
 ADAPTER = "adapter"
@@ -90,6 +90,7 @@ def plan_search(problem: Problem, model: Any) -> PlannedSearch:
             calibration=_calibration(problem),
         )
     _refuse_early(recipe, compressor, length(problem.items))
+    refuse_patterns(problem, model)
     return PlannedSearch(compressor, loss)
 
 
