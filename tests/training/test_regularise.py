@@ -20,6 +20,7 @@ from vlprune.errors import RecipeError, UnsupportedError
 from vlprune.recipe.spec import load_recipe
 from vlprune.structures.plan import Plan
 from vlprune.testing import build
+from vlprune.training import regularise
 from vlprune.training.objective import Trainee
 from vlprune.training.regularise import DropPath, regularised
 
@@ -55,6 +56,19 @@ def test_a_branch_is_dropped_for_a_whole_sample_and_keeps_its_mean() -> None:
     assert torch.allclose(found[~dropped], kept, atol=1e-6)
     linear.eval()
     assert torch.equal(linear(given), plain)
+
+
+def test_processes_of_one_seed_drop_different_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, seen = torch.ones(64, 1, 1), []
+    for rank in (0, 1):
+        monkeypatch.setattr(regularise, "world", lambda rank=rank: (2, rank))
+        torch.manual_seed(0)
+        seen.append(DropPath(0.5)(nn.Linear(1, 1), (), given))
+        after = torch.rand(1)
+    assert not torch.equal(seen[0], seen[1])
+    torch.manual_seed(0)
+    DropPath(0.5)(nn.Linear(1, 1), (), given)
+    assert torch.equal(torch.rand(1), after)  # and go on alike
 
 
 def test_the_rate_rises_from_0_in_the_first_layer_as_in_timm() -> None:
@@ -176,6 +190,12 @@ def test_what_cannot_be_reached_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"no attention or FFN branch matches 'text.*'"):
         inside(model, {"text.*": 0.1}).__enter__()
     assert hooks(model) == 0
+    pooled = build("siglip").model  # the head of its vision tower is an nn.MultiheadAttention
+    with pytest.raises(UnsupportedError, match="computes its projection by itself"):
+        inside(pooled, {"vision_model.*": 0.1}).__enter__()
+    assert hooks(pooled) == 0
+    with inside(pooled, {"vision_model.encoder.*": 0.1}):
+        assert hooks(pooled) > 0
     packed = build("qwen2_vl")
     with (
         inside(packed.model.train(), {"visual.*": 0.5, "*.visual.*": 0.5}),

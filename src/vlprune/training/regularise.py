@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..cutting.padded import is_linear, stock_name
 from ..errors import RecipeError, UnsupportedError
+from ..processes import world
 from ..structures.structure import Structure
 
 __all__ = ["regularised"]
@@ -139,7 +140,9 @@ class DropPath:
             )
         stays = 1 - self.rate
         shape = (len(output), *[1] * (output.dim() - 1))
-        return output / stays * (torch.rand(shape, device=output.device) < stays)
+        processes, rank = world()  # which draw by one seed: each takes its own part
+        drawn = torch.rand((processes, *shape), device=output.device)[rank]
+        return output / stays * (drawn < stays)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DropPath:
         return type(self)()
