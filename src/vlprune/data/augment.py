@@ -235,7 +235,8 @@ COMMON: dict[str, Operation] = {
 }
 
 POLICIES = {
-    # BLIP's ten, which move a picture by at most ten pixels
+    # BLIP's ten, which move a picture by at most ten pixels; the centre of a turn lies half a pixel
+    # from that of its OpenCV, and so does what a shear leaves in place
     "blip": _Policy(
         {
             **COMMON,
