@@ -124,14 +124,6 @@ def test_the_budget_pulls_only_above_the_target() -> None:
         assert moved is pulls
 
 
-def test_the_less_may_stay_the_faster_the_hypernetwork_learns() -> None:
-    lowest = float(search().vectors_at(math.inf).cost(PRICES))
-    for stays, times in ((1.0, 1.0), (0.4, 1.0), (0.16, 2.0), (0.064, 3.0), (0.001, 4.0), (0, 4.0)):
-        budget = (lowest + stays * (PRICES.total - lowest)) / PRICES.total
-        found = search(budget, learning_rate=0.01)
-        assert found.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * times), stays
-
-
 def test_as_many_turns_in_a_short_search_as_in_a_long_one() -> None:
     class Still:
         looks: list[tuple[bool, bool]]

@@ -25,9 +25,6 @@ SELDOM = 5
 FADES = 200
 """At most so many moves take the weights to the frozen structure: each one reads and rewrites all
 of them, which costs a fifth of a step of a small model."""
-UNHURRIED = 0.4
-"""The fraction that may stay for which the method's learning rate is meant. At a tenth, with the
-same rate, the logits were half-way to the budget when the structure froze."""
 COUNTS = ("weight_steps", "structure_steps", "skipped", "looks", "looked_step")
 LEVELS = ("threshold", "remains", "looked_at")
 
@@ -49,6 +46,9 @@ class JspSearch(Search):
         self.generator = torch.Generator().manual_seed(method.seed)
         sizes = [math.ceil(v.structure.size / method.group_size) for v in self.vectors]
         self.network = HyperNetwork(sizes, self.generator)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=method.learning_rate, weight_decay=method.weight_decay
+        )
         lowest = float(self.vectors_at(math.inf).cost(problem.prices))
         if lowest > self.target:
             raise BudgetError(
@@ -57,12 +57,6 @@ class JspSearch(Search):
                 f"{method.other}: {lowest / problem.prices.total:.4g} remains; ask for at least "
                 f"{math.ceil(1000 * lowest / problem.prices.total) / 1000:.3f}"
             )
-        stays = (self.target - lowest) / max(problem.prices.total - lowest, 1e-12)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=method.learning_rate * _faster(stays),
-            weight_decay=method.weight_decay,
-        )
         self.weight_steps = self.structure_steps = self.skipped = 0
         self.looks = self.looked_step = 0
         self.looked_at = 0.0
@@ -316,15 +310,6 @@ class JspSearch(Search):
                     f"{tower}_pruned": 1 - living,
                 }
         return facts
-
-
-def _faster(stays: float) -> float:
-    """What the rate of the hypernetwork is multiplied by where the fraction ``stays`` of what the
-    vectors decide on may stay: the logits have as many turns for a long way as for a short one.
-
-    Not from the paper. 1 down to UNHURRIED, then in proportion to log(1 / stays), 4 at most.
-    """
-    return min(4.0, max(1.0, math.log(max(stays, 1e-9)) / math.log(UNHURRIED)))
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
