@@ -110,6 +110,19 @@ def test_mdetrs_phrase_is_as_likely_as_its_likeliest_token() -> None:
     assert GROUNDERS["mdetr"].score(probabilities, phrase).tolist() == pytest.approx([0.3, 0.5])
 
 
+def test_mdetrs_referring_expression_is_ranked_by_what_is_not_no_object() -> None:
+    """The words of the first query's object are spread over three tokens: .9 of it is an object."""
+    probabilities = torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.5, 0.0, 0.0, 0.5]])
+    said = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    found = GROUNDERS["mdetr"].score_expression(probabilities, said)
+    assert found.tolist() == pytest.approx([0.9, 0.5])
+    for name in ("glip", "grounding-dino"):  # they have no "no object"
+        family = GROUNDERS[name]
+        assert torch.equal(
+            family.score_expression(probabilities, said), family.score(probabilities, said)
+        )
+
+
 # -- Segmenter ---------------------------------------------------------------------------
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 import vlprune
 from vlprune.commands.pipeline.compress import compress
+from vlprune.data.files import Left
 from vlprune.data.regions import (
+    Grounding,
     Phrase,
     read_coco_instances,
     read_mdetr,
@@ -218,6 +220,66 @@ def test_phrases_of_one_caption_are_told_apart(scenes: Path) -> None:
     assert count > len(task.test)
     figures = task.evaluate(Oracle(task, task.test), QUIET, batch_size=100)
     assert figures["accuracy"] == 1.0
+
+
+class Divided:
+    """Of two queries, one is surer of the first token, the other of all tokens together."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, positions: int) -> None:
+        self.logits = torch.full((1, 2, positions), -20.0)
+        self.logits[0, 0, [1, 2, 3, -1]] = torch.tensor([0.3, 0.3, 0.3, 0.1]).log()
+        self.logits[0, 1, [1, -1]] = torch.tensor([0.5, 0.5]).log()
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        boxes = torch.tensor([[[0.25, 0.25, 0.1, 0.1], [0.75, 0.75, 0.1, 0.1]]])
+        return type("Said", (), {"logits": self.logits, "pred_boxes": boxes})()
+
+
+@pytest.mark.parametrize(
+    ("form", "dataset", "boxes", "refers"),
+    [
+        ("mdetr", "refcoco", 1, True),
+        ("mdetr", None, 1, True),
+        ("mdetr", None, 2, False),  # of two phrases
+        ("mdetr", "flickr", 1, False),
+        ("mdetr-captions", None, 1, False),
+    ],
+)
+def test_a_referring_expression_is_ranked_as_a_whole(
+    form: str, dataset: str | None, boxes: int, refers: bool, scenes: Path, tmp_path: Path
+) -> None:
+    """MDETR's best query: by "no object" for an expression, by the phrase's tokens otherwise."""
+    task = GroundingTask(TINY, data(scenes), scenes, {})
+    image = Path(task.train[0].image)
+    entry = {
+        "id": 1, "caption": "red square left of blue circle", "file_name": image.name,
+        "width": 64, "height": 64, "dataset_name": dataset,
+    }  # fmt: skip
+    objects = [
+        {"image_id": 1, "bbox": box, "tokens_positive": span}
+        for span, box in (([[0, 10]], [1, 1, 9, 9]), ([[19, 30]], [20, 20, 9, 9]))
+    ]
+    path = tmp_path / "notes.json"
+    path.write_text(json.dumps({"images": [entry], "annotations": objects[:boxes]}))
+    part = {"annotations": str(path), "images": str(image.parent)}
+    (item,) = task.read(form, part, Left())
+    assert item.refers is refers
+    best = task._ranked(Divided(task.positions), [item])[0][0][0]
+    assert bool(best[0] < 0.5 * item.size[0]) is refers  # the first query's box is on the left
+
+
+def test_expressions_of_the_original_layout_and_of_datasets_refer(scenes: Path) -> None:
+    for like in ("refer", "mdetr"):
+        assert all(item.refers for item in GroundingTask(TINY, data(scenes, like), scenes, {}).test)
+    box = (0.0, 0.0, 1.0, 1.0)
+    for phrases, refers in (
+        ([Phrase(((0, 3),), (box,))], True),
+        ([Phrase(((0, 3),), (box, box))], False),  # several objects
+        ([Phrase(((0, 1),), (box,)), Phrase(((1, 3),), (box,))], False),
+    ):
+        assert Grounding(1, Path("a.png"), (4, 4), "cat", tuple(phrases)).refers is refers
 
 
 def test_token_maps_follow_characters(scenes: Path) -> None:

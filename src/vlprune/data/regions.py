@@ -61,6 +61,8 @@ LEAST = 1e-3
 
 NLVR1_SIZE = (400, 100)
 
+FLICKR = "flickr"
+
 CROWDS = "boxes of crowds"
 FLAT = "boxes without an area"
 OUTSIDE = "boxes outside their picture"
@@ -81,13 +83,26 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Grounding:
-    """A text about an image of ``size`` (width, height), with its phrases and their boxes."""
+    """A text about an image of ``size`` (width, height), with its phrases and their boxes.
+
+    ``caption`` says that the text is known to describe the picture, however few phrases it has.
+    """
 
     id: Id
     image: Picture
     size: tuple[int, int]
     text: str
     phrases: tuple[Phrase, ...]
+    caption: bool = False
+
+    @property
+    def refers(self) -> bool:
+        """Whether the text is a referring expression: all of it means one object.
+
+        It then has one phrase with one box. The phrase need not be all of the text: MDETR's files
+        of RefCOCO mark the noun ("the lady" in "the lady with the blue shirt").
+        """
+        return not self.caption and len(self.phrases) == 1 == len(self.phrases[0].boxes)
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,8 @@ def read_mdetr(
     """The texts of an MDETR annotation file, such as ``finetune_refcoco_train.json``.
 
     The layout is COCO's with one ``caption`` per image and, for each box, the characters that name
-    the box (``tokens_positive``). ``left`` counts the entries left out: boxes without an area,
+    the box (``tokens_positive``). Texts whose ``dataset_name`` is "flickr", as in MDETR's files of
+    Flickr30k Entities, are captions. ``left`` counts the entries left out: boxes without an area,
     outside their picture, of unlisted images or named by no words, and texts without a box. Raises
     DataError.
     """
@@ -140,7 +156,8 @@ def read_mdetr(
         image = folder / field(entry, "file_name", PATH)
         phrases = tuple(Phrase(spans, tuple(own)) for spans, own in boxes.get(key, {}).items())
         if phrases:
-            found.append(Grounding(key, image, sizes[key], texts[key], phrases))
+            caption = optional(entry, "dataset_name", TEXT) == FLICKR
+            found.append(Grounding(key, image, sizes[key], texts[key], phrases, caption))
         else:
             left[BARE] += 1
     return some(found, path, "text with a box", left)

@@ -67,9 +67,14 @@ class Grounder(ABC):
     def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
         """How well each query fits a phrase: (queries,), from (queries, positions), (positions,).
 
-        By default the mean over the phrase's tokens, whose probabilities are independent.
+        By default the mean over the phrase's tokens, whose probabilities are independent, as in
+        Grounding DINO's evaluation of detection (``PostProcessCocoGrounding``).
         """
         return probabilities @ tokens[: probabilities.shape[-1]]
+
+    def score_expression(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
+        """As :meth:`score`, for the one phrase of a referring expression."""
+        return self.score(probabilities, tokens)
 
 
 class MdetrGrounder(Grounder):
@@ -105,8 +110,19 @@ class MdetrGrounder(Grounder):
         return outputs.logits.float().softmax(-1), outputs.pred_boxes.float()
 
     def score(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
-        """The probability of the likeliest of the phrase's tokens, as the authors evaluate."""
+        """The probability of the likeliest of the phrase's tokens.
+
+        So the authors evaluate phrases of captions (``PostProcessFlickr``).
+        """
         return (probabilities * (tokens > 0)).amax(-1)
+
+    def score_expression(self, probabilities: Tensor, tokens: Tensor) -> Tensor:
+        """The probability that the query has found anything: 1 less that of "no object".
+
+        So the authors evaluate referring expressions (``PostProcess``), whichever tokens of the
+        text name the box.
+        """
+        return 1 - probabilities[:, -1]
 
 
 class GroundingDinoGrounder(Grounder):

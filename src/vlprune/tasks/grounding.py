@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -116,8 +117,10 @@ class GroundingTask(RegionTask):
     """Grounding of phrases with MDETR, Grounding DINO or GLIP; the metric is ``accuracy``.
 
     ``accuracy`` is R@1, the share of phrases for which the best query's box has an IoU of at least
-    0.5 with one of the phrase's boxes. For a referring expression the phrase is the whole text, and
-    ``accuracy`` is the usual figure of RefCOCO, RefCOCO+ and RefCOCOg.
+    0.5 with one of the phrase's boxes. For a text that :attr:`Grounding.refers` to one object,
+    queries are ranked as for a referring expression, and ``accuracy`` is the usual figure of
+    RefCOCO, RefCOCO+ and RefCOCOg; the phrases of other texts are ranked each by itself, and it is
+    R@1 of Flickr30k Entities.
     """
 
     name: ClassVar[str] = "grounding"
@@ -130,7 +133,8 @@ class GroundingTask(RegionTask):
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[Grounding]:
         if form == "refer":
             return read_refer(part["refs"], part["instances"], part["images"], part["split"], left)
-        return read_mdetr(part["annotations"], part["images"], left)
+        found = read_mdetr(part["annotations"], part["images"], left)
+        return [replace(one, caption=True) for one in found] if form == "mdetr-captions" else found
 
     def texts(self) -> list[str]:
         return [item.text for item in self.train] + ["."]
@@ -172,9 +176,8 @@ class GroundingTask(RegionTask):
         result = []
         for item, places, own, boxes in zip(items, offsets, fit, found, strict=True):
             pixels = in_pixels(boxes, item.size)
-            scores = [
-                self.grounder.score(own, self.token_map(places, phrase)) for phrase in item.phrases
-            ]
+            score = self.grounder.score_expression if item.refers else self.grounder.score
+            scores = [score(own, self.token_map(places, phrase)) for phrase in item.phrases]
             result.append([pixels[s.argsort(descending=True, stable=True)] for s in scores])
         return result
 
