@@ -66,6 +66,7 @@ def test_visual_genome_answers_look_like_vqas(tmp_path: Path) -> None:
     (tmp_path / "qa.json").write_text(json.dumps([{"id": 5, "qas": [asked]}]))
     (found,) = read_visual_genome(tmp_path / "qa.json", tmp_path / "data.json", tmp_path)
     assert found.answers == ("a dog",)
+    assert found.weight == 0.2
     assert found.image == tmp_path / "VG_100K_2" / "5.jpg"
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(DataError, match="does not list image 5"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlprune.tasks import TASKS, RetrievalTask, VqaTask
 from vlprune.tasks.retrieval import recalls
 from vlprune.tasks.vqa import rank_answers
 from vlprune.tasks.vqa_metric import normalise, vqa_accuracy
+from vlprune.training.teacher import Taught
 
 SMALL = ModelSpec(width=16, heads=2, vision_layers=1, text_layers=1, image_size=32, patch_size=16)
 FEW = DataSpec(format="shapes", train_items=6, test_items=4)
@@ -158,13 +160,66 @@ def test_the_config_in_a_folder_is_read_once(
 
 
 def test_the_label_is_what_most_people_say(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     task = VqaTask(SMALL, FEW, tmp_path)
     item = replace(task.train[0], answers=("red",) * 6 + ("blue",) * 4)
     labels = task.collate([item])["labels"][0]
     said = task.processor.tokenizer.decode(labels[labels >= 0], skip_special_tokens=True)
     assert said == "red"
+
+
+def test_all_answers_are_learnt_by_their_frequency(tmp_path: Path) -> None:
+    """Summed over an answer's tokens, weighted, and over the number of questions."""
+    task = VqaTask(SMALL, FEW, tmp_path, {"targets": "all"})
+    answers = (("red",) * 6 + ("blue", "dark blue") * 2, ("two",), ("yes", "no"))
+    weights = (1.0, 0.2, 1.0)  # as if the second were Visual Genome's
+    items = [
+        # of one length: transformers' decoder reads the padding of shorter questions too
+        replace(item, text=task.train[0].text, answers=said, weight=weight)
+        for item, said, weight in zip(task.train, answers, weights, strict=False)
+    ]
+    model = task.dense_model().eval()
+    batch = task.collate(items, random.Random(0))
+    assert batch["owners"].tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch["weights"].tolist() == pytest.approx([0.6, 0.2, 0.2, 0.2, 0.5, 0.5])
+    objective = task.objective(model)
+    loss = objective(**batch)["loss"]
+    want = 0.0
+    for owner, weight, said in zip(
+        batch["owners"].tolist(),
+        batch["weights"].tolist(),
+        ("red", "blue", "dark blue", "two", "yes", "no"),
+        strict=True,
+    ):
+        one = task.collate([replace(items[owner], answers=(said,))])
+        tokens = int((one["labels"][:, 1:] >= 0).sum())
+        want += weight * tokens * float(model(**one).loss) / len(items)
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.text_decoder.cls.parameters())
+
+
+def test_one_answer_is_learnt_as_ever(tmp_path: Path) -> None:
+    """By default, and wherever the model itself is asked, not its objective."""
+    task = VqaTask(SMALL, FEW, tmp_path)
+    model = task.dense_model().eval()
+    assert task.objective(model) is model
+    batch = task.collate(list(task.train[:3]), random.Random(0))
+    every = VqaTask(SMALL, FEW, tmp_path, {"targets": "all"})
+    assert every.example_inputs().keys() == task.example_inputs().keys() == batch.keys()
+    assert torch.equal(every.objective(model)(**batch).loss, model(**batch).loss)
+
+
+def test_a_teacher_is_asked_for_all_answers_too(tmp_path: Path) -> None:
+    task = VqaTask(SMALL, FEW, tmp_path, {"targets": "all"})
+    item = replace(task.train[0], answers=("red", "blue", "blue"))
+    batch = task.collate([item, task.train[1]], random.Random(0))
+    model, teacher = task.dense_model().eval(), task.dense_model()
+    structures = vlprune.discover(teacher).structures
+    teacher.load_state_dict(model.state_dict())
+    plain = task.objective(model)(**batch)["loss"]
+    for term in ("logits", "features"):
+        taught = Taught(task.objective(model), model, teacher, {term: 10.0}, structures)
+        assert float(taught(**batch)["loss"]) == pytest.approx(float(plain), abs=1e-4)
 
 
 def test_real_formats_need_their_files(tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ __all__ = [
     "read_vqav2",
 ]
 
+VISUAL_GENOME = 0.2
+"""The weight of an answer of Visual Genome, as BLIP's authors train."""
+
 BLANK = "questions that are blank"
 UNANSWERED = "questions without an answer"
 UNASKED = "answers to questions that the file does not ask"
@@ -45,12 +48,16 @@ UNASKED = "answers to questions that the file does not ask"
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image and its answers (VQAv2: those of ten people; easy-VQA: one)."""
+    """A question about an image and its answers (VQAv2: those of ten people; easy-VQA: one).
+
+    ``weight`` is what all its answers weigh together, where all of them are learnt.
+    """
 
     id: Id
     image: Picture
     text: str
     answers: tuple[str, ...]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -198,8 +205,8 @@ def read_visual_genome(
 
     ``image_data`` is ``image_data.json``, where the last two parts of an image's ``url`` are its
     path below ``images``, as in ``VG_100K_2/1.jpg``. Answers lose their final period and capitals,
-    as is usual when they join VQAv2. ``left`` counts blank questions and answers, which are left
-    out. Raises DataError.
+    as is usual when they join VQAv2, and they weigh 0.2. ``left`` counts blank questions and
+    answers, which are left out. Raises DataError.
     """
     path, data_path, folder = Path(questions), Path(image_data), Path(images)
     left = Left() if left is None else left
@@ -219,6 +226,7 @@ def read_visual_genome(
                 image=places[image_id],
                 text=field(pair, "question", TEXT),
                 answers=(field(pair, "answer", ANSWER).strip().rstrip(".").lower(),),
+                weight=VISUAL_GENOME,
             )
             if is_asked(question.text, question.answers, left):
                 found.append(question)

@@ -249,6 +249,7 @@ class VqaOptions(TaskOptions):
     stream_needs: ClassVar[tuple[str, ...]] = ("answers",)
     augments: ClassVar[bool] = True
     answers: Annotated[str, Text()] = ""
+    targets: Annotated[str, OneOf("frequent", "all")] = "frequent"
 
 
 @checked

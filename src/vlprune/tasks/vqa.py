@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.datasets.records import question
 from ..data.files import Left, check_split
@@ -22,6 +23,7 @@ from ..device import moved_to
 from ..errors import DataError
 from ..recipe.options import TaskOptions, VqaOptions
 from .base import Advance, Task
+from .decoder_loss import AllAnswers
 from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy
 
@@ -33,8 +35,9 @@ RERANK = 128  # candidates kept by their first token, as in BLIP's evaluation
 class VqaTask(Task):
     """Visual question answering with a BlipForQuestionAnswering; the metric is ``accuracy``.
 
-    The model learns the most frequent answer to each question. It is evaluated by ranking the
-    answers of the training set, or those in the file that the option ``answers`` names
+    The model learns the most frequent answer to each question, or with ``targets`` "all" each
+    answer by its frequency (:class:`~vlprune.tasks.decoder_loss.AllAnswers`). It is evaluated by
+    ranking the answers of the training set, or those in the file that the option ``answers`` names
     (``accuracy``), and by free generation (``accuracy_generated``).
     """
 
@@ -84,6 +87,9 @@ class VqaTask(Task):
     def new_model(self) -> Any:
         return self.model_type()(blip_config(self.model_spec, self.processor.tokenizer))
 
+    def objective(self, model: Any) -> nn.Module:
+        return AllAnswers(model) if self.options["targets"] == "all" else super().objective(model)
+
     # -- one batch ---------------------------------------------------------------------
 
     def _questions(self, items: Sequence[Question]) -> dict[str, Tensor]:
@@ -97,10 +103,17 @@ class VqaTask(Task):
         }
 
     def collate(self, items: list[Question], rng: random.Random | None = None) -> dict[str, Tensor]:
-        said = [max(q.answers, key=q.answers.count) for q in items]
+        more: dict[str, Tensor] = {}
+        if rng is not None and self.options["targets"] == "all":  # else one forward of the model
+            shares = [(row, *one) for row, q in enumerate(items) for one in _shares(q)]
+            said = [answer for _, answer, _ in shares]
+            more["owners"] = torch.tensor([row for row, *_ in shares])
+            more["weights"] = torch.tensor([weight for *_, weight in shares])
+        else:
+            said = [max(q.answers, key=q.answers.count) for q in items]
         ids = self._answer_ids(said)
         labels = ids.masked_fill(ids == self.processor.tokenizer.pad_token_id, -100)
-        return {**self._questions(items), "decoder_input_ids": ids, "labels": labels}
+        return {**self._questions(items), "decoder_input_ids": ids, "labels": labels, **more}
 
     def _answer_ids(self, answers: Sequence[str]) -> Tensor:
         """Token ids of [start] answer [end], padded to one length: (answers, tokens)."""
@@ -148,6 +161,13 @@ class VqaTask(Task):
         tokens = model.generate(**inputs, max_new_tokens=8)
         said = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in said]
+
+
+def _shares(question: Question) -> list[tuple[str, float]]:
+    """Each answer once, with the question's weight times its share of the answers."""
+    counts = Counter(question.answers)
+    whole = len(question.answers)
+    return [(answer, question.weight * count / whole) for answer, count in counts.items()]
 
 
 def rank_answers(
