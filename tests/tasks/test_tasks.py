@@ -14,7 +14,7 @@ import transformers
 import vlprune
 from vlprune.errors import DataError, RecipeError
 from vlprune.recipe.spec import DataSpec, ModelSpec
-from vlprune.tasks import TASKS, RetrievalTask, VqaTask
+from vlprune.tasks import TASKS, CaptioningTask, RetrievalTask, VqaTask
 from vlprune.tasks.retrieval import recalls
 from vlprune.tasks.vqa import rank_answers
 from vlprune.tasks.vqa_metric import normalise, vqa_accuracy
@@ -196,6 +196,51 @@ def test_all_answers_are_learnt_by_their_frequency(tmp_path: Path) -> None:
     assert float(loss) == pytest.approx(want, rel=1e-5)
     loss.backward()
     assert all(p.grad is not None for p in model.text_decoder.cls.parameters())
+
+
+@pytest.mark.parametrize(
+    ("cls", "targets"), [(CaptioningTask, ""), (VqaTask, "frequent"), (VqaTask, "all")]
+)
+def test_smoothed_labels_by_hand(cls: Any, targets: str, tmp_path: Path) -> None:
+    """0.9 of the token and 0.1 of all tokens evenly; in no config, and in no forward but this."""
+    options = {"smoothing": 0.1, **({"targets": targets} if targets else {})}
+    task = cls(SMALL, FEW, tmp_path, options)
+    model = task.dense_model().eval()
+    objective = task.objective(model)
+    batch = task.collate(list(task.train[:3]), random.Random(0))
+    own = {k: v for k, v in batch.items() if k not in ("owners", "weights")}
+    logits = []
+    hook = model.text_decoder.register_forward_hook(lambda _m, _i, out: logits.append(out.logits))
+    plain = float(model(**own).loss)
+    loss = float(objective(**batch)["loss"])
+    hook.remove()
+    after, right = logits[-1][:, :-1].log_softmax(-1), batch["labels"][:, 1:]
+    known = right >= 0
+    said = after.gather(2, right.clamp(min=0)[..., None])[..., 0]
+    each = -(0.9 * said + 0.1 * after.mean(-1))[known]
+    want = float(each.sum()) / len(right) if targets == "all" else float(each.mean())
+    assert loss == pytest.approx(want, rel=1e-5)
+    assert float(model(**own).loss) == plain
+    assert model.text_decoder.label_smoothing == 0.0
+    with pytest.raises(ValueError, match="pixel_values"):
+        objective(**{**own, "pixel_values": None})
+    assert model.text_decoder.label_smoothing == 0.0
+    model.save_pretrained(tmp_path / "saved")
+    assert (
+        transformers.AutoConfig.from_pretrained(tmp_path / "saved").text_config.label_smoothing
+        == 0.0
+    )
+
+
+@pytest.mark.slow
+def test_a_smoothed_loss_can_be_compiled(tmp_path: Path) -> None:
+    task = VqaTask(SMALL, FEW, tmp_path, {"targets": "all", "smoothing": 0.1})
+    model = task.dense_model().eval()
+    objective = task.objective(model)
+    batch = task.collate(list(task.train[:3]), random.Random(0))
+    compiled: Any = torch.compile(objective, backend="eager")
+    torch.testing.assert_close(compiled(**batch)["loss"], objective(**batch)["loss"])
+    assert model.text_decoder.label_smoothing == 0.0
 
 
 def test_one_answer_is_learnt_as_ever(tmp_path: Path) -> None:

@@ -230,6 +230,7 @@ class CaptioningOptions(TaskOptions):
     augments: ClassVar[bool] = True
     prompt: Annotated[str, Text(0, 60)] = "a picture of"
     beams: Annotated[int, Whole(1, 64)] = 3
+    smoothing: Annotated[float, Number(0, 1, below=True)] = 0.0
 
 
 @checked
@@ -250,6 +251,7 @@ class VqaOptions(TaskOptions):
     augments: ClassVar[bool] = True
     answers: Annotated[str, Text()] = ""
     targets: Annotated[str, OneOf("frequent", "all")] = "frequent"
+    smoothing: Annotated[float, Number(0, 1, below=True)] = 0.0
 
 
 @checked

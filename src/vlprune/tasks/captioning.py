@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.captions import CaptionedImage, read_captioned
 from ..data.datasets.records import captioned_image
@@ -18,6 +18,7 @@ from ..errors import RecipeError
 from ..recipe.options import CaptioningOptions, TaskOptions
 from .base import Advance, Task
 from .caption_metric import caption_scores
+from .decoder_loss import Smoothed
 from .new_models import blip_config, blip_processor
 
 __all__ = ["CaptioningTask"]
@@ -30,7 +31,8 @@ class CaptioningTask(Task):
     """COCO captions with a BlipForConditionalGeneration; the metric is ``cider``.
 
     Each training step takes one random caption per image, after a prompt that is left out of the
-    loss. Captions for evaluation come from beam search, as in BLIP (3 beams, 5 to 20 tokens).
+    loss. The option ``smoothing`` smooths the labels of training. Captions for evaluation come from
+    beam search, as in BLIP (3 beams, 5 to 20 tokens).
     """
 
     name: ClassVar[str] = "captioning"
@@ -63,6 +65,10 @@ class CaptioningTask(Task):
 
     def new_model(self) -> Any:
         return self.model_type()(blip_config(self.model_spec, self.processor.tokenizer))
+
+    def objective(self, model: Any) -> nn.Module:
+        smoothing = self.options["smoothing"]
+        return Smoothed(model, smoothing) if smoothing else super().objective(model)
 
     def _ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids, from the decoder's start token on, and mask: (texts, tokens) each."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +11,38 @@ from torch import Tensor
 
 from ..training.objective import Trainee
 
-__all__ = ["AllAnswers"]
+__all__ = ["AllAnswers", "Smoothed"]
 
 
-class AllAnswers(Trainee):
+class Smoothed(Trainee):
+    """A BLIP whose text decoder learns labels smoothed by ``smoothing``.
+
+    BLIP's authors smooth by 0.1 in the code of their decoder (``med.py``). transformers' decoder
+    reads the number from its config, which is saved and would go on in the loss of whoever trains
+    the saved model; here it holds within a forward pass of this module only.
+    """
+
+    def __init__(self, model: Any, smoothing: float) -> None:
+        super().__init__(model)
+        self.smoothing = smoothing
+
+    def forward(self, **batch: Any) -> Any:
+        """The model's own output, its loss that of smoothed labels."""
+        with self.smoothed():
+            return self.model(**batch)
+
+    @contextmanager
+    def smoothed(self) -> Iterator[None]:
+        """Labels are smoothed in the block."""
+        decoder: Any = self.model.text_decoder
+        before, decoder.label_smoothing = decoder.label_smoothing, self.smoothing
+        try:
+            yield
+        finally:
+            decoder.label_smoothing = before
+
+
+class AllAnswers(Smoothed):
     """The loss of a BlipForQuestionAnswering on every answer that a question has.
 
     As in BLIP's ``blip_vqa.py``, the loss of an answer is the sum over its tokens, times the
@@ -27,7 +56,10 @@ class AllAnswers(Trainee):
         ``decoder_input_ids`` and ``labels`` (answers, tokens) are those of all answers, ``owners``
         (answers,) the row of the question that each belongs to, and ``weights`` (answers,).
         """
-        return _answered(self.model, batch) if "owners" in batch else self.model(**batch)
+        if "owners" not in batch:
+            return super().forward(**batch)
+        with self.smoothed():
+            return _answered(self.model, batch)
 
     def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> Any:
         """The output of ``teacher``, a model of the same class, for a batch."""

@@ -23,7 +23,7 @@ from ..device import moved_to
 from ..errors import DataError
 from ..recipe.options import TaskOptions, VqaOptions
 from .base import Advance, Task
-from .decoder_loss import AllAnswers
+from .decoder_loss import AllAnswers, Smoothed
 from .new_models import blip_config, blip_processor
 from .vqa_metric import vqa_accuracy
 
@@ -88,7 +88,10 @@ class VqaTask(Task):
         return self.model_type()(blip_config(self.model_spec, self.processor.tokenizer))
 
     def objective(self, model: Any) -> nn.Module:
-        return AllAnswers(model) if self.options["targets"] == "all" else super().objective(model)
+        smoothing = self.options["smoothing"]
+        if self.options["targets"] == "all":
+            return AllAnswers(model, smoothing)
+        return Smoothed(model, smoothing) if smoothing else super().objective(model)
 
     # -- one batch ---------------------------------------------------------------------
 
