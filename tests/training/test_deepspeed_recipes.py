@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(
     reason="deepspeed is not installed (pip install 'vlprune[deepspeed]')",
 )
 
-RECIPE = ["compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu"]
+RECIPE = [
+    "compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu",
+    "search.weight_decay_on=all", "search.weight_decay=1",
+    "options.targets=all", "options.smoothing=0.1",
+]  # fmt: skip
 HALF = ["search.bf16=true", "retrain.bf16=true"]
 
 COMMAND = (

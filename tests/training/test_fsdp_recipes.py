@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 from ranks import meeting
 from small_runs import DEMO, KILLED, TINY
 
-RECIPE = ["compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu"]
+RECIPE = [
+    "compress", DEMO, *TINY, "search.steps=4", "search.save_steps=2", "device=cpu",
+    "search.weight_decay_on=all", "search.weight_decay=1",
+    "options.targets=all", "options.smoothing=0.1",
+]  # fmt: skip
 
 # Accelerate uses FSDP on no CPU: it is let to take these processes for GPUs.
 HEAD = """

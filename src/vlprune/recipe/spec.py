@@ -127,6 +127,7 @@ class LoraSpec(Checked):
 
 DECAYS = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "sgd")
+DECAYED = ("weights", "all")
 
 
 @checked
@@ -140,7 +141,8 @@ class Training(Checked):
     of a run that was never stopped. ``rates`` multiplies the learning rate of the weights whose
     names match a pattern, as in ``{"vision_model.*": 0.1}``; gradients are clipped to a norm of
     ``clip`` (0: not at all). ``optimizer`` is ``adamw``, or ``sgd`` with Nesterov's momentum of
-    0.9. With ``ema`` the phase ends with an exponential moving average of its weights, which after
+    0.9. ``weight_decay_on`` is what decays: ``weights``, all but biases and norms, or ``all``. With
+    ``ema`` the phase ends with an exponential moving average of its weights, which after
     every step is ``ema`` of itself and the rest of the weights (0: with the last weights).
 
     ``drop_path`` and ``dropout`` are rates by patterns of module names, as in
@@ -154,6 +156,7 @@ class Training(Checked):
     optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
     learning_rate: Annotated[float, Number(0, 1000)] = 1e-3
     weight_decay: Annotated[float, Number(0, 1000)] = 0.05
+    weight_decay_on: Annotated[str, OneOf(*DECAYED)] = "weights"
     rates: Mapping[Annotated[str, Text(1)], Annotated[float, Number(0, 1000)]] = field(
         default_factory=dict
     )

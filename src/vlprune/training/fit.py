@@ -54,6 +54,7 @@ class _Trainer(Trainer):
     most_not_finite: Tensor | None = None
     rates: Mapping[str, float] = MappingProxyType({})
     average: Average | None = None
+    decays_all = False
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint, and seal it when every process has written its part.
@@ -94,6 +95,13 @@ class _Trainer(Trainer):
         if iterator is not None:
             iterator._shutdown_workers()
             self.loader._iterator = None
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The names of what decays: all, or as the Trainer does all but biases and norms."""
+        if self.decays_all:
+            return [name for name, _ in model.named_parameters()]
+        names: list[str] = super().get_decay_parameter_names(model)
+        return names
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer, its groups split where some weights learn more slowly."""
@@ -244,6 +252,7 @@ def fit(
         )
         first(trainer, callbacks)
         watch.trainer, trainer.rates, trainer.average = trainer, spec.rates, average
+        trainer.decays_all = spec.weight_decay_on == "all"
         if spec.ema and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise UnsupportedError(
                 "ema keeps the average of whole weights, and FSDP and DeepSpeed divide them among "
