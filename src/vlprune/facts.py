@@ -120,10 +120,17 @@ class _Timed(_Facts):
             raise ValueError("it has small, and not dense, threads and shapes")
 
 
+class _Prunable(_Facts):
+    p: Number
+    removed: Number
+    params_left: Number
+
+
 class _Budget(_Facts):
     what: str
     asked: Number
     reached: Number
+    prunable_cost: _Prunable | None = None
     seconds: _Timed | None = None
 
 

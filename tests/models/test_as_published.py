@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from transformers import AutoConfig, BlipConfig, BlipTextConfig
 
 from vlprune import save
-from vlprune.errors import CheckpointError
 from vlprune.folders.opening import open_config
 from vlprune.models import BlipNlvrConfig, MdetrForGrounding, SegmenterConfig
 from vlprune.models.atss import anchors, assign_places, centerness
 from vlprune.models.dynamic_head import DynamicBlock
 from vlprune.models.glip import GlipOutput, _spans
-from vlprune.models.mdetr_weights import convert_mdetr, published_settings
 from vlprune.models.set_loss import paired_giou
 from vlprune.tasks.gqa import ANSWER_TYPES, FORMER_TYPES, GqaTask
 from vlprune.tasks.grounders import GROUNDERS
@@ -45,26 +43,6 @@ def test_answers_are_read_from_the_layer_that_the_config_names() -> None:
             expected = head(layer[:, queries + number])
             torch.testing.assert_close(said[which][name], expected)
     assert not torch.allclose(said["first"]["answer_type"], said["last"]["answer_type"])
-
-
-def test_a_published_gqa_checkpoint_says_its_settings() -> None:
-    sizes = {"type": 5, "obj": 3, "rel": 1594, "attr": 403, "cat": 678, "global": 111}
-    state = {f"answer_{name}_head.weight": torch.zeros(n, 2) for name, n in sizes.items()}
-    assert published_settings({"class_embed.weight": torch.zeros(2, 2), **state}) == {
-        "answer_heads": {f"answer_{name}": n for name, n in sizes.items()},
-        "answer_layer": "first",
-        "answer_types": ["obj", "attr", "rel", "global", "cat"],
-    }
-    assert published_settings({"class_embed.weight": torch.zeros(2, 2)}) == {}
-    # the rows of the six queries: type, obj, rel, attr, cat, global there, sorted by name here
-    queries = torch.arange(6.0)[:, None]
-    found = convert_mdetr({"qa_embed.weight": queries})["answer_queries.weight"]
-    assert found[:, 0].tolist() == [3, 4, 5, 1, 2, 0]  # attr, cat, global, obj, rel, type
-
-
-def test_a_checkpoint_with_a_cls_token_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="also reads a CLS token"):
-        convert_mdetr({"transformer.CLS.weight": torch.zeros(1, 16)})
 
 
 def test_older_folders_keep_their_layer_and_their_order_of_types(tmp_path: Path) -> None:
@@ -102,6 +80,68 @@ def test_published_positive_maps_are_rows_of_ones() -> None:
     assert float(losses["uniform"]["tokens"]) == pytest.approx(float(weight * said.sum()) / 4)
     for name in ("l1", "giou", "alignment"):
         assert float(losses["uniform"][name]) == pytest.approx(float(losses["published"][name]))
+
+
+TWO_TOKENS = {"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]), "tokens": torch.zeros(1, 5)}
+TWO_TOKENS["tokens"][0, 1:3] = 0.5
+
+
+@pytest.mark.parametrize(("positive_map", "matched"), [("uniform", 1), ("published", 0)])
+def test_published_positive_maps_count_every_token_in_matching(
+    positive_map: str, matched: int
+) -> None:
+    """Query 0 has .45 at both tokens but a box .012 aside; query 1 has .25, and the very box.
+
+    The box costs .286: 5 x .012 and 2 x (1 - .188 / .212). Tokens are worth .45 - .25 = .2 by
+    their mean, .4 by their sum.
+    """
+    model: Any = build("mdetr").model
+    config = model.config
+    config.positive_map, config.auxiliary_loss = positive_map, False
+    config.class_cost, config.bbox_loss_coefficient, config.giou_loss_coefficient = 1, 5, 2
+    said = torch.tensor([[0.02, 0.45, 0.45, 0.04, 0.04], [0.1, 0.25, 0.25, 0.3, 0.1]]).log()
+    boxes = torch.tensor([[0.512, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]])
+    unit = F.normalize(torch.ones(1, 3, 4), dim=-1)
+    final = {"logits": said[None], "boxes": boxes[None], "queries": unit[:, :2], "text": unit}
+    losses = model._box_losses(final, (), [TWO_TOKENS])
+    assert float(losses["l1"]) == pytest.approx(5 * 0.012 if matched == 0 else 0.0, abs=1e-6)
+    weight = 1.0 if positive_map == "published" else 0.5
+    rest = -config.eos_coefficient * said[1 - matched, -1]
+    wanted = -weight * said[matched, 1:3].sum() + rest
+    assert float(losses["tokens"]) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("positive_map", ["uniform", "published"])
+def test_queries_are_matched_as_by_trying_every_assignment(positive_map: str) -> None:
+    """Four queries, two boxes: the cheapest of all twelve assignments, by a slow restatement."""
+    model: Any = build("mdetr").model
+    model.config.positive_map = positive_map
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    chosen = set()
+    for _ in range(20):
+        logits = 2 * torch.randn(4, 7, generator=generator)
+        boxes = 0.3 + 0.4 * torch.rand(6, 4, generator=generator)
+        tokens = torch.zeros(2, 7)
+        tokens[0, 0:3], tokens[1, 4:6] = 1 / 3, 1 / 2
+        unit = F.normalize(torch.randn(1, 7, 4, generator=generator), dim=-1)
+        final = {"logits": logits[None], "boxes": boxes[None, :4]}
+        final |= {"queries": unit[:, :4], "text": unit}
+        own = model._box_losses(final, (), [{"boxes": boxes[4:], "tokens": tokens}])
+        maps = (tokens > 0).float() if positive_map == "published" else tokens
+        best, found = float("inf"), (0, 0)
+        for pair in itertools.permutations(range(4), 2):
+            queries = boxes[list(pair)]
+            cost = -config.class_cost * (logits.softmax(-1)[list(pair)] * maps).sum()
+            cost = cost + config.bbox_loss_coefficient * (queries - boxes[4:]).abs().sum()
+            cost = cost - config.giou_loss_coefficient * paired_giou(queries, boxes[4:]).sum()
+            if float(cost) < best:
+                best, found = float(cost), pair
+        chosen.add(found)
+        apart = (boxes[list(found)] - boxes[4:]).abs().sum()
+        assert float(own["l1"]) == pytest.approx(
+            float(config.bbox_loss_coefficient * apart) / 2, rel=1e-4
+        )
+    assert len(chosen) > 4
 
 
 def test_mdetrs_phrase_is_as_likely_as_its_likeliest_token() -> None:

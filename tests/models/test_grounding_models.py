@@ -12,13 +12,10 @@ import transformers as T
 from torch import Tensor, nn
 from transformers.loss.loss_for_object_detection import box_iou
 
-from alike import same_model
 from vlprune import discover
-from vlprune.errors import CheckpointError
 from vlprune.models import GlipConfig, GlipForGrounding, MdetrConfig, MdetrForGrounding, atss
 from vlprune.models.atss import anchors, assign_places, centerness, decode, encode, suppress
 from vlprune.models.dynamic_head import sampled_convolution
-from vlprune.models.mdetr_weights import convert_mdetr
 from vlprune.models.set_loss import (
     SetWeights,
     assign,
@@ -211,94 +208,6 @@ def test_the_decoder_feeds_on_what_it_decoded() -> None:
     )
     torch.testing.assert_close(every[0], model.decoder.layernorm(first))
     torch.testing.assert_close(every[1], model.decoder.layernorm(second))
-
-
-# -- a published checkpoint --------------------------------------------------------------
-
-
-def published(model: Any, heads: int) -> dict[str, Tensor]:
-    """The model's weights under the names, and with the fused shapes, of the authors' files."""
-    import re
-
-    own, state = model.state_dict(), {}
-    for name, value in own.items():
-        attention = re.match(
-            r"(fusion_encoder|decoder)\.layers\.(\d+)\.(self|encoder)_attn\.", name
-        )
-        if attention:
-            part, number, which = attention.groups()
-            block = "self_attn" if which == "self" else "cross_attn_image"
-            path = (
-                f"transformer.{'encoder' if part != 'decoder' else part}.layers.{number}.{block}."
-            )
-            leaf = name[attention.end() :]
-            if leaf.startswith("o_proj"):
-                state[path + leaf.replace("o_proj", "out_proj")] = value
-            elif leaf.startswith("q_proj"):
-                kind = leaf.rpartition(".")[2]
-                rows = [own[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
-                state[f"{path}in_proj_{kind}"] = torch.cat(rows)
-            continue
-        encoder, decoder = r"fusion_encoder\.layers\.(\d+)", r"decoder\.layers\.(\d+)"
-        there = {p: rf"transformer.{p}.layers.\1" for p in ("encoder", "decoder")}
-        for pattern, new in (
-            (r"vision_model\.model\.embedder\.embedder\.convolution", "backbone.0.body.conv1"),
-            (r"vision_model\.model\.embedder\.embedder\.normalization", "backbone.0.body.bn1"),
-            (rf"{encoder}\.mlp\.fc", f"{there['encoder']}.linear"),
-            (rf"{encoder}\.self_attn_layer_norm", f"{there['encoder']}.norm1"),
-            (rf"{encoder}\.final_layer_norm", f"{there['encoder']}.norm2"),
-            (rf"{decoder}\.mlp\.fc", f"{there['decoder']}.linear"),
-            (rf"{decoder}\.self_attn_layer_norm", f"{there['decoder']}.norm1"),
-            (rf"{decoder}\.encoder_attn_layer_norm", f"{there['decoder']}.norm3"),
-            (rf"{decoder}\.final_layer_norm", f"{there['decoder']}.norm4"),
-            (r"decoder\.layernorm", "transformer.decoder.norm"),
-            (r"text_encoder", "transformer.text_encoder"),
-            (r"resizer", "transformer.resizer"),
-            (r"align_queries", "contrastive_align_projection_image"),
-            (r"align_text", "contrastive_align_projection_text"),
-        ):
-            name = re.sub(f"^{pattern}", new, name)
-        bottleneck = re.match(r"vision_model\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.", name)
-        if bottleneck:
-            rest = name[bottleneck.end() :]
-            rest = rest.replace("shortcut.convolution", "downsample.0")
-            rest = rest.replace("shortcut.normalization", "downsample.1")
-            rest = re.sub(r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}", rest)
-            rest = re.sub(r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}", rest)
-            name = f"backbone.0.body.layer{int(bottleneck[1]) + 1}.{bottleneck[2]}.{rest}"
-        answer = re.match(r"answer_heads\.(answer_\w+)\.", name)
-        if answer:
-            name = f"{answer[1]}_head.{name[answer.end() :]}"
-        if name == "answer_queries.weight":
-            kinds = ("type", "obj", "rel", "attr", "cat", "global")
-            order = [sorted(kinds).index(kind) for kind in kinds]
-            name, value = "qa_embed.weight", value[order]
-        state[name] = value
-    state["transformer.text_encoder.pooler.dense.weight"] = torch.zeros(2, 2)
-    state["transformer.text_encoder.embeddings.position_ids"] = torch.zeros(1, 4)
-    return state
-
-
-def test_a_checkpoint_with_the_authors_names_is_converted() -> None:
-    from vlprune.testing.families import _mdetr
-
-    names = ("type", "obj", "rel", "attr", "cat", "global")
-    torch.manual_seed(0)
-    resnet = T.ResNetConfig(
-        embedding_size=8, hidden_sizes=[32, 64], depths=[2, 1], out_features=["stage2"]
-    )
-    sample = _mdetr(resnet, answer_heads={f"answer_{n}": 3 for n in names})
-    model: Any = sample.model.eval()
-    state = published(model, 4)
-    assert "transformer.decoder.layers.1.cross_attn_image.in_proj_weight" in state
-    assert state["transformer.decoder.layers.1.cross_attn_image.in_proj_weight"].shape == (48, 16)
-    assert "backbone.0.body.layer1.0.downsample.0.weight" in state
-    torch.manual_seed(1)
-    fresh: Any = type(model)(model.config).eval()
-    fresh.load_state_dict(convert_mdetr(state))
-    same_model(model, fresh, sample.inputs)
-    with pytest.raises(CheckpointError, match="no weight of an MDETR"):
-        convert_mdetr({"blip.weight": torch.zeros(1)})
 
 
 # -- the operators of GLIP ---------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 import vlprune
@@ -26,6 +27,7 @@ from vlprune.commands.console import Plain
 from vlprune.errors import CheckpointError
 from vlprune.reports import blocks, screens
 from vlprune.reports.card import model_card
+from vlprune.reports.figures import curves
 from vlprune.reports.markdown import markdown
 from vlprune.reports.page import page
 from vlprune.reports.read import read_report
@@ -358,6 +360,44 @@ def test_the_authors_cost_is_no_fraction_of_the_model(tiny_folder: Path) -> None
     assert "Asked for 50.0 % of the params, reached 65.0 %." in summary(report)
     report["options"] = {"cost": "exact", "paper_ratio": 36.0}
     assert "Asked for 50.0 % of the params, reached 65.0 %." in summary(report)
+
+
+@pytest.mark.parametrize("cost", ["paper", "exact"])
+def test_the_report_says_what_p_means(cost: str) -> None:
+    """Asked, removed of the prunable cost, and what stays of all parameters; and on the page."""
+    sample = build("vit")
+    method = vlprune.UPop(cost=cost, paper_ratio=8)
+    compressor = vlprune.Compressor(sample.model, method, {"params": 0.7})
+    batch = {**sample.inputs, "labels": torch.tensor([0, 1])}
+    with compressor:
+        for progress in (0.5, 1.0):
+            sample.model(**batch).loss.backward()
+            compressor.step(progress)
+    compressor.finish()
+    report = json.loads(json.dumps(compressor.report()))
+    title = "What the search leaves of the "
+    assert [f.label for f in curves(report) if f.label.startswith("What the")] == [
+        title + ("authors' prunable cost" if cost == "paper" else "params")
+    ]
+    if cost == "exact":
+        assert "prunable_cost" not in report["budget"]
+        return
+    price = {"attention": 8, "ffn": 1}
+    whole, left = (
+        sum(price[layer["kind"]] * layer[key] for layer in report["layers"])
+        for key in ("units", "kept")
+    )
+    params = report["params"]
+    said = report["budget"]["prunable_cost"]
+    assert said == pytest.approx(
+        {
+            "p": 0.3,
+            "removed": 1 - left / whole,
+            "params_left": params["after"] / params["before"],
+        }
+    )
+    assert abs(said["removed"] - 0.3) < 0.03 < abs(said["params_left"] - 0.7)
+    assert f"removed {said['removed']:.3g} of it" in summary(report)
 
 
 BENCH = {

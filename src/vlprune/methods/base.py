@@ -9,7 +9,7 @@ importing torch), a file with a subclass of those options and a :class:`Search`,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -202,6 +202,14 @@ class Search(ABC):
 
     def share(self) -> dict[str, tuple[Any, ...]]:
         """The units that take another unit's weights, in the form of :class:`vlprune.Plan`."""
+        return {}
+
+    def prunable(self, kept: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """``{"p", "removed"}`` where the budget is no fraction of the model, as in UPop's paper.
+
+        ``p`` is the share of the prunable cost that is to go, ``removed`` what goes when the units
+        ``kept`` stay. Empty where the budget is a fraction of the whole model.
+        """
         return {}
 
     def state(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -210,6 +210,11 @@ class _UPopSearch(Search):
         asked = self.method
         plain = asked.round_to == 1 and not self.floors and not self.open.groups
         return asked.cost == "paper" and plain
+
+    def prunable(self, kept: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        if self.method.cost == "exact":
+            return {}
+        return {"p": 1 - self.budget, "removed": 1 - self.prices.cost(kept) / self.prices.total}
 
     def least_left(self) -> float:
         return least(self.prices.fixing(self.whole), self.method.round_to)

@@ -4,8 +4,8 @@ The published files are pickles. Read them with ``torch.load(path, weights_only=
 builds tensors and runs no code, and pass their ``"model"`` or ``"model_ema"`` entry on::
 
     state = torch.load("pretrained_resnet101_checkpoint.pth", weights_only=True)["model"]
-    model = MdetrForGrounding(MdetrConfig(**sizes, **published_settings(state)))
-    model.load_state_dict(convert_mdetr(state))
+    model = MdetrForGrounding(MdetrConfig(**published_settings(state)))
+    model.load_state_dict(convert_mdetr(state, model.config))
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ _RULES: tuple[tuple[str, str], ...] = (
 )
 """How names begin in the published checkpoints, and here."""
 
+_BODY, _TEXT = r"backbone\.0\.body\.", r"transformer\.text_encoder\."
+
 _UNUSED = re.compile(
     r".*position_ids$|.*num_batches_tracked$|transformer\.text_encoder\.pooler\.|isfinal_embed\.|"
     r"contrastive_projection_|contrastive_hdim|backbone\.0\.body\.fc\."
@@ -59,11 +61,16 @@ _UNUSED = re.compile(
 """Weights that MDETR's forward pass for boxes or answers never reads."""
 
 
-def convert_mdetr(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_mdetr(state: Mapping[str, Tensor], config: Any = None) -> dict[str, Tensor]:
     """The same tensors under the names used here; fused attention projections are split.
 
-    Raises CheckpointError for a name that MDETR's models do not have, and for a checkpoint whose
-    encoder also reads a CLS token (trained with ``--contrastive_loss``).
+    A checkpoint with answer heads needs the ``config`` of the model that will take the tensors. It
+    is set to what the authors' code computes: the heads read the first decoder layer, and the types
+    of questions have the authors' order. With other settings the model would give wrong answers.
+
+    Raises CheckpointError for a name that MDETR's models do not have, for answer heads that differ
+    from those of ``config``, and for a checkpoint whose encoder also reads a CLS token (trained
+    with ``--contrastive_loss``).
     """
     if any(name.startswith("transformer.CLS.") for name in state):
         raise CheckpointError(
@@ -74,17 +81,73 @@ def convert_mdetr(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not _UNUSED.match(name):
             found |= _attention(name, tensor) or _bottleneck(name, tensor) or _plain(name, tensor)
+    if answers := _answers(state):
+        if config is None:
+            raise CheckpointError(
+                "this checkpoint answers questions, and from the first decoder layer: give the "
+                "config of the model too, which is then set so, as in "
+                "convert_mdetr(state, model.config)"
+            )
+        heads, own = answers["answer_heads"], dict(config.answer_heads)
+        if own != heads:
+            raise CheckpointError(
+                f"this checkpoint has the answer heads {heads}, the config {own}: "
+                "MdetrConfig(**published_settings(state)) has its"
+            )
+        config.answer_layer, config.answer_types = answers["answer_layer"], answers["answer_types"]
     return found
 
 
 def published_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of MdetrConfig with which a converted checkpoint answers as the authors' code does.
+    """Arguments of MdetrConfig with the sizes of a published checkpoint with a ResNet.
 
-    These are the answer heads with their numbers of classes, the order of the types of questions,
-    and the decoder layer that the heads read: the first, since the authors' code takes entry 0 of
-    the list of all layers. Empty for a checkpoint without answer heads. To train a converted
-    checkpoint on as the authors did, also give ``positive_map="published"``.
+    They compute what the authors' code computes. For a checkpoint with answer heads these are the
+    heads with their numbers of classes, the order of the types of questions, and the decoder layer
+    that the heads read: the first, since the authors' code takes entry 0 of the list of all layers.
+    The encoder and the decoder have 8 heads in all published models, heads of RoBERTa are 64 wide.
+    To train a converted checkpoint on as the authors did, also give ``positive_map="published"``.
+    Raises CheckpointError for a checkpoint that lacks what every MDETR with a ResNet has.
     """
+    body, text = "backbone.0.body.", "transformer.text_encoder."
+    words, width = _shape(state, f"{text}embeddings.word_embeddings.weight")
+    stages = _numbers(state, rf"{_BODY}layer(\d+)\..*")
+    return {
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": _shape(state, f"{body}conv1.weight")[0],
+            "hidden_sizes": [
+                _shape(state, f"{body}layer{n + 1}.0.conv3.weight")[0] for n in stages
+            ],
+            "depths": [len(_numbers(state, rf"{_BODY}layer{n + 1}\.(\d+)\..*")) for n in stages],
+            "out_features": [f"stage{len(stages)}"],
+        },
+        "text_config": {
+            "model_type": "roberta",
+            "vocab_size": words,
+            "hidden_size": width,
+            "num_hidden_layers": len(_numbers(state, rf"{_TEXT}encoder\.layer\.(\d+)\..*")),
+            "num_attention_heads": max(1, width // 64),
+            "intermediate_size": _shape(state, f"{text}encoder.layer.0.intermediate.dense.bias")[0],
+            "max_position_embeddings": _shape(
+                state, f"{text}embeddings.position_embeddings.weight"
+            )[0],
+            "type_vocab_size": _shape(state, f"{text}embeddings.token_type_embeddings.weight")[0],
+            "layer_norm_eps": 1e-5,
+        },
+        "d_model": _shape(state, "input_proj.weight")[0],
+        "encoder_layers": len(_numbers(state, r"transformer\.encoder\.layers\.(\d+)\..*")),
+        "decoder_layers": len(_numbers(state, r"transformer\.decoder\.layers\.(\d+)\..*")),
+        "encoder_ffn_dim": _shape(state, "transformer.encoder.layers.0.linear1.weight")[0],
+        "decoder_ffn_dim": _shape(state, "transformer.decoder.layers.0.linear1.weight")[0],
+        "num_queries": _shape(state, "query_embed.weight")[0],
+        "text_positions": _shape(state, "class_embed.weight")[0],
+        "alignment_size": _shape(state, "contrastive_align_projection_image.weight")[0],
+        **_answers(state),
+    }
+
+
+def _answers(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of a checkpoint with answer heads; none for another."""
     heads = {
         name.removesuffix("_head.weight"): len(tensor)
         for name, tensor in state.items()
@@ -94,6 +157,21 @@ def published_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {}
     types = list(PUBLISHED_TYPES)
     return {"answer_heads": heads, "answer_layer": "first", "answer_types": types}
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(
+            f"the checkpoint lacks {name!r}, which every MDETR with a ResNet has: is it another "
+            "model's, or not the entry 'model' or 'model_ema' of the file?"
+        )
+    return tuple(state[name].shape)
+
+
+def _numbers(state: Mapping[str, Tensor], pattern: str) -> range:
+    """How many different numbers stand in names at the group of ``pattern``, counted from 0."""
+    matches = (re.fullmatch(pattern, name) for name in state)
+    return range(len({match[1] for match in matches if match}))
 
 
 def _attention(name: str, tensor: Tensor) -> dict[str, Tensor]:

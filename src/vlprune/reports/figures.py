@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .story import layers_of
-from .words import tower_of
+from .words import paper_share, tower_of
 
 __all__ = ["Figure", "bars", "curves", "groups", "lines", "pairs", "trade"]
 
@@ -198,8 +198,9 @@ def curves(report: Mapping[str, Any]) -> Iterator[Figure]:
     if losses:
         yield lines("Training loss", losses, "step")
     turns = report.get("search_history") or []
+    cost = "authors' prunable cost" if paper_share(report) is not None else report["budget"]["what"]
     for title, names in (
-        ("What the search leaves", ("remains",)),
+        (f"What the search leaves of the {cost}", ("remains",)),
         ("Gates of fading units", ("gate_of_fading_units",)),
         ("Held-out loss, with and without the structure", ("masked_loss", "full_loss", "gap")),
     ):

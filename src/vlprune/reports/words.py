@@ -73,8 +73,12 @@ def where(told: Mapping[str, Any]) -> str:
 def paper_share(report: Mapping[str, Any]) -> float | None:
     """The share of the authors' prunable cost that went, where a budget was counted in it.
 
-    Then 1 - budget was the p of UPop's paper: no fraction of the whole model.
+    Then 1 - budget was the p of UPop's paper: no fraction of the whole model. Reports of earlier
+    versions do not say the share, which follows from what each layer keeps.
     """
+    said = report["budget"].get("prunable_cost")
+    if said:
+        return float(said["removed"])
     options = report.get("options", {})
     ratio = options.get("paper_ratio")
     if options.get("cost") != "paper" or not isinstance(ratio, int | float):

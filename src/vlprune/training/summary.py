@@ -88,6 +88,8 @@ def _budget(compressor: Compressor, plan: Plan, params_left: float) -> dict[str,
     units = {s.name: plan.kept(s) for s in compressor.structures}
     reached = params_left if budget.what == "params" else prices.cost(units) / prices.total
     facts: dict[str, Any] = {"what": budget.what, "asked": budget.fraction, "reached": reached}
+    if prunable := compressor.search.prunable(units):  # asked is then 1 - p, and reached no goal
+        facts["prunable_cost"] = {**prunable, "params_left": params_left}
     if budget.what == "latency":
         dense = prices.total
         seconds = {**compressor.costs.conditions, "dense": dense, "expected": reached * dense}
