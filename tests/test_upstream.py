@@ -256,6 +256,34 @@ def test_a_cache_for_decoders_that_read_an_encoder() -> None:
     assert hasattr(cache, "self_attention_cache")
 
 
+@torch.no_grad()
+def test_blips_decoder_reads_the_padding_of_a_question() -> None:
+    """recipes/upop/vqav2.yaml: the mask of the states never reaches cross-attention."""
+    sample = build("blip_vqa")
+    decoder: Any = sample.model.text_decoder.eval()
+    states = torch.randn(1, 5, decoder.config.encoder_hidden_size)
+    ids, mask = sample.inputs["input_ids"][:1], torch.tensor([[1, 1, 1, 0, 0]])
+    padded = decoder(ids, encoder_hidden_states=states, encoder_attention_mask=mask).logits
+    bare = decoder(ids, encoder_hidden_states=states).logits
+    assert torch.equal(padded, bare)
+    short = decoder(ids, encoder_hidden_states=states[:, :3]).logits
+    assert not torch.allclose(padded, short)
+
+
+def test_the_loss_of_blips_decoder_per_row_and_its_smoothing() -> None:
+    """decoder_loss: ``reduction="none"`` sums a row's tokens, by what ``label_smoothing`` says."""
+    sample = build("blip_vqa")
+    decoder: Any = sample.model.text_decoder.eval()
+    decoder.label_smoothing = 0.1
+    ids = sample.inputs["input_ids"]
+    states = torch.randn(len(ids), 5, decoder.config.encoder_hidden_size)
+    found = decoder(ids, encoder_hidden_states=states, labels=ids, reduction="none")
+    each = nn.functional.cross_entropy(
+        found.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none", label_smoothing=0.1
+    )
+    torch.testing.assert_close(found.loss, each.sum(1))
+
+
 @pytest.mark.parametrize(
     ("family", "name", "attributes"),
     [
