@@ -172,6 +172,30 @@ def test_the_authors_regularisation(name: str) -> None:
     assert own.get(name, {}).items() <= recipe.options.items()
 
 
+@pytest.mark.parametrize(
+    ("name", "captions", "steps"),
+    [
+        ("coco-caption", 566_747, 11_065),
+        ("coco-retrieval-blip", 566_747, 13_278),
+        ("coco-retrieval-clip", 566_747, 13_278),
+        ("flickr-retrieval-blip", 145_000, 6_792),
+        ("flickr-retrieval-clip", 145_000, 6_792),
+    ],
+)
+def test_the_search_takes_the_authors_steps(
+    name: str, captions: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 8 processes, or by accumulating 8 batches: epochs pass over all captions."""
+    for variable in ("COCO", "FLICKR30K"):
+        monkeypatch.setenv(variable, "/data")
+    path = FOLDER / "upop" / f"{name}.yaml"
+    recipe, alone = (load_recipe(path, more) for more in ([], ["search.accumulate=8"]))
+    assert recipe.options["every_caption"]
+    assert recipe.search.count(captions, 8) == alone.search.count(captions) == steps
+    assert recipe.retrain.count(captions, 8) == steps
+    assert f"{steps:,} steps" in " ".join(path.read_text().split("\n# "))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_runs_as_a_toy(path: Path, tmp_path: Path) -> None:

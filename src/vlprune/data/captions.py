@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import overload
 
+from .datasets.rows import Part
 from .files import Left, field, optional, read_json, some, unique
 from .kinds import FOLDER, ID, LIST, PATH, TEXT_OR_NULL, WORDS, Id
 from .stored import Picture
 
-__all__ = ["CaptionedImage", "read_captioned", "read_coco_captions", "read_karpathy"]
+__all__ = [
+    "CaptionedImage",
+    "EachCaption",
+    "read_captioned",
+    "read_coco_captions",
+    "read_karpathy",
+]
 
 EMPTY = "captions that are null or blank"
 STRAY = "captions of images that the file does not list"
@@ -24,6 +35,35 @@ class CaptionedImage:
 
     image: Picture
     captions: tuple[str, ...]
+
+
+class EachCaption(Sequence[CaptionedImage]):
+    """Images with one caption each: as many items for an image as it has captions, in order."""
+
+    def __init__(self, images: Sequence[CaptionedImage]) -> None:
+        self.images = images
+        self._starts = array("q", accumulate((len(i.captions) for i in images), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, number: int) -> CaptionedImage: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Part[CaptionedImage]: ...
+
+    def __getitem__(self, number: int | slice) -> CaptionedImage | Part[CaptionedImage]:
+        if isinstance(number, slice):
+            return Part(self, range(len(self))[number])
+        number = range(len(self))[number]  # raises IndexError, which ends loops over a sequence
+        image = bisect_right(self._starts, number) - 1
+        item = self.images[image]
+        return CaptionedImage(item.image, (item.captions[number - self._starts[image]],))
+
+    def __iter__(self) -> Iterator[CaptionedImage]:
+        for item in self.images:  # a table reads many rows at a time
+            yield from (CaptionedImage(item.image, (caption,)) for caption in item.captions)
 
 
 def read_coco_captions(

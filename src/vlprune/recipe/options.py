@@ -188,7 +188,8 @@ class TaskOptions(Checked):
     by one. ``columns`` are the names by which the task reads the rows of a dataset
     (:mod:`vlprune.recipe.columns`). A new model of a task that ``counts_words`` takes its
     vocabulary from the training texts; ``stream_needs`` are options that replace a look at all
-    training items. A task that ``augments`` may train on pictures changed by ``data.augment``.
+    training items, and ``not_streamed`` those that need such a look. A task that ``augments`` may
+    train on pictures changed by ``data.augment``.
     """
 
     formats: ClassVar[Formats] = {}
@@ -197,6 +198,7 @@ class TaskOptions(Checked):
     columns: ClassVar[Columns] = {}
     counts_words: ClassVar[bool] = True
     stream_needs: ClassVar[tuple[str, ...]] = ()
+    not_streamed: ClassVar[tuple[str, ...]] = ()
     augments: ClassVar[bool] = False
 
 
@@ -222,12 +224,24 @@ class ReasoningOptions(TaskOptions):
 
 
 @checked
-class CaptioningOptions(TaskOptions):
-    """Of ``captioning``. A longer prompt would leave no room for a caption of 20 tokens."""
+class CaptionedOptions(TaskOptions):
+    """Of tasks whose images have several captions.
+
+    With ``every_caption`` a training item is one caption with its image, and an epoch passes over
+    all of them; else it is an image, of whose captions one is drawn each time.
+    """
 
     formats: ClassVar[Formats] = CAPTIONS
     columns: ClassVar[Columns] = CAPTIONED
     augments: ClassVar[bool] = True
+    not_streamed: ClassVar[tuple[str, ...]] = ("every_caption",)
+    every_caption: Annotated[bool, Flag()] = False
+
+
+@checked
+class CaptioningOptions(CaptionedOptions):
+    """Of ``captioning``. A longer prompt would leave no room for a caption of 20 tokens."""
+
     prompt: Annotated[str, Text(0, 60)] = "a picture of"
     beams: Annotated[int, Whole(1, 64)] = 3
     smoothing: Annotated[float, Number(0, 1, below=True)] = 0.0
@@ -255,12 +269,9 @@ class VqaOptions(TaskOptions):
 
 
 @checked
-class ContrastOptions(TaskOptions):
+class ContrastOptions(CaptionedOptions):
     """Of tasks that contrast images with captions, against a queue of earlier ones."""
 
-    formats: ClassVar[Formats] = CAPTIONS
-    columns: ClassVar[Columns] = CAPTIONED
-    augments: ClassVar[bool] = True
     queue: Annotated[int, Whole(0, MANY)] = 0
     momentum: Annotated[float, Number(0, 1)] = 0.995
     alpha: Annotated[float, Number(0, 1)] = 0.4

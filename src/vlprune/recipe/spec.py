@@ -196,9 +196,14 @@ class Training(Checked):
         """The number of optimizer steps for ``items`` training items on ``processes`` processes."""
         if self.steps:
             return self.steps
-        batch = self.batch_size * processes
-        batches = max(1, items // batch)  # the last, smaller one is dropped
-        return max(1, math.ceil(self.epochs * max(1, batches // self.accumulate)))
+        return max(1, math.ceil(self.epochs * self.epoch(items, processes)))
+
+    def epoch(self, items: int, processes: int = 1) -> int:
+        """The number of optimizer steps in one pass; a stream (0 items) is passed through once."""
+        if not items:
+            return self.steps
+        batches = items // (self.batch_size * processes)  # the last, smaller one is dropped
+        return max(1, batches // self.accumulate)
 
 
 ATTENTION = ("head_dim", "qk_vo", "head", "query_head")
@@ -324,6 +329,10 @@ class Recipe(Checked):
         for name in takes.stream_needs:
             if not self.options.get(name):
                 text = "must be given with data.streaming, since a stream is not searched for them"
+                yield ("options", name), f"{KEY} {text}"
+        for name in takes.not_streamed:
+            if self.options.get(name):
+                text = "must be false with data.streaming, since a stream has no epochs"
                 yield ("options", name), f"{KEY} {text}"
         if self.method["name"] == "jsp":
             text = "must not be jsp with data.streaming: it sets some of the training items aside"

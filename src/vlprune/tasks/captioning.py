@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..data.captions import CaptionedImage, read_captioned
+from ..data.captions import CaptionedImage, EachCaption, read_captioned
 from ..data.datasets.records import captioned_image
 from ..data.files import Left
 from ..device import moved_to
@@ -30,9 +30,10 @@ LONGEST_PROMPT = 15
 class CaptioningTask(Task):
     """COCO captions with a BlipForConditionalGeneration; the metric is ``cider``.
 
-    Each training step takes one random caption per image, after a prompt that is left out of the
-    loss. The option ``smoothing`` smooths the labels of training. Captions for evaluation come from
-    beam search, as in BLIP (3 beams, 5 to 20 tokens).
+    Each training step takes one random caption per image (with ``every_caption``, one caption and
+    its image), after a prompt that is left out of the loss. The option ``smoothing`` smooths the
+    labels of training. Captions for evaluation come from beam search, as in BLIP (3 beams, 5 to 20
+    tokens).
     """
 
     name: ClassVar[str] = "captioning"
@@ -44,6 +45,10 @@ class CaptioningTask(Task):
 
     def read(self, form: str, part: Mapping[str, str], left: Left) -> list[CaptionedImage]:
         return read_captioned(form, part, left)
+
+    def prepare(self) -> None:
+        if self.options["every_caption"]:
+            self.train = EachCaption(self.train)
 
     def new_processor(self) -> Any:
         said = [caption for item in self.train for caption in item.captions]

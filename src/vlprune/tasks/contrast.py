@@ -1,27 +1,32 @@
-"""Contrastive training: all pairs of a batch; or a momentum encoder, a queue and soft targets."""
+"""Features of images and texts, and the contrast of all pairs of a batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..device import place
 from ..errors import UnsupportedError
 from ..training.objective import Trainee
+from .gathering import from_all, gathered
 
-__all__ = ["BlipFeatures", "ClipFeatures", "MomentumContrast", "PairContrast"]
+__all__ = ["BlipFeatures", "ClipFeatures", "PairContrast"]
+
+
+MOST = math.log(100)
+"""The largest ``logit_scale`` of a CLIP: its authors let no logit be more than 100."""
 
 
 class ClipFeatures(nn.Module):
     """Unit-length features of a CLIPModel or a relative, with the model's own temperature."""
 
     matches = False
+    queues_averaged = False
+    """Whether a queue holds the features by the averaged weights, or the current ones."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -47,8 +52,13 @@ class ClipFeatures(nn.Module):
 
     def scale(self) -> Tensor:
         """Factor by which similarities are multiplied, a scalar."""
-        factor: Tensor = self.model.logit_scale.exp().clamp(max=100)
+        factor: Tensor = self.model.logit_scale.clamp(max=MOST).exp()
         return factor
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Bring the temperature back into its bounds, beyond which it would get no gradient."""
+        self.model.logit_scale.clamp_(0, MOST)
 
 
 class BlipFeatures(nn.Module):
@@ -58,6 +68,7 @@ class BlipFeatures(nn.Module):
     """
 
     matches = True
+    queues_averaged = True
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -87,6 +98,11 @@ class BlipFeatures(nn.Module):
         """Factor by which similarities are multiplied, a scalar."""
         return 1 / self.temperature.clamp(0.001, 0.5)
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Bring the temperature back into its bounds, beyond which it would get no gradient."""
+        self.temperature.clamp_(0.001, 0.5)
+
 
 class PairContrast(Trainee):
     """The model's own contrastive loss over all pairs of all processes.
@@ -111,13 +127,13 @@ class PairContrast(Trainee):
         """``{"loss": (), "logits_per_image": (batch, batch)}``; ``keys`` (batch,) are numbers."""
         image, text = _pair(self.model, batch)
         scale, bias = _scale_and_bias(self.model)
-        same = keys[:, None] == _from_all(keys)[None]
-        logits = (scale * image @ _gathered(text).T + bias).float()
+        same = keys[:, None] == from_all(keys)[None]
+        logits = (scale * image @ gathered(text).T + bias).float()
         if getattr(self.model, "logit_bias", None) is not None:
             loss = -F.logsigmoid(torch.where(same, logits, -logits)).sum(1).mean()
         else:
             wanted = same / same.sum(1, keepdim=True)
-            back = (scale * text @ _gathered(image).T).float()
+            back = (scale * text @ gathered(image).T).float()
             loss = (F.cross_entropy(logits, wanted) + F.cross_entropy(back, wanted)) / 2
         return {"loss": loss, "logits_per_image": scale * image @ text.T + bias}
 
@@ -126,129 +142,6 @@ class PairContrast(Trainee):
         image, text = _pair(teacher, {k: v for k, v in batch.items() if k != "keys"})
         scale, bias = _scale_and_bias(teacher)
         return {"logits_per_image": scale * image @ text.T + bias}
-
-
-class MomentumContrast(Trainee):
-    """Image-text contrast against a queue of features from a moving average of the weights.
-
-    The averaged weights also make the targets: ``alpha`` times their softmax over all candidates,
-    plus 1 - ``alpha`` shared among the texts of the same image (BLIP, section 3.3, after ALBEF).
-    Their forward pass runs through the same modules, gates included, with the averaged weights
-    in place of the current ones. If the model has a matching head, hard negatives, drawn by
-    similarity from the other images of the batch, train that head as well.
-    """
-
-    reads_weights = True
-    keys: Tensor
-    image_queue: Tensor
-    text_queue: Tensor
-    place: Tensor
-
-    def __init__(
-        self, features: Any, width: int, queue: int, momentum: float, alpha: float
-    ) -> None:
-        super().__init__(features.model)
-        self.features = features
-        self.momentum, self.alpha = momentum, alpha
-        self._names = [name for name, _ in features.named_parameters()]
-        for number, parameter in enumerate(features.parameters()):
-            self.register_buffer(f"average_{number}", parameter.detach().clone())
-        start = torch.Generator().manual_seed(0)
-        for name in ("image_queue", "text_queue"):
-            noise = torch.randn(queue, width, generator=start)
-            self.register_buffer(name, F.normalize(noise, dim=-1))
-        self.register_buffer("keys", torch.full((queue,), -1))
-        self.register_buffer("place", torch.tensor(0))
-
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, keys: Tensor
-    ) -> dict[str, Tensor]:
-        """``{"loss": (), "logits_per_image": (batch, batch)}``.
-
-        Pairs with equal ``keys`` (batch,) show the same image and are no negatives of each other.
-        """
-        image, text, states = self.features(pixel_values, input_ids, attention_mask)
-        scale = self.features.scale()
-        with torch.no_grad():
-            self._move()
-            own = self.features.parameters()
-            average = {
-                name: slow.to(now.dtype)  # DeepSpeed may train in half precision
-                for name, slow, now in zip(self._names, self._averages(), own, strict=True)
-            }
-            slow_image, slow_text, _ = functional_call(
-                self.features, average, (pixel_values, input_ids, attention_mask)
-            )
-            slow_image, slow_text = (f.to(self.text_queue.dtype) for f in (slow_image, slow_text))
-            all_text = torch.cat([slow_text, self.text_queue])
-            all_image = torch.cat([slow_image, self.image_queue])
-            same = (keys[:, None] == torch.cat([keys, self.keys])[None]).float()
-            same = (1 - self.alpha) * same / same.sum(1, keepdim=True)
-            to_text = self.alpha * (scale * slow_image @ all_text.T).softmax(1) + same
-            to_image = self.alpha * (scale * slow_text @ all_image.T).softmax(1) + same
-        image, text = (f.to(self.text_queue.dtype) for f in (image, text))
-        loss = (
-            F.cross_entropy(scale * image @ all_text.T, to_text)
-            + F.cross_entropy(scale * text @ all_image.T, to_image)
-        ) / 2
-        similarities = scale * image @ text.T
-        if self.features.matches:
-            loss = loss + self._matching(similarities, keys, input_ids, attention_mask, states)
-        if self.training:
-            self._enqueue(slow_image, slow_text, keys)
-        return {"loss": loss, "logits_per_image": similarities}
-
-    def teach(self, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Similarities by ``teacher``, a model of the same class, for a batch: (batch, batch)."""
-        features = place(type(self.features)(teacher), self.device)
-        image, text, _ = features(
-            *(batch[k] for k in ("pixel_values", "input_ids", "attention_mask"))
-        )
-        return {"logits_per_image": self.features.scale().detach() * image @ text.T}
-
-    def _averages(self) -> list[Tensor]:
-        return [self.get_buffer(f"average_{n}") for n in range(len(self._names))]
-
-    def _move(self) -> None:
-        if self.training:
-            for average, parameter in zip(
-                self._averages(), self.features.parameters(), strict=True
-            ):
-                # DeepSpeed makes a vector of a scalar
-                now = parameter.detach().reshape(average.shape).to(average.dtype)
-                average.lerp_(now, 1 - self.momentum)
-
-    def _matching(
-        self, similarities: Tensor, keys: Tensor, ids: Tensor, mask: Tensor, states: Tensor
-    ) -> Tensor:
-        """The matching loss over all pairs, each with a hard negative text and image."""
-        with torch.no_grad():
-            other = keys[:, None] != keys[None]
-            if not bool(other.any()):  # a batch of one image has no negatives
-                wrong_text = wrong_image = keys.new_zeros(0)
-            else:
-                wrong_text = (similarities.softmax(1) * other + 1e-9 * other).multinomial(1)[:, 0]
-                weights = similarities.T.softmax(1) * other + 1e-9 * other
-                wrong_image = weights.multinomial(1)[:, 0]
-        kept = len(wrong_text)
-        logits = self.features.match(
-            torch.cat([ids, ids[wrong_text], ids[:kept]]),
-            torch.cat([mask, mask[wrong_text], mask[:kept]]),
-            torch.cat([states, states[:kept], states[wrong_image]]),
-        )
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        labels[: len(ids)] = 1
-        return F.cross_entropy(logits, labels)
-
-    @torch.no_grad()
-    def _enqueue(self, image: Tensor, text: Tensor, keys: Tensor) -> None:
-        """Replace the oldest entries of the queue by the features of all processes."""
-        image, text, keys = _from_all(image), _from_all(text), _from_all(keys)
-        where = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-        self.image_queue[where] = image.to(self.image_queue.dtype)
-        self.text_queue[where] = text.to(self.text_queue.dtype)
-        self.keys[where] = keys
-        self.place.copy_((self.place + len(keys)) % len(self.keys))
 
 
 WORDS = ("input_ids", "attention_mask")
@@ -284,36 +177,3 @@ def _unit(features: Any) -> Tensor:
     if tensor.dim() != 2:
         raise UnsupportedError("this model has features per token, not one per image and text")
     return F.normalize(tensor, dim=-1)
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all processes; backward, the sum of their gradients for the own rows."""
-
-    @staticmethod
-    def forward(context: Any, rows: Tensor) -> Tensor:
-        context.start, context.count = dist.get_rank() * len(rows), len(rows)
-        return _from_all(rows)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[context.start : context.start + context.count]
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks; gradients flow back to each."""
-    found: Tensor = _Gather.apply(rows) if _several() else rows
-    return found
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _from_all(tensor: Tensor) -> Tensor:
-    if not _several():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

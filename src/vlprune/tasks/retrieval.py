@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.captions import CaptionedImage, read_captioned
+from ..data.captions import CaptionedImage, EachCaption, read_captioned
 from ..data.datasets.records import captioned_image
 from ..data.files import Left
 from ..data.stored import Picture
@@ -20,8 +20,9 @@ from ..device import device_of, moved_to, place
 from ..errors import RecipeError
 from ..recipe.options import BlipRetrievalOptions, RetrievalOptions, TaskOptions
 from .base import Advance
-from .contrast import BlipFeatures, ClipFeatures, MomentumContrast, PairContrast
+from .contrast import BlipFeatures, ClipFeatures, PairContrast
 from .dual_encoders import DualEncoderTask
+from .momentum import MomentumContrast
 from .new_models import blip_config, blip_processor
 
 __all__ = ["BlipRetrievalTask", "RetrievalTask", "recalls"]
@@ -30,12 +31,12 @@ __all__ = ["BlipRetrievalTask", "RetrievalTask", "recalls"]
 class RetrievalTask(DualEncoderTask):
     """Retrieval of captions by image and of images by caption, with a CLIP, a SigLIP or a relative.
 
-    Each training step takes one random caption per image. The loss is the model's own over the
-    pairs of all processes (:class:`PairContrast`) or, with a ``queue``, that of
-    :class:`MomentumContrast`, with momentum features and soft targets; SigLIP's takes no queue.
-    The metric ``recall_mean`` is the mean of six recalls among all test images and captions, at 1,
-    5 and 10 both ways. Options: ``queue`` (entries, 0 = none), ``momentum``, ``alpha`` (weight of
-    soft targets).
+    Each training step takes one random caption per image, or with ``every_caption`` one caption and
+    its image. The loss is the model's own over the pairs of all processes (:class:`PairContrast`)
+    or, with a ``queue``, that of :class:`MomentumContrast`, with momentum features and soft
+    targets; SigLIP's takes no queue. The metric ``recall_mean`` is the mean of six recalls among
+    all test images and captions, at 1, 5 and 10 both ways. Options: ``queue`` (entries, 0 = none),
+    ``momentum``, ``alpha`` (weight of soft targets after the first epoch).
     """
 
     name: ClassVar[str] = "retrieval"
@@ -54,6 +55,8 @@ class RetrievalTask(DualEncoderTask):
                 f"options.queue must be 0 for {self.model_spec.path or 'siglip'}, a SigLIP: its "
                 "loss judges each pair by itself and has no queue"
             )
+        if self.options["every_caption"]:
+            self.train = EachCaption(self.train)
 
     def texts(self) -> list[str]:
         return [caption for item in self.train for caption in item.captions]

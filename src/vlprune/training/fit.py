@@ -35,7 +35,7 @@ from .checkpoints import newest, seal, step_of
 from .engines import engine_for, load_checkpoint, refuse_other_engine
 from .engines.fsdp import settle
 from .loading import Collate, Endless, Items, Numbered, Seeded, as_it_was, length
-from .objective import Trainee, innermost
+from .objective import Trainee, innermost, layers
 from .ranks import agreed
 
 __all__ = ["fit", "prepare"]
@@ -146,6 +146,17 @@ def _split_groups(
     return split
 
 
+class _Steps(TrainerCallback):
+    """Tells the objectives of the optimizer's steps, before anything else hears of them."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        self.trainee = trainee
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for objective in layers(self.trainee):
+            objective.stepped()
+
+
 class _Watch(TrainerCallback):
     """Reports every step, and ends training when the loss is no longer a finite number.
 
@@ -225,6 +236,8 @@ def fit(
     if spec.workers:  # else a tokenizer that was used before warns in every worker
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     trainee = model if isinstance(model, Trainee) else Trainee(model)
+    for objective in layers(trainee):
+        objective.begin(spec.epoch(length(items), processes))
     with tempfile.TemporaryDirectory(prefix="vlprune-") as scratch, engine_for(trainee):
         saving = checkpoints is not None and spec.save_steps > 0
         folder = checkpoints if checkpoints is not None and saving else Path(scratch)
@@ -238,7 +251,8 @@ def fit(
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
         watch = _Watch(advance, patience=10 if spec.fp16 else 0)
         average = Average(innermost(trainee), spec.ema, last) if spec.ema else None
-        callbacks = [*callbacks, *([average] if average is not None else ())]
+        own = [average] if average is not None else []
+        callbacks = [_Steps(trainee), *callbacks, *own]
         trainer = _Trainer(
             model=trainee,
             args=arguments,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..device import device_of
 from ..structures.shards import is_dtensor
 
-__all__ = ["Trainee", "innermost"]
+__all__ = ["Trainee", "innermost", "layers"]
 
 
 class Trainee(nn.Module):
@@ -50,10 +50,23 @@ class Trainee(nn.Module):
             raise RuntimeError(f"missing {missing}, unexpected {result.unexpected_keys}")
         return type(result)(missing, result.unexpected_keys)
 
+    def begin(self, epoch: int) -> None:
+        """Called before a training, with the number of optimizer steps in its first epoch."""
+
+    def stepped(self) -> None:
+        """Called after every optimizer step, whose batches have all been seen by then."""
+
     @property
     def device(self) -> Any:
         """The device of the weights."""
         return device_of(self.model)
+
+
+def layers(trainee: nn.Module) -> Iterator[Trainee]:
+    """All objectives around a model, from the outermost on."""
+    while isinstance(trainee, Trainee):
+        yield trainee
+        trainee = trainee.model
 
 
 def innermost(trainee: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.captions import EachCaption
 from ...data.datasets.rows import Part
 from ...data.datasets.streams import Stream
 from ...data.datasets.tables import Rows, Table
@@ -68,6 +69,8 @@ def of_data(items: Sequence[Any]) -> str:
     """
     if isinstance(items, Stream):
         return _hash([items.contents, items.buffer, items.most])
+    if isinstance(items, EachCaption):  # each picture once
+        items = items.images
     pictures: dict[Path, int] = {}
     total = hashlib.sha256()
     table = _table_of(items)
