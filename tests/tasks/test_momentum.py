@@ -309,7 +309,7 @@ def test_a_batch_of_one_image_teaches_no_false_negatives(tmp_path: Path) -> None
         assert len(asked.pop()[0]) == pairs  # each pair, and two negatives where there are any
 
 
-NEGATIVES = (
+TOGETHER = (
     HEAD
     + """
 from vlprune.tasks.contrast import BlipFeatures
@@ -343,20 +343,51 @@ grads = [p.grad.double() for t in towers for p in t.parameters() if p.grad is no
 result["norms"] = [float(g.norm()) for g in grads]
 result["sums"] = [float(g.sum()) for g in grads]
 result["pairs"] = len(read[0][0])
+
+# two steps of a CLIP: two processes, or one that accumulates two batches
+from vlprune.tasks.contrast import ClipFeatures
+model = build("clip").model
+run = objective = MomentumContrast(ClipFeatures(model), model.config.projection_dim, 6, 0.5, 0.4)
+if world > 1:
+    run = torch.nn.parallel.DistributedDataParallel(run)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+objective.begin(4)
+for step in range(2):
+    pixels = torch.randn(4, 3, 16, 16, generator=g)
+    ids, keys = torch.randint(6, 50, (4, 6), generator=g), torch.tensor([1, 2, 3, 1]) + step
+    for part in (0, 1) if world == 1 else (rank,):
+        rows = slice(2 * part, 2 * part + 2)
+        loss = run(pixels[rows], ids[rows], torch.ones_like(ids[rows]), keys[rows])["loss"]
+        (loss * world / 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    objective.stepped()
+state = objective.state_dict()
+result["kept"] = {n: state[n].tolist() for n in ("keys", "place", "steps", "image_queue")}
+result["sizes"] = [float(t.double().norm()) for t in state.values()]
 end()
 """
 )
 
 
 @pytest.mark.slow
-def test_hard_negatives_come_from_all_processes(python: Any, tmp_path: Path) -> None:
-    """Of two pairs each is the other's negative, in one process or in two, with all gradients."""
-    (one,) = launch(python, tmp_path, NEGATIVES, processes=1)
+def test_two_processes_train_as_one(python: Any, tmp_path: Path) -> None:
+    """Of two pairs each is the other's hard negative, and accumulated batches are as processes.
+
+    Gradients of the image states flow to the process that made them.
+    """
+    (one,) = launch(python, tmp_path, TOGETHER, processes=1)
     assert one["pairs"] == 6
-    for two in launch(python, tmp_path, NEGATIVES, processes=2):
+    for two in launch(python, tmp_path, TOGETHER, processes=2):
         assert two["pairs"] == 3
         assert two["norms"] == pytest.approx(one["norms"], rel=1e-3, abs=1e-6)
         assert two["sums"] == pytest.approx(one["sums"], rel=1e-3, abs=1e-4)
+        for name in ("keys", "place", "steps"):
+            assert two["kept"][name] == one["kept"][name]
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(two["sizes"], one["sizes"], **close)
+        queues = (torch.tensor(found["kept"]["image_queue"]) for found in (two, one))
+        torch.testing.assert_close(*queues, **close)
 
 
 # -- one item per caption ------------------------------------------------------------------
