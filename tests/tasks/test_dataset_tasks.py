@@ -14,6 +14,7 @@ import torch
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from tables import parquet, pictures
+from vlprune.commands.pipeline.fingerprint import of_data
 from vlprune.data.datasets.records import captioned_image, conversation
 from vlprune.data.datasets.sources import Asked, open_rows, open_stream
 from vlprune.data.files import open_image
@@ -120,6 +121,20 @@ def test_every_task_makes_the_same_batches_of_a_dataset(name: str, tmp_path: Pat
         "train": {"items": len(files.train), "left_out": {}},
         "test": {"items": len(files.test), "left_out": {}},
     }
+
+
+def test_every_caption_of_a_dataset_is_an_item(tmp_path: Path) -> None:
+    scenes, options = DataSpec(train_items=8, test_items=4), {"every_caption": True}
+    files = TASKS["captioning"](SMALL, scenes, tmp_path, options)
+    plain = TASKS["captioning"](SMALL, scenes, tmp_path)
+    spec = as_tables(plain, tmp_path)
+    table = TASKS["captioning"](SMALL, spec, tmp_path, options)
+    assert len(table.train) == len(files.train) > 8
+    assert same(files.collate(files.first_train(9)), table.collate(table.first_train(9)))
+    assert [one.captions for one in table.train] == [one.captions for one in files.train]
+    assert table.facts()["train"]["items"] == len(files.train)
+    whole = TASKS["captioning"](SMALL, spec, tmp_path)
+    assert of_data(table.train) == of_data(whole.train)  # no picture is read more than once
 
 
 ASKED = [("human", "<image> and <image>?"), ("gpt", "two"), ("human", "sure?"), ("gpt", "yes")]
