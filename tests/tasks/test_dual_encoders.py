@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,22 @@ def test_pairs_with_one_key_belong_together(name: str) -> None:
         rows, columns = logits.log_softmax(1), logits.T.log_softmax(1)
         want = -(share * (rows + columns)).sum() / 6
     assert float(found["loss"]) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "bounded"), [("clip", True), ("siglip", False)])
+def test_clips_temperature_learns_at_its_bound(name: str, bounded: bool) -> None:
+    """Checkpoints of CLIP have 4.6052, just beyond ln 100, where a clamp lets no gradient pass."""
+    sample = build(name)
+    scale = sample.model.logit_scale
+    scale.data.fill_(4.6052)
+    run = PairContrast(sample.model)
+    run.begin(1)
+    batch = {k: v for k, v in sample.inputs.items() if k in ("pixel_values", "input_ids")}
+    run(**batch, keys=torch.arange(len(batch["input_ids"])))["loss"].backward()
+    assert scale.grad.abs() > 0
+    scale.data.fill_(5.0)
+    run.stepped()
+    assert float(scale) == pytest.approx(math.log(100) if bounded else 5.0)
 
 
 PAIRS = (

@@ -55,10 +55,9 @@ class ClipFeatures(nn.Module):
         factor: Tensor = self.model.logit_scale.clamp(max=MOST).exp()
         return factor
 
-    @torch.no_grad()
     def hold(self) -> None:
         """Bring the temperature back into its bounds, beyond which it would get no gradient."""
-        self.model.logit_scale.clamp_(0, MOST)
+        _hold(self.model)
 
 
 class BlipFeatures(nn.Module):
@@ -123,6 +122,14 @@ class PairContrast(Trainee):
         super().__init__(model)
         _check_scale(model)
 
+    def begin(self, epoch: int) -> None:
+        """Bring CLIP's factor into its bounds, where it learns: that of a checkpoint may be out."""
+        _hold(self.model)
+
+    def stepped(self) -> None:
+        """Keep CLIP's factor within its bounds."""
+        _hold(self.model)
+
     def forward(self, keys: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """``{"loss": (), "logits_per_image": (batch, batch)}``; ``keys`` (batch,) are numbers."""
         image, text = _pair(self.model, batch)
@@ -164,8 +171,16 @@ def _check_scale(model: Any) -> None:
 
 def _scale_and_bias(model: Any) -> tuple[Tensor, Tensor | float]:
     bias = getattr(model, "logit_bias", None)
-    scale = model.logit_scale.exp()
-    return (scale.clamp(max=100), 0.0) if bias is None else (scale, bias)
+    if bias is None:
+        return model.logit_scale.clamp(max=MOST).exp(), 0.0
+    return model.logit_scale.exp(), bias
+
+
+@torch.no_grad()
+def _hold(model: Any) -> None:
+    """Bring CLIP's ``logit_scale`` back into its bounds; SigLIP's has none."""
+    if getattr(model, "logit_bias", None) is None:
+        model.logit_scale.clamp_(0, MOST)
 
 
 def _unit(features: Any) -> Tensor:
