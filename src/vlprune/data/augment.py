@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -21,6 +21,9 @@ from ..errors import DataError
 from ..files import opened
 from ..recipe.data import AugmentSpec
 from .stored import Picture, StoredPicture
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "POLICIES",
@@ -32,7 +35,7 @@ __all__ = [
     "random_box",
 ]
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 Size = tuple[int, int]
 
 WIDEST = 4 / 3
@@ -75,12 +78,10 @@ def augmented(item: T, spec: AugmentSpec, rng: random.Random) -> T:
     def one(picture: Picture) -> AugmentedPicture:
         return AugmentedPicture(picture, spec, rng.getrandbits(64))
 
-    held: Any = item
-    if hasattr(held, "images"):
-        made: T = dataclasses.replace(held, images=tuple(one(picture) for picture in held.images))
-    else:
-        made = dataclasses.replace(held, image=one(held.image))
-    return made
+    if hasattr(item, "images"):
+        return dataclasses.replace(item, images=tuple(one(picture) for picture in item.images))
+    picture: Picture = getattr(item, "image")  # noqa: B009
+    return dataclasses.replace(item, image=one(picture))
 
 
 def augment(
@@ -194,6 +195,7 @@ class Canvas:
         return self.policy.fill or self.mean
 
 
+Enhancer = Callable[[Image.Image], ImageEnhance._Enhance]
 Operation = Callable[[Canvas, float], Image.Image]
 """From a picture and a strength between 0 and 1 to a picture."""
 
@@ -205,12 +207,12 @@ class _Policy:
     fill: tuple[int, ...] = ()
 
 
-def _enhanced(kind: Any) -> Operation:
+def _enhanced(kind: Enhancer) -> Operation:
     """From 0.1 to 1.9 times as much of it, where 1 is the picture as it was."""
     return lambda canvas, s: kind(canvas.image).enhance(0.1 + 1.8 * s)
 
 
-def _more_or_less(kind: Any) -> Operation:
+def _more_or_less(kind: Enhancer) -> Operation:
     """The stronger, the further from the picture as it was."""
     return lambda canvas, s: kind(canvas.image).enhance(1 + canvas.sign(0.9 * s))
 
