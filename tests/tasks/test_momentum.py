@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import vlprune
 from ranks import HEAD, launch
+from vlprune.commands.pipeline.make import split
 from vlprune.cutting.gates import gated, has_gates
 from vlprune.cutting.ungated import ungated
 from vlprune.data.captions import CaptionedImage, EachCaption
@@ -404,6 +406,23 @@ def test_an_epoch_passes_over_every_caption() -> None:
     assert [item.captions for item in each[2:5]] == [("a",), ("b",), ("c",)]
     with pytest.raises(IndexError):
         each[len(flat)]
+    assert each.groups() == [range(4), range(4, 6), range(6, 12)]
+
+
+def test_an_image_is_held_out_with_all_its_captions(tmp_path: Path) -> None:
+    recipe = Recipe(
+        task="retrieval",
+        budget={"params": 0.6},
+        method={"name": "jsp"},
+        options={"every_caption": True},
+        search=Training(steps=4),
+    )
+    task = RetrievalTask(SMALL, replace(FEW, train_items=40), tmp_path, recipe.options)
+    trained, held_out = split(task, recipe)
+    apart = {item.image for item in held_out.items}
+    assert len(apart) == 2
+    assert not apart & {item.image for item in trained}
+    assert len(held_out.items) + len(trained) == len(task.train)
 
 
 @pytest.mark.parametrize("cls", [RetrievalTask, BlipRetrievalTask, CaptioningTask])

@@ -185,6 +185,21 @@ def test_a_drop_path_of_the_models_own_is_used() -> None:
     assert max(now.values()) == 0.4
 
 
+def test_a_single_layer_gets_the_whole_rate_and_the_last_pattern_decides() -> None:
+    model = build("deit").model
+    last = max(number for number, _ in enumerate(model.deit.layers))
+    rates = {f"deit.layers.{last}.*": 0.5}
+    for patterns in (rates, {"*": 0.2, **rates}):
+        with inside(model, patterns):
+            found = [
+                hook.rate
+                for name, module in model.named_modules()
+                if f"layers.{last}." in name
+                for hook in module._forward_hooks.values()
+            ]
+        assert found == [0.5, 0.5]
+
+
 def test_what_cannot_be_reached_is_refused() -> None:
     model = build("deit").model
     with pytest.raises(RecipeError, match=r"no attention or FFN branch matches 'text.*'"):
@@ -199,7 +214,7 @@ def test_what_cannot_be_reached_is_refused() -> None:
     packed = build("qwen2_vl")
     with (
         inside(packed.model.train(), {"visual.*": 0.5, "*.visual.*": 0.5}),
-        pytest.raises(UnsupportedError, match="all samples as one sequence"),
+        pytest.raises(UnsupportedError, match="all samples or tokens as rows"),
     ):
         packed.model(**packed.inputs)
     assert hooks(packed.model) == 0
@@ -250,6 +265,10 @@ def test_attention_that_has_its_dropout_as_a_number_drops_too() -> None:
         assert model.vit.layers[0].attention.attention_dropout == 0.0
     assert layer.attention.attention_dropout == 0.0
     assert layer.dropout.p == 0.0
+    detr: Any = build("detr").model
+    with inside(detr, {}, {"*": 0.3}):
+        found = [m for m in detr.modules() if hasattr(m, "activation_dropout")]
+        assert {m.activation_dropout for m in found} == {0.3}
     with pytest.raises(RecipeError, match=r"nothing that matches 'head.*' has dropout"):
         inside(model, {}, {"head.*": 0.1}).__enter__()
 
@@ -272,11 +291,22 @@ def test_a_cut_model_is_regularised_like_a_whole_one(family: str) -> None:
         assert hooks(small) == 0
 
 
+def test_patterns_that_match_nothing_are_said_at_once(tmp_path: Path) -> None:
+    wrong = ["train.drop_path={'no.*': 0.1, '*.nor': 0.2}", "search.dropout={'this.*': 0.1}"]
+    with pytest.raises(RecipeError) as told:
+        compress(load_recipe(DEMO, [*TINY, *wrong]), tmp_path / "out")
+    assert [line.partition(":")[0] for line in told.value.problems] == [
+        "train.drop_path",
+        "train.drop_path",
+        "search.dropout",
+    ]
+
+
 @pytest.mark.parametrize("wrong", ["drop_path", "dropout"])
 def test_a_pattern_that_matches_nothing_is_refused_before_anything_trains(
     wrong: str, tmp_path: Path
 ) -> None:
     recipe = load_recipe(DEMO, [*TINY, f"retrain.{wrong}={{'nothing.*': 0.1}}"])
-    with pytest.raises(RecipeError, match=rf"{wrong}: .* 'nothing\.\*'"):
+    with pytest.raises(RecipeError, match=rf"^retrain\.{wrong}: .* 'nothing\.\*'"):
         compress(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "dense").exists()

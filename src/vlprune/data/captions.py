@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import overload
 
@@ -46,6 +46,10 @@ class EachCaption(Sequence[CaptionedImage]):
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def groups(self) -> list[range]:
+        """The numbers of the items of each image."""
+        return [range(start, end) for start, end in pairwise(self._starts)]
 
     @overload
     def __getitem__(self, number: int) -> CaptionedImage: ...

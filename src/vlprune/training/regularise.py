@@ -22,7 +22,7 @@ from ..structures.structure import Structure
 
 __all__ = ["regularised"]
 
-RATES = ("dropout", "attention_dropout")
+RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob")
 """Numbers on a module that its forward drops by, where it has no ``nn.Dropout`` for that."""
 
 
@@ -43,24 +43,29 @@ def regularised(
     first layer to the given one in the last, as in timm. ``structures`` are those of the model
     before it was cut: the attention and FFN branches end in their output projections, or in the
     layer's own drop path where it has one. ``dropout`` replaces the rates of all dropout in the
-    modules.
+    modules. Where several patterns match, the last one decides.
 
-    Raises RecipeError for a pattern without such branches or dropout, UnsupportedError for branches
-    that hooks cannot reach.
+    Raises RecipeError with a line for every pattern without such branches or dropout,
+    UnsupportedError for branches that hooks cannot reach.
     """
+    structures, missing = list(structures), []
     with ExitStack() as undo:
+        rates: dict[nn.Module, float] = {}
         for pattern, rate in drop_path.items():
             layers = [*_layers(model, structures, pattern).values()]
             if not layers:
-                raise RecipeError(f"drop_path: no attention or FFN branch matches {pattern!r}")
-            for number, branches in enumerate(layers):
-                share = rate * (number / max(1, len(layers) - 1))
-                for branch in branches.values():
-                    _drop(branch, share, undo)
+                missing.append(f"drop_path: no attention or FFN branch matches {pattern!r}")
+            for number, branches in enumerate(layers, 1):
+                share = (number - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
+                rates |= dict.fromkeys(branches.values(), rate * share)
+        for branch, share in rates.items():
+            _drop(branch, share, undo)
         for pattern, rate in dropout.items():
             found = [m for name, m in trainee.named_modules() if _matches(name, pattern)]
             if not sum(_set(module, rate, undo) for module in found):
-                raise RecipeError(f"dropout: nothing that matches {pattern!r} has dropout")
+                missing.append(f"dropout: nothing that matches {pattern!r} has dropout")
+        if missing:
+            raise RecipeError("\n".join(missing), tuple(missing))
         yield
 
 
@@ -136,7 +141,7 @@ class DropPath:
         if output.dim() < 3:
             raise UnsupportedError(
                 f"drop_path needs one row per sample, and {type(module).__name__} gets all samples "
-                "as one sequence: leave drop_path out"
+                "or tokens as rows: leave its layers out of the pattern"
             )
         stays = 1 - self.rate
         shape = (len(output), *[1] * (output.dim() - 1))

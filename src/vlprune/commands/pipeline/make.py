@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...data.captions import EachCaption
 from ...data.datasets.rows import Part
 from ...data.datasets.streams import Stream
 from ...device import place
@@ -110,12 +111,21 @@ class CalibrationBatches(Sequence[Any]):
 
 
 def split(task: Task, recipe: Recipe) -> tuple[Sequence[Any], HeldOut]:
-    """The training items, split: 95 % to train on, the rest in held-out batches for the search."""
-    order = list(range(len(task.train)))
+    """The training items, split: 95 % to train on, the rest in held-out batches for the search.
+
+    An image is held out with all its captions.
+    """
+    train = task.train
+    groups: Sequence[Sequence[int]] = (
+        train.groups() if isinstance(train, EachCaption) else [(n,) for n in range(len(train))]
+    )
+    order = list(range(len(groups)))
     random.Random(f"{recipe.seed}/held out").shuffle(order)
     count = max(1, round(HELD_OUT * len(order)))
-    aside = sorted(order[:count])
-    rest = sorted(order[count:])
+    aside, rest = (
+        [item for number in sorted(part) for item in groups[number]]
+        for part in (order[:count], order[count:])
+    )
     items = Part(task.train, aside)
     trained = recipe.search.batch_size
     size = min(trained, len(items), max(LOOK, trained // 4))

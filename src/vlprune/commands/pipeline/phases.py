@@ -11,7 +11,9 @@ from accelerate import PartialState
 from torch import nn
 
 from ...architectures import discover
+from ...errors import RecipeError
 from ...folders.notes import hashed
+from ...recipe.checks import Mistake, refusal
 from ...recipe.spec import Training
 from ...structures.plan import Plan
 from ...training.fit import fit
@@ -94,6 +96,7 @@ def run_phase(
         return []
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # BLIP's embeddings are added to in place
     steps = spec.count(length(items), PartialState().num_processes)
     with (
         _regularised(problem, spec, model, trainee, dense),
@@ -120,13 +123,19 @@ def run_phase(
 def refuse_patterns(problem: Problem, model: nn.Module) -> None:
     """Raise RecipeError now for drop path or dropout of any phase that the model has no place for.
 
-    ``model`` is the dense one.
+    ``model`` is the dense one. All that is wrong is said at once.
     """
-    recipe = problem.recipe
-    for spec in (recipe.train, recipe.search, recipe.retrain):
+    recipe, wrong = problem.recipe, []
+    for name in ("train", "search", "retrain"):
+        spec = getattr(recipe, name)
         if spec.on:
-            with _regularised(problem, spec, model, model, None):
-                pass
+            try:
+                with _regularised(problem, spec, model, model, None):
+                    pass
+            except RecipeError as error:
+                wrong += [Mistake(f"{name}.{line}", f"{name}.{line}") for line in error.problems]
+    if wrong:
+        raise refusal(wrong)
 
 
 def _regularised(
