@@ -199,7 +199,7 @@ def test_the_search_takes_the_authors_steps(
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipe_runs_as_a_toy(path: Path, tmp_path: Path) -> None:
-    report = compress(load_recipe(path, ["threads=2"], toy=True), tmp_path)
+    report = compress(load_recipe(path, ["threads=1"], toy=True), tmp_path)
     trained = {"retrained"} if load_recipe(path, toy=True).retrain.on else set()
     assert set(report["metrics"]) == {"dense", "cut", *trained}
     assert report["params"]["after"] < report["params"]["before"]
