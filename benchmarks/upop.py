@@ -9,7 +9,8 @@ retrains the rest; UPop searches progressively and retrains the rest. ``dense`` 
 for as many steps without being cut. Seeds change the first weights of the dense model, the order
 of the data and Random's choice: what survives a cut depends most on which dense model it is.
 Results are added to OUT/results.jsonl as they come, so a run that is stopped goes on; the
-table is printed at the end. ``easy-vqa`` and ``nlvr1`` are looked for in $VLPRUNE_DATA.
+table is printed at the end. ``easy-vqa`` and ``nlvr1`` are looked for in $VLPRUNE_DATA;
+``digits`` needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class Experiment:
     search: int = 100
     retrain: int = 100
     rate: float = 1e-3
-    decay: str = "constant"  # of the search; retraining decays by a cosine
 
 
 def dense_recipe(
@@ -188,7 +188,7 @@ def one_run(
             budget={"params": ratio},
             method=method,
             train=Training(),
-            search=replace(whole, steps=search, decay=what.decay) if watch else Training(),
+            search=replace(whole, steps=search, decay="constant") if watch else Training(),
             retrain=replace(whole, steps=retrain if watch else search + retrain),
             teacher=TEACHER[recipe.task] if chosen.get("teacher") else {},
             calibration=calibration,

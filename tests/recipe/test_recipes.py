@@ -182,12 +182,8 @@ def test_the_authors_regularisation(name: str) -> None:
         ("flickr-retrieval-clip", 145_000, 6_792),
     ],
 )
-def test_the_search_takes_the_authors_steps(
-    name: str, captions: int, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_takes_the_authors_steps(name: str, captions: int, steps: int) -> None:
     """On 8 processes, or by accumulating 8 batches: epochs pass over all captions."""
-    for variable in ("COCO", "FLICKR30K"):
-        monkeypatch.setenv(variable, "/data")
     path = FOLDER / "upop" / f"{name}.yaml"
     recipe, alone = (load_recipe(path, more) for more in ([], ["search.accumulate=8"]))
     assert recipe.options["every_caption"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from ...architectures import discover
 from ...errors import RecipeError
 from ...folders.notes import hashed
 from ...recipe.checks import Mistake, refusal
-from ...recipe.spec import Training
+from ...recipe.spec import Recipe, Training
 from ...structures.plan import Plan
+from ...structures.structure import Structure
 from ...training.fit import fit
 from ...training.loading import Endless, length
 from ...training.objective import Trainee
@@ -91,15 +91,19 @@ def run_phase(
     Goes on from the phase's last whole checkpoint, if there is one. ``dense`` is the model before
     it was cut, if it was.
     """
-    spec = phase.spec
+    spec, recipe = phase.spec, problem.recipe
     if not spec.on:
         return []
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # BLIP's embeddings are added to in place
     steps = spec.count(length(items), PartialState().num_processes)
+    structures: Sequence[Structure] = ()
+    if spec.drop_path:  # a cut model's own attention can no longer be measured
+        whole = model if dense is None else dense
+        structures = discover(whole, recipe.attention, recipe.experts).structures  # type: ignore[arg-type]
     with (
-        _regularised(problem, spec, model, trainee, dense),
+        regularised(trainee, model, structures, spec.drop_path, spec.dropout),
         problem.progress.count(phase.title, steps) as advance,
     ):
         history = fit(
@@ -120,33 +124,19 @@ def run_phase(
     return history
 
 
-def refuse_patterns(problem: Problem, model: nn.Module) -> None:
+def refuse_patterns(recipe: Recipe, model: nn.Module, structures: Sequence[Structure]) -> None:
     """Raise RecipeError now for drop path or dropout of any phase that the model has no place for.
 
-    ``model`` is the dense one. All that is wrong is said at once.
+    ``model`` is the dense one, with its structures. All that is wrong is said at once.
     """
-    recipe, wrong = problem.recipe, []
+    wrong = []
     for name in ("train", "search", "retrain"):
         spec = getattr(recipe, name)
         if spec.on:
             try:
-                with _regularised(problem, spec, model, model, None):
+                with regularised(model, model, structures, spec.drop_path, spec.dropout):
                     pass
             except RecipeError as error:
                 wrong += [Mistake(f"{name}.{line}", f"{name}.{line}") for line in error.problems]
     if wrong:
         raise refusal(wrong)
-
-
-def _regularised(
-    problem: Problem, spec: Training, model: nn.Module, trainee: nn.Module, dense: Any
-) -> AbstractContextManager[None]:
-    """The drop path and the dropout of a phase; dropout alone needs no description.
-
-    A cut model is described by the dense one, since its own attention can no longer be measured.
-    """
-    recipe, found = problem.recipe, None
-    if spec.drop_path:
-        whole = model if dense is None else dense
-        found = discover(whole, recipe.attention, recipe.experts)  # type: ignore[arg-type]
-    return regularised(trainee, model, found or (), spec.drop_path, spec.dropout)

@@ -90,7 +90,7 @@ def plan_search(problem: Problem, model: Any) -> PlannedSearch:
             calibration=_calibration(problem),
         )
     _refuse_early(recipe, compressor, length(problem.items))
-    refuse_patterns(problem, model)
+    refuse_patterns(recipe, model, compressor.description.structures)
     return PlannedSearch(compressor, loss)
 
 
