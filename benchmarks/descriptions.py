@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from growth import run
 
@@ -28,7 +29,7 @@ TYPES = (
 LIMIT = 8 * 2**30
 
 
-def described(kind: str, place: Path) -> dict[str, object]:
+def described(kind: str, place: Path) -> dict[str, Any]:
     """Seconds, peak memory and what was found for one model type."""
     said = place / "said"
     command = [

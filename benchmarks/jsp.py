@@ -3,12 +3,14 @@
     python benchmarks/jsp.py rec detection gqa -o jsp-runs
 
 ``rec`` is a small ViTMDETR on generated referring expressions, ``gqa`` the same on questions,
-``detection`` a small Grounding DINO. For each, a dense model is trained once (seed 0) and kept in
-OUT; every method then takes search + retrain optimizer steps from it, and ``dense`` as many
-without being cut. Magnitude and whole-layer sharing cut at once and retrain all the while. Seeds
-change the order of the data and the hypernetwork. ``scratch`` is a model of the small size from
-random weights, trained for as long as the dense model and all that follows. Results are added to
-OUT/results.jsonl as they come, so a run that is stopped goes on; the tables are printed at the end.
+``detection`` a small Grounding DINO; ``deit`` is ``rec`` with towers of 12 layers of DeiT-S's
+width. For each seed a dense model is trained and kept in OUT; every method then takes search +
+retrain optimizer steps from it, and ``dense`` as many without being cut. Magnitude and whole-layer
+sharing cut at once and retrain all the while. Seeds change the dense model, the order of the data
+and the hypernetwork. ``scratch`` is a model of the small size from random weights, trained for as
+long as the dense model and all that follows. Results are added to OUT/results.jsonl as they come,
+so a run that is stopped goes on; the tables are printed at the end. Everything runs on ``--device``
+(the CPU unless told otherwise); seconds are those of the CPU, or of the clock on a GPU.
 ``--costs`` prints disk, memory, MACs and latency, tied and materialised, and what a step costs;
 ``--steps`` only that.
 ``--larger`` prints what a search of DeiT-S and a text tower of 12 layers takes.
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 import vlprune
 from vlprune import JSP, Compressor, Magnitude, Plan, cost, discover, materialize, rewrite
 from vlprune.cutting.sharing.rules import shareable
+from vlprune.device import choose, moved_to, place
 from vlprune.measuring.bench import latencies
 from vlprune.models.set_loss import focal_loss, paired_giou
 from vlprune.recipe.spec import DataSpec, ModelSpec, Training
@@ -83,6 +86,10 @@ EXPERIMENTS = {
         "detection", options=DINO, dense=5000, search=300, retrain=200, batch=16, test=500,
         model=replace(TOWERS, width=96, image_size=48), mismatch="skip",
     ),
+    "deit": Experiment(
+        "grounding", options={**MDETR, "fusion_width": 96}, rate=2e-4,
+        model=replace(TOWERS, width=384, heads=6, vision_layers=12, text_layers=12),
+    ),
 }  # fmt: skip
 
 LARGER = Experiment(
@@ -121,7 +128,7 @@ class Guided(Trainee):
         loss = self.model(**batch).loss
         assert self.memory is not None
         said = self.head(self.memory[:, : self.places**2])
-        line = (torch.arange(self.places) + 0.5) / self.places
+        line = (torch.arange(self.places, device=said.device) + 0.5) / self.places
         y, x = (axis.reshape(-1) for axis in torch.meshgrid(line, line, indexing="ij"))
         box = torch.stack([target["boxes"][0] for target in batch["labels"]])
         inside = ((x - box[:, :1]).abs() < box[:, 2:3] / 2) & (
@@ -138,26 +145,48 @@ class Guided(Trainee):
         return {"loss": loss + 20 * score + 20 * apart + 8 * shape}
 
 
-def task_of(name: str, out: Path) -> Any:
+@dataclass(frozen=True)
+class Lab:
+    """Where everything is kept, and where it runs."""
+
+    out: Path
+    device: torch.device
+
+    def now(self) -> float:
+        """Seconds of this process on the CPU; of the clock, all work done, on a GPU."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak(self) -> float:
+        """The most memory held so far, in GB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def task_of(name: str, lab: Lab) -> Any:
     """The experiment's task, on scenes kept beside the results."""
     what = EXPERIMENTS[name]
-    data = DataSpec(train_items=4000, test_items=what.test, folder=str(out / f"scenes-{what.test}"))
-    return TASKS[what.task](what.model, data, out, what.options)
+    scenes = lab.out / f"scenes-{what.test}"
+    data = DataSpec(train_items=4000, test_items=what.test, folder=str(scenes))
+    return TASKS[what.task](what.model, data, lab.out, what.options)
 
 
-def dense_model(name: str, task: Any, out: Path) -> Any:
-    """The trained dense model, from OUT where it is there already."""
-    what, folder = EXPERIMENTS[name], out / f"dense-{name}"
+def dense_model(name: str, task: Any, lab: Lab, seed: int) -> Any:
+    """The trained dense model of a seed, from OUT where it is there already."""
+    what, folder = EXPERIMENTS[name], lab.out / f"dense-{name}-{seed}"
     if (folder / "config.json").exists():
-        return task.load(folder)
-    prepare(0, torch.get_num_threads())
-    model = task.new_model()
+        return place(task.load(folder), lab.device)
+    prepare(seed, torch.get_num_threads())
+    model = place(task.new_model(), lab.device)
     if what.start:
-        known = dense_model(what.start, task_of(what.start, out), out).state_dict()
+        known = dense_model(what.start, task_of(what.start, lab), lab, seed).state_dict()
         own = model.state_dict()
         same = {n: t for n, t in known.items() if n in own and own[n].shape == t.shape}
         model.load_state_dict(same, strict=False)
-    train_dense(model, what, task, what.dense, seed=0)
+    train_dense(model, what, task, what.dense, seed)
     vlprune.save(model, folder, processor=task.processor)
     return model
 
@@ -183,6 +212,7 @@ def whole_layers(model: Any, description: Any, share: float) -> Plan:
     for structure in description:
         towers.setdefault((structure.tower, structure.kind), []).append(structure)
     pairs = []
+    found: dict[str, Any] = {}
     for kind in ("attention", "ffn"):
         text, vision = towers[("text", kind)], towers.get(("vision", kind), [])
         pairs += [(n / len(text), s, text[0]) for n, s in enumerate(text) if n % 4]
@@ -190,7 +220,7 @@ def whole_layers(model: Any, description: Any, share: float) -> Plan:
             (n / len(vision), s, text[min(len(text) - 1, n * len(text) // len(vision))])
             for n, s in enumerate(vision)
         ]
-    total, found = cost.params(model, description.structures), {}
+    total = cost.params(model, description.structures)
     for _, target, source in sorted(pairs, key=lambda one: -one[0]):
         plan = Plan(share=found, attention=description.attention)
         if cost.params(model, description.structures, plan) <= share * total:
@@ -200,10 +230,10 @@ def whole_layers(model: Any, description: Any, share: float) -> Plan:
     return Plan(share=found, attention=description.attention)
 
 
-def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[str, Any]:
+def one_run(name: str, method: str, share: float, seed: int, lab: Lab) -> dict[str, Any]:
     """Compress the dense model to ``share`` of its parameters by ``method``, and retrain it."""
-    what, task = EXPERIMENTS[name], task_of(name, out)
-    model = dense_model(name, task, out)
+    what, task = EXPERIMENTS[name], task_of(name, lab)
+    model = dense_model(name, task, lab, seed)
     prepare(seed, torch.get_num_threads())
     before = sum(p.numel() for p in model.parameters())
     whole = Training(
@@ -213,7 +243,8 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
         save_steps=0,
     )
     quiet = lambda done: None  # noqa: E731
-    began, row = time.process_time(), {}
+    row: dict[str, Any] = {}
+    began = lab.now()
     if method in SEARCHES:
         order = list(range(len(task.train)))
         random.Random(seed).shuffle(order)
@@ -239,7 +270,8 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
         small = rewrite(model, description, whole_layers(model, description, share))
     elif method == "scratch":
         sizes = vlprune.Random(scope="uniform", seed=seed)
-        small = Compressor(task.new_model(), sizes, {"params": share}).finish()
+        random_one = place(task.new_model(), lab.device)
+        small = Compressor(random_one, sizes, {"params": share}).finish()
         first = EXPERIMENTS[what.start].dense if what.start else 0
         train_dense(small, what, task, first + what.dense, seed)
     else:
@@ -249,9 +281,11 @@ def one_run(name: str, method: str, share: float, seed: int, out: Path) -> dict[
     row["end"] = task.evaluate(small, quiet)
     row["params"] = sum(p.numel() for p in small.parameters())
     row["reached"] = row["params"] / before
-    row["seconds"] = round(time.process_time() - began)
+    row["seconds"] = round(lab.now() - began)
     if seed == 0:
-        vlprune.save(small, out / "small" / f"{name}-{method}-{share}", processor=task.processor)
+        vlprune.save(
+            small, lab.out / "small" / f"{name}-{method}-{share}", processor=task.processor
+        )
     return row
 
 
@@ -284,14 +318,14 @@ def _spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
 
 
-def costs(name: str, share: float, out: Path) -> str:
+def costs(name: str, share: float, lab: Lab) -> str:
     """Disk, memory, MACs and latency of dense and small models, tied and materialised."""
-    task = task_of(name, out)
-    models = {"dense": dense_model(name, task, out)}
+    task = task_of(name, lab)
+    models = {"dense": dense_model(name, task, lab, seed=0)}
     for method in ("jsp", "prune-only", "magnitude", "whole-layer"):
-        folder = out / "small" / f"{name}-{method}-{share}"
+        folder = lab.out / "small" / f"{name}-{method}-{share}"
         if folder.exists():
-            models[method] = vlprune.load(folder)
+            models[method] = place(vlprune.load(folder), lab.device)
             if vlprune.cutting.sharing.ties.is_shared(models[method]):
                 models[f"{method}, materialised"] = materialize(copy.deepcopy(models[method]))
     example = {k: v for k, v in task.example_inputs().items() if k not in ("labels", "answers")}
@@ -319,16 +353,18 @@ def costs(name: str, share: float, out: Path) -> str:
             f"| {label} | {params / 1e6:.2f} M | {disk / 1e6:.2f} MB | {memory / 1e6:.2f} MB | "
             f"{macs / 1e6:.1f} M | {times} |"
         )
-    return "\n".join([*lines, "", step_cost(EXPERIMENTS[name], task, models["dense"])])
+    return "\n".join([*lines, "", step_cost(EXPERIMENTS[name], task, models["dense"], lab)])
 
 
-def step_cost(what: Experiment, task: Any, model: Any, every: int = 40, windows: int = 10) -> str:
-    """CPU seconds of a training step with the search, relative to plain training.
+def step_cost(
+    what: Experiment, task: Any, model: Any, lab: Lab, every: int = 40, windows: int = 10
+) -> str:
+    """Seconds of a training step with the search, relative to plain training.
 
     Looks at ``windows`` pieces of a search of 6,000 steps, evenly spread, plain and searched steps
     in turn. The first step of a piece is not counted: what a search does after a leap is no cost.
     """
-    batch = task.collate(list(task.train[: what.batch]))
+    batch = moved_to(model, task.collate(list(task.train[: what.batch])))
     search = JSP(every=every, mismatch=what.mismatch)
     compressor = Compressor(copy.deepcopy(model), search, {"params": 0.6}, held_out=[batch])
     twins = {"plain": copy.deepcopy(model), "searched": compressor.model}
@@ -338,14 +374,14 @@ def step_cost(what: Experiment, task: Any, model: Any, every: int = 40, windows:
         start, spent = (window + 0.5) / windows, dict.fromkeys(twins, 0.0)
         for number in range(2 * every + 1):
             for label, twin in twins.items():
-                began = time.process_time()
+                began = lab.now()
                 steppers[label].zero_grad()
                 twin(**batch).loss.backward()
                 if label == "searched":
                     compressor.step(start + number / 6000)
                 steppers[label].step()
                 if number:
-                    spent[label] += time.process_time() - began
+                    spent[label] += lab.now() - began
         seconds.append(spent["plain"] / (2 * every))
         ratios.append(spent["searched"] / spent["plain"])
         print(f"progress {start:.2f}: x {ratios[-1]:.3f}", flush=True)
@@ -356,38 +392,38 @@ def step_cost(what: Experiment, task: Any, model: Any, every: int = 40, windows:
     )
 
 
-def larger(out: Path) -> str:
+def larger(lab: Lab, batch: int) -> str:
     """Size, seconds a step, peak memory and the outcome of a few turns for the larger pair."""
-    data = DataSpec(train_items=64, test_items=8, folder=str(out / "scenes-larger"))
-    task = TASKS[LARGER.task](LARGER.model, data, out, LARGER.options)
+    data = DataSpec(train_items=2 * batch, test_items=8, folder=str(lab.out / "scenes-larger"))
+    task = TASKS[LARGER.task](LARGER.model, data, lab.out, LARGER.options)
     prepare(0, torch.get_num_threads())
-    model = task.new_model()
+    model = place(task.new_model(), lab.device)
     size = sum(p.numel() for p in model.parameters())
-    said = step_cost(LARGER, task, model, every=40)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    batches = [task.collate(list(task.train[i : i + 4])) for i in (0, 4)]
-    small, seconds = searched(model, batches, turns=8)
+    said = step_cost(replace(LARGER, batch=batch), task, model, lab, every=40)
+    peak = lab.peak()
+    batches = [moved_to(model, task.collate(list(task.train[i : i + batch]))) for i in (0, batch)]
+    small, seconds = searched(model, batches, lab, turns=8)
     return (
-        f"{size / 1e6:.1f} M parameters. {said} Peak memory {peak / 1e9:.2f} GB.\n"
+        f"{size / 1e6:.1f} M parameters. {said} Peak memory {peak:.2f} GB.\n"
         f"Eight turns and as many steps: {seconds:.0f} s; the plan keeps "
         f"{small / size:.1%} of the parameters (asked for 60 %)."
     )
 
 
-def searched(model: Any, batches: Sequence[Any], turns: int) -> tuple[int, float]:
-    """The parameters that a short search leaves, and its CPU seconds."""
+def searched(model: Any, batches: Sequence[Any], lab: Lab, turns: int) -> tuple[int, float]:
+    """The parameters that a short search leaves, and its seconds."""
     twin = copy.deepcopy(model)
     search = JSP(turns=turns, every=1)
     compressor = Compressor(twin, search, {"params": 0.6}, held_out=list(batches))
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-5)
-    began = time.process_time()
+    began = lab.now()
     for number in range(turns):
         optimizer.zero_grad()
         twin(**batches[number % len(batches)]).loss.backward()
         compressor.step(0.1 + 0.4 * number / turns)
         optimizer.step()
     small = compressor.finish()
-    return sum(p.numel() for p in small.parameters()), time.process_time() - began
+    return sum(p.numel() for p in small.parameters()), lab.now() - began
 
 
 def main() -> None:
@@ -402,20 +438,23 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--larger", action="store_true")
+    parser.add_argument("--batch", type=int, default=LARGER.batch, help="with --larger")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    lab = Lab(options.out, choose(options.device))
     if options.larger:
-        print(larger(options.out))
+        print(larger(lab, options.batch))
     log = options.out / "results.jsonl"
     for name in options.experiments:
         if options.costs:
-            print(costs(name, options.shares[0], options.out))
+            print(costs(name, options.shares[0], lab))
             continue
         if options.steps:
-            task = task_of(name, options.out)
-            model = dense_model(name, task, options.out)
-            print(step_cost(EXPERIMENTS[name], task, model))
+            task = task_of(name, lab)
+            model = dense_model(name, task, lab, seed=0)
+            print(step_cost(EXPERIMENTS[name], task, model, lab))
             continue
         for share in options.shares:
             for seed in options.seeds:
@@ -426,7 +465,7 @@ def main() -> None:
                     if any(key.items() <= row.items() for row in done):
                         continue
                     try:
-                        row = one_run(name, method, at, seed, options.out)
+                        row = one_run(name, method, at, seed, lab)
                     except vlprune.errors.BudgetError as error:  # sharing alone may not suffice
                         print(name, method, at, seed, error, flush=True)
                         continue

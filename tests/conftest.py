@@ -26,10 +26,16 @@ import transformers
 from torch import nn
 
 if importlib.util.find_spec("torchvision"):
-    # torchvision's compiled operators do not fit a CPU build of torch; it only needs them declared
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # Its compiled operators are for another build of torch. It only needs them declared; where
+        # they fit, to declare them again would abort the process.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)

@@ -241,7 +241,8 @@ def damage_kind(rng: random.Random, path: Path, outside: Path) -> str:
         away.rename(path)
         path.chmod(0)
     elif kind != "missing":
-        targets = {"zeros": "/dev/zero", "null": "/dev/null", "loop": path, "outside": away}
+        targets = {"zeros": Path("/dev/zero"), "null": Path("/dev/null"), "loop": path}
+        targets["outside"] = away
         path.symlink_to(targets.get(kind, outside / "nothing"))
     return f"kind: {kind}"
 

@@ -136,8 +136,8 @@ def scenes(folder: Path) -> None:
         lines = []
         for n in range(start, start + 12):
             name = folder / "nlvr1" / part / "images" / f"{part}-{n}-0.png"
-            with Image.open(pictures[n % len(pictures)]) as picture:
-                picture.resize((400, 100)).save(name)
+            with Image.open(pictures[n % len(pictures)]) as image:
+                image.resize((400, 100)).save(name)
             things = [{"x_loc": 5, "y_loc": 7, "size": 20, "type": "square", "color": "Yellow"}]
             line = {"identifier": str(n), "sentence": f"there are {n} boxes", "label": "true"}
             lines.append(json.dumps(line | {"structured_rep": [things, things, []]}))

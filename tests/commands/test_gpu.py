@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ranks import meeting
 from small_runs import DEMO, TINY
+from unlabelled import captioned, captioner, classifier, dual_encoder, pictures
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 STEPS = ["train.steps=20", "search.steps=10", "retrain.steps=5"]
@@ -29,16 +32,17 @@ def environment() -> dict[str, str]:
     return names if visible == "all" else {**names, "CUDA_VISIBLE_DEVICES": visible}
 
 
-def python(*args: str) -> subprocess.CompletedProcess[str]:
-    """A Python process that sees the GPUs."""
+def python(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """A Python process that sees the GPUs, with ``more`` in its environment."""
+    env = environment() | {name: str(value) for name, value in more.items()}
     return subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, env=environment(), check=False
+        [sys.executable, *args], capture_output=True, text=True, env=env, check=False
     )
 
 
-def vlprune(*args: str) -> dict[str, Any]:
+def vlprune(*args: str, **more: Any) -> dict[str, Any]:
     """The JSON that a command prints."""
-    done = python("-m", "vlprune.commands.main", *args, "--json")
+    done = python("-m", "vlprune.commands.main", *args, "--json", **more)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -102,6 +106,70 @@ def test_every_task(recipe: Path, gpu: str, tmp_path: Path) -> None:
     """Training, evaluation and timing of every task's model, by the recipes' toys."""
     report = vlprune("compress", str(recipe), "--toy", "-o", str(tmp_path / "out"))
     assert report["device"] == gpu
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2},
+    "fsdp, offloaded": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2, "FSDP_OFFLOAD_PARAMS": "true",
+    },
+    **{
+        f"zero {stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
+        }
+        for stage in (1, 2, 3)
+    },
+}  # fmt: skip
+"""What ``accelerate launch`` puts into the environment for each engine."""
+
+
+@pytest.mark.parametrize("half", ["", "bf16", "fp16"], ids=lambda name: name or "float32")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines(engine: str, half: str, gpu: str, tmp_path: Path) -> None:
+    """A recipe in one process of NCCL, whose engine wraps, casts, gathers and is taken back."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    out, more = tmp_path / "out", [f"{phase}.{half}=true" for phase in ("search", "retrain")]
+    args = ["compress", DEMO, "-o", str(out), *TINY, *STEPS, *(more if half else [])]
+    (rank,) = meeting(1, **ENGINES[engine])
+    if "offloaded" in engine:
+        done = python("-m", "vlprune.commands.main", *args, **rank)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return
+    report = vlprune(*args, **rank)
+    assert report["device"] == gpu
+    assert report["verified"]["difference"] < 1e-9
+    weights = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+MODELS = {"clip": dual_encoder, "blip": captioner, "vit": classifier}
+
+
+@pytest.mark.parametrize("more", [[], ["--rotate"]], ids=["obs", "rotated"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_on_samples(kind: str, more: list[str], gpu: str, tmp_path: Path) -> None:
+    """Cut without training, in the GPU's memory and streamed to it: one plan, the same weights."""
+    MODELS[kind](tmp_path / "model")
+    captioned(tmp_path / "samples")
+    samples = tmp_path / "samples" / "captions.jsonl"
+    if kind == "vit":
+        samples = pictures(tmp_path / "pictures")
+    reports = {}
+    for way in ("--no-stream", "--stream"):
+        args = ["compress", str(tmp_path / "model"), "--calibration", str(samples), *more]
+        args += ["--budget", "params=0.7", "--items", "16", way, "-o", str(tmp_path / way)]
+        reports[way] = vlprune(*args)
+        outputs = reports[way]["calibration"]["outputs"]
+        assert all(outputs["after"][name] < error for name, error in outputs["before"].items())
+    one, other = (tmp_path / way / "plan.json" for way in reports)
+    assert one.read_text() == other.read_text()
+    one, other = (load_file(tmp_path / way / "model.safetensors") for way in reports)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_evaluate_and_scan(small: Path) -> None:

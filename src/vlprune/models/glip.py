@@ -29,7 +29,7 @@ from transformers.utils.generic import ModelOutput
 from .atss import anchors, assign_places, centerness, decode
 from .configs import GlipConfig
 from .dynamic_head import DynamicBlock
-from .set_loss import focal_loss, paired_giou
+from .set_loss import masked_focal_loss, paired_giou
 
 __all__ = ["GlipForGrounding", "GlipOutput"]
 
@@ -254,24 +254,20 @@ class GlipForGrounding(PreTrainedModel):
         """Alignment by focal loss; GIoU of boxes and cross-entropy of centerness at ATSS places."""
         goal = torch.zeros_like(logits, dtype=torch.float32)
         inclusive = self.config.corners == "inclusive"
-        image, place, wanted = [], [], []
-        for number, target in enumerate(labels):
-            pixels = center_to_corners_format(target["boxes"].float()) * side[number].float()
-            owner = assign_places(grid, pixels.cpu(), self.config.atss_candidates, inclusive)
-            at = (owner >= 0).nonzero()[:, 0]
-            which = owner[at].to(logits.device)
-            at = at.to(logits.device)
-            tokens = (target["tokens"][which] > 0).float()
-            goal[number, at] = tokens[:, : logits.shape[-1]]
-            image.append(torch.full_like(at, number))
-            place.append(at)
-            wanted.append(pixels[which])
-        rows, columns, right = torch.cat(image), torch.cat(place), torch.cat(wanted)
+        sizes = [len(target["boxes"]) for target in labels]
+        every_box = torch.cat([target["boxes"] for target in labels]).float()
+        every_phrase = torch.cat([target["tokens"] for target in labels])
+        of_image = torch.arange(len(labels)).repeat_interleave(torch.tensor(sizes))
+        pixels = center_to_corners_format(every_box) * side[of_image.to(side.device), 0].float()
+        each = pixels.cpu().split(sizes)  # at once: a GPU is waited for each time
+        owners = [assign_places(grid, own, self.config.atss_candidates, inclusive) for own in each]
+        rows, columns, which = _owned(owners, sizes).to(logits.device)
+        right = pixels[which]
+        goal[rows, columns] = (every_phrase[which] > 0).float()[:, : logits.shape[-1]]
         central = centerness(every[columns].float(), right, inclusive)
-        count = max(1.0, _mean(float(len(rows)), logits))
-        weight = max(1e-6, _mean(float(central.sum()), logits))
-        shown = there[:, None].expand_as(logits)
-        fits = focal_loss(logits[shown].float(), goal[shown]).sum() / count
+        count = _mean(torch.tensor(float(len(rows)), device=logits.device)).clamp(min=1)
+        weight = _mean(central.sum()).clamp(min=1e-6)
+        fits = masked_focal_loss(logits, goal, there[:, None]) / count
         pixels_of = side[rows, 0].float()
         found = [boxes[rows, columns].float(), right / pixels_of]
         said, true = (_spans(box, float(inclusive) / pixels_of[:, 2:]) for box in found)
@@ -291,9 +287,19 @@ def _spans(boxes: Tensor, less: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
-def _mean(value: float, like: Tensor) -> float:
+def _owned(owners: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Image, place and box of all pairs, (3, pairs); boxes are counted through the whole batch.
+
+    ``owners`` hold for each image the box of each place, or -1; ``sizes`` how many boxes it has.
+    """
+    found, first = [], 0
+    for number, (owner, size) in enumerate(zip(owners, sizes, strict=True)):
+        at = (owner >= 0).nonzero()[:, 0]
+        found.append(torch.stack([torch.full_like(at, number), at, owner[at] + first]))
+        first += size
+    return torch.cat(found, dim=1)
+
+
+def _mean(value: Tensor) -> Tensor:
     """The mean of ``value`` over all processes."""
-    total = torch.tensor(value, device=like.device)
-    if PartialState._shared_state:
-        total = reduce(total, "mean")
-    return float(total)
+    return reduce(value, "mean") if PartialState._shared_state else value

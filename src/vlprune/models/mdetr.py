@@ -264,7 +264,7 @@ class MdetrForGrounding(DetrPreTrainedModel):
         count = torch.tensor(float(sum(len(t["boxes"]) for t in labels)), device=self.device)
         if PartialState._shared_state:
             count = reduce(count, "mean")
-        boxes = max(1.0, float(count))
+        boxes = count.clamp(min=1)
         if config.positive_map == "published":
             labels = [{**t, "tokens": (t["tokens"] > 0).float()} for t in labels]
         losses = set_losses(final, labels, weights, boxes)

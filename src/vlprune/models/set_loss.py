@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.image_transforms import center_to_corners_format
-from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from ..errors import UnsupportedError
 
@@ -24,6 +24,7 @@ __all__ = [
     "assign",
     "focal_loss",
     "focal_set_losses",
+    "masked_focal_loss",
     "paired_giou",
     "set_losses",
 ]
@@ -32,7 +33,7 @@ Targets = Sequence[Mapping[str, Tensor]]
 """For each image ``boxes`` (n, 4) and ``tokens`` (n, positions), whose rows sum to 1 over the
 tokens of the phrase that names the box."""
 
-Pairs = list[tuple[Tensor, Tensor]]
+Pairs = list[tuple[np.ndarray, np.ndarray]]
 """For each image the matched queries and their targets, both (n,)."""
 
 
@@ -66,37 +67,67 @@ def assign(
             "matching boxes needs scipy: pip install 'vlprune[grounding]'"
         ) from None
     fit = _focal_fit(logits.float()) if focal else logits.float().softmax(-1)
-    pairs = []
     # NaN must not fail here: it is for the caller to notice in the loss
     placed = boxes.float().nan_to_num(0.5)
-    for own, found, target in zip(fit, placed, targets, strict=True):
-        wanted = target["boxes"].float()
-        cost = (
-            -weights.tokens * own @ target["tokens"].float().T
-            + weights.l1 * torch.cdist(found, wanted, p=1)
-            - weights.giou
-            * generalized_box_iou(center_to_corners_format(found), center_to_corners_format(wanted))
-        )
-        queries, matched = linear_sum_assignment(cost.nan_to_num(1e6).cpu().numpy())
-        pairs.append((torch.as_tensor(queries), torch.as_tensor(matched)))
-    return pairs
+    counts, place = [len(target["boxes"]) for target in targets], _padded(targets)
+    place = place.to(logits.device)
+    wanted = torch.cat([target["boxes"] for target in targets]).float()[place]
+    tokens = torch.cat([target["tokens"] for target in targets]).float()[place]
+    cost = (
+        -weights.tokens * fit @ tokens.transpose(1, 2)
+        + weights.l1 * torch.cdist(placed, wanted, p=1)
+        - weights.giou * paired_giou(placed[:, :, None], wanted[:, None])
+    )
+    costs = cost.nan_to_num(1e6).cpu().numpy()  # at once: a GPU is waited for each time
+    return [linear_sum_assignment(own[:, :n]) for own, n in zip(costs, counts, strict=True)]
+
+
+def _padded(targets: Targets) -> Tensor:
+    """Where each image's targets lie among those of all, (batch, most of an image).
+
+    A row goes on with any number where an image has fewer.
+    """
+    counts = torch.tensor([len(target["boxes"]) for target in targets])
+    places = (counts.cumsum(0) - counts)[:, None] + torch.arange(int(counts.max()))
+    return places.clamp(max=max(0, int(counts.sum()) - 1))
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """The matched queries of a batch, and what they should say: one row for each."""
+
+    image: Tensor
+    query: Tensor
+    boxes: Tensor
+    tokens: Tensor
+
+
+def _matched(pairs: Pairs, targets: Targets, device: torch.device) -> _Matched:
+    sizes = [len(target["boxes"]) for target in targets]
+    starts = np.cumsum([0, *sizes[:-1]])
+    image = np.repeat(np.arange(len(pairs)), [len(queries) for queries, _ in pairs])
+    query = np.concatenate([queries for queries, _ in pairs])
+    which = np.concatenate([own + start for (_, own), start in zip(pairs, starts, strict=True)])
+    image, query, which = torch.as_tensor(np.stack([image, query, which])).to(device)
+    boxes, tokens = (torch.cat([target[n] for target in targets]) for n in ("boxes", "tokens"))
+    return _Matched(image, query, boxes[which].float(), tokens[which].float())
 
 
 def paired_giou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU of pairs of boxes: (n, 4) and (n, 4) to (n,).
+    """Generalised IoU of pairs of boxes: (..., 4) and (..., 4) to (...), as they broadcast.
 
-    The function of transformers compares all with all, which takes n times the memory.
+    The function of transformers compares all of one image with all, and takes no batch.
     """
     a, b = center_to_corners_format(first), center_to_corners_format(second)
-    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
-    around = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
-    inter, hull = overlap.prod(1), around.prod(1)
-    union = first[:, 2:].prod(1) + second[:, 2:].prod(1) - inter
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    inter, hull = (high - low).clamp(min=0).prod(-1), around.prod(-1)
+    union = first[..., 2:].prod(-1) + second[..., 2:].prod(-1) - inter
     return inter / union.clamp(min=1e-9) - (hull - union) / hull.clamp(min=1e-9)
 
 
 def set_losses(
-    outputs: Mapping[str, Any], targets: Targets, weights: SetWeights, count: float
+    outputs: Mapping[str, Any], targets: Targets, weights: SetWeights, count: float | Tensor
 ) -> dict[str, Tensor]:
     """``{"tokens", "l1", "giou", "alignment"}``, weighted and divided by ``count`` boxes.
 
@@ -105,18 +136,25 @@ def set_losses(
     ``text`` (batch, tokens, size), both of unit length.
     """
     logits, boxes = outputs["logits"], outputs["boxes"]
-    pairs = assign(logits, boxes, targets, weights)
-    losses = {"tokens": weights.tokens * _token_loss(logits, targets, pairs, weights) / count}
-    image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)]).to(logits.device)
-    query = torch.cat([q for q, _ in pairs]).to(logits.device)
-    found = boxes[image, query].float()
-    wanted = torch.cat([t["boxes"][m] for t, (_, m) in zip(targets, pairs, strict=True)]).float()
-    losses["l1"] = weights.l1 * F.l1_loss(found, wanted, reduction="sum") / count
-    losses["giou"] = weights.giou * (1 - paired_giou(found, wanted)).sum() / count
+    found = _matched(assign(logits, boxes, targets, weights), targets, logits.device)
+    losses = {"tokens": weights.tokens * _token_loss(logits, found, weights) / count}
+    losses |= _box_losses(boxes, found, weights, count)
     if outputs.get("queries") is not None:
-        loss = _alignment_loss(outputs["queries"], outputs["text"], targets, pairs, weights)
+        loss = _alignment_loss(outputs["queries"], outputs["text"], found, weights)
         losses["alignment"] = weights.alignment * loss / count
     return losses
+
+
+def _box_losses(
+    boxes: Tensor, found: _Matched, weights: SetWeights, count: float | Tensor
+) -> dict[str, Tensor]:
+    """``{"l1", "giou"}`` of matched boxes, weighted and divided by ``count`` boxes."""
+    said = boxes[found.image, found.query].float()
+    apart = F.l1_loss(said, found.boxes, reduction="sum")
+    return {
+        "l1": weights.l1 * apart / count,
+        "giou": weights.giou * (1 - paired_giou(said, found.boxes)).sum() / count,
+    }
 
 
 def focal_loss(logits: Tensor, goal: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -141,20 +179,24 @@ def focal_set_losses(
     is True where tokens exist.
     """
     pairs = assign(logits, boxes, targets, weights, focal=True)
+    found = _matched(pairs, targets, logits.device)
     goal = torch.zeros_like(logits, dtype=torch.float32)
-    for i, (target, (queries, matched)) in enumerate(zip(targets, pairs, strict=True)):
-        goal[i, queries.to(goal.device)] = (target["tokens"][matched] > 0).float().to(goal.device)
-    there = (text_mask if text_mask.dim() == 3 else text_mask[:, None]).expand_as(logits)
-    tokens = focal_loss(logits[there].float(), goal[there]).sum()
-    image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)]).to(logits.device)
-    query = torch.cat([q for q, _ in pairs]).to(logits.device)
-    found = boxes[image, query].float()
-    wanted = torch.cat([t["boxes"][m] for t, (_, m) in zip(targets, pairs, strict=True)]).float()
+    goal[found.image, found.query] = (found.tokens > 0).float()
+    there = text_mask if text_mask.dim() == 3 else text_mask[:, None]
+    tokens = masked_focal_loss(logits, goal, there)
     return {
         "tokens": 2 * weights.tokens * tokens / count,
-        "l1": weights.l1 * F.l1_loss(found, wanted, reduction="sum") / count,
-        "giou": weights.giou * (1 - paired_giou(found, wanted)).sum() / count,
+        **_box_losses(boxes, found, weights, count),
     }
+
+
+def masked_focal_loss(logits: Tensor, goal: Tensor, there: Tensor) -> Tensor:
+    """The sum of the focal loss where ``there`` is True; elsewhere logits may be infinite.
+
+    To choose them by the mask alone would have a GPU waited for.
+    """
+    loss = focal_loss(logits.float().masked_fill(~there, 0), goal)
+    return loss.masked_fill(~there, 0).sum()
 
 
 def _focal_fit(logits: Tensor, alpha: float = 0.25) -> Tensor:
@@ -165,26 +207,21 @@ def _focal_fit(logits: Tensor, alpha: float = 0.25) -> Tensor:
     return no - yes
 
 
-def _token_loss(logits: Tensor, targets: Targets, pairs: Pairs, weights: SetWeights) -> Tensor:
+def _token_loss(logits: Tensor, found: _Matched, weights: SetWeights) -> Tensor:
     """Cross-entropy with the uniform distribution over a phrase's tokens, summed over queries."""
     goal = torch.zeros_like(logits, dtype=torch.float32)
     goal[..., -1] = 1
+    goal[found.image, found.query] = found.tokens
     weight = torch.full(logits.shape[:2], weights.no_object, device=logits.device)
-    for i, (target, (queries, matched)) in enumerate(zip(targets, pairs, strict=True)):
-        goal[i, queries.to(goal.device)] = target["tokens"][matched].float()
-        weight[i, queries.to(goal.device)] = 1
+    weight[found.image, found.query] = 1
     return -((logits.float().log_softmax(-1) * goal).sum(-1) * weight).sum()
 
 
-def _alignment_loss(
-    queries: Tensor, text: Tensor, targets: Targets, pairs: Pairs, weights: SetWeights
-) -> Tensor:
+def _alignment_loss(queries: Tensor, text: Tensor, found: _Matched, weights: SetWeights) -> Tensor:
     """InfoNCE between matched queries and the tokens of their phrases, both ways, halved."""
     scores = queries.float() @ text.float().transpose(1, 2) / weights.temperature
     positive = torch.zeros_like(scores, dtype=torch.bool)
-    for i, (target, (chosen, matched)) in enumerate(zip(targets, pairs, strict=True)):
-        named = target["tokens"][matched][:, : text.shape[1]] > 0
-        positive[i, chosen.to(scores.device)] = named.to(scores.device)
+    positive[found.image, found.query] = found.tokens[:, : text.shape[1]] > 0
     total = scores.new_zeros(())
     for axis in (1, 2):  # over queries: each token's loss; over tokens: each query's loss
         count = positive.sum(axis)
