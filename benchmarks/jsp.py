@@ -399,7 +399,7 @@ def larger(lab: Lab, batch: int) -> str:
     prepare(0, torch.get_num_threads())
     model = place(task.new_model(), lab.device)
     size = sum(p.numel() for p in model.parameters())
-    said = step_cost(replace(LARGER, batch=batch), task, model, lab, every=40)
+    said = step_cost(replace(LARGER, batch=batch), task, model, lab, windows=4)
     peak = lab.peak()
     batches = [moved_to(model, task.collate(list(task.train[i : i + batch]))) for i in (0, batch)]
     small, seconds = searched(model, batches, lab, turns=8)

@@ -19,7 +19,7 @@ from vlprune.cutting.sharing.mixed import mixed
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
 from vlprune.methods import Look, Problem
 from vlprune.methods.schedule import removed_share
-from vlprune.methods.vectors import Vectors, alignment, draw_near
+from vlprune.methods.vectors import Vectors, alignment, draw_near, moves_to
 from vlprune.prices.prices import Prices
 from vlprune.structures.structure import Structure
 
@@ -404,6 +404,19 @@ def test_a_long_search_moves_its_weights_some_hundred_times(steps: int, most: in
     for at, factor in moves[:-1]:
         left *= factor
         assert left == pytest.approx(1 - removed_share((at - 0.5) / 0.5), abs=1e-6)
+
+
+def test_where_the_weights_go_is_worked_out_once_for_each_structure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not at every step: between turns the same units of the same weights are on their way."""
+    worked_out = []
+    monkeypatch.setattr(
+        "vlprune.training.turns.moves_to", lambda *given: worked_out.append(1) or moves_to(*given)
+    )
+    compressor, _, _ = run(every=10, turns=1)
+    facts = compressor.search.facts()
+    assert 0 < len(worked_out) <= facts["structure_steps"] + 1 < facts["steps"] / 8
 
 
 def test_families_alone() -> None:

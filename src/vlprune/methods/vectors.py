@@ -6,21 +6,21 @@ joint share and prune (ICLR 2023); the exact form is not from the paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..cutting.sharing.mixed import pairing
-from ..cutting.sharing.rules import slot_pairs, unit_weights
+from ..cutting.sharing.rules import UnitRows, slot_pairs, unit_rows
 from ..prices.prices import Prices
 from ..structures.plan import Plan
 from ..structures.shards import changing, whole
 from ..structures.structure import Structure
 from ..structures.units import positions
 
-__all__ = ["Vectors", "alignment", "distances", "draw_near"]
+__all__ = ["Move", "Vectors", "alignment", "distances", "draw_near", "moves_to", "sum_of"]
 
 Shares = Mapping[str, tuple[str, Tensor, Tensor]]
 """{structure: (source, 1 per unit that takes the source's weights, the source's unit for each)}."""
@@ -120,21 +120,35 @@ def alignment(
     the units they share, divided by the number of structures. A unit's weights count, not its bias.
     Differentiable in the weights, both of a unit and of its source.
     """
+    moves = moves_to(model, structures, vectors)
+    return sum_of(distances(model, moves, epsilon)) / len(structures)
+
+
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars; 0 if there are none."""
     total: Tensor | None = None
-    for term in distances(model, structures, vectors, epsilon):
+    for term in terms:
         total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total / len(structures)
+    return torch.zeros(()) if total is None else total
 
 
-def distances(
-    model: nn.Module, structures: Sequence[Structure], vectors: Vectors, epsilon: float = 1e-8
-) -> Iterator[Tensor]:
-    """The terms of :func:`alignment` before the division, one or two scalars per structure.
+@dataclass(frozen=True)
+class Move:
+    """Units of a structure that are to become nothing, or to become the units at ``theirs``.
 
-    Of a sharded model, the weights of one structure and of its source are gathered for each.
+    ``factor`` (units,) is how much each one is wanted to.
     """
+
+    factor: Tensor
+    mine: Sequence[UnitRows]
+    theirs: Sequence[UnitRows] = ()
+
+
+def moves_to(model: nn.Module, structures: Sequence[Structure], vectors: Vectors) -> list[Move]:
+    """What has to happen to the weights for the wanted structure; on the device of each weight."""
     by_name = {s.name: s for s in structures}
     parameters = dict(model.named_parameters())
+    moves = []
     for name in {**vectors.keep, **vectors.share}:
         target = by_name[name]
         stays = vectors.keep.get(name)
@@ -142,23 +156,35 @@ def distances(
         goes = None if stays is None else 1 - stays
         if share is not None and goes is not None:
             goes = goes * (1 - share)
-        terms: list[tuple[Tensor, Tensor]] = []
         if goes is not None and bool((goes > 0).any()):
             units = (goes > 0).nonzero()[:, 0]
-            mine = unit_weights(target, units, parameters)
-            terms.append((goes[units], _total([w.square().sum(1) for w in mine])))
+            mine = unit_rows(target, units, parameters)
+            moves.append(Move(_beside(mine, goes[units]), mine))
         if share is not None and taken is not None and bool((share > 0).any()):
             units = (share > 0).nonzero()[:, 0]
-            mine = unit_weights(target, units, parameters)
-            theirs = unit_weights(by_name[source], taken[units], parameters)
-            squares = [(a - b).square().sum(1) for a, b in zip(mine, theirs, strict=True)]
-            terms.append((share[units], _total(squares)))
-        for factor, square in terms:
-            yield ((square + epsilon).sqrt() * factor.to(square)).sum()
+            mine = unit_rows(target, units, parameters)
+            theirs = unit_rows(by_name[source], taken[units], parameters)
+            moves.append(Move(_beside(mine, share[units]), mine, theirs))
+    return moves
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack([*parts]).sum(0)
+def _beside(rows: Sequence[UnitRows], factor: Tensor) -> Tensor:
+    return factor.to(rows[0].positions.device)
+
+
+def distances(model: nn.Module, moves: Sequence[Move], epsilon: float = 1e-8) -> Iterator[Tensor]:
+    """The terms of :func:`alignment` before the division, a scalar for each move.
+
+    Of a sharded model, the weights of one structure and of its source are gathered for each.
+    """
+    parameters = dict(model.named_parameters())
+    for move in moves:
+        ways = [rows.read(parameters) for rows in move.mine]
+        if move.theirs:
+            goals = [rows.read(parameters) for rows in move.theirs]
+            ways = [own - goal for own, goal in zip(ways, goals, strict=True)]
+        square = torch.stack([way.square().sum(1) for way in ways]).sum(0)
+        yield ((square + epsilon).sqrt() * move.factor.to(square)).sum()
 
 
 @torch.no_grad()

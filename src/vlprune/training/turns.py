@@ -22,7 +22,7 @@ from ..cutting.zero import is_split, loss_scale, optimizer_of
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
-from ..methods.vectors import Vectors, alignment, distances, draw_near
+from ..methods.vectors import Move, Vectors, distances, draw_near, moves_to, sum_of
 from ..processes import world
 from ..structures.structure import Structure
 from .ranks import averaged
@@ -97,30 +97,50 @@ class Turns:
         self.seen = 0
         self.reached: set[str] = set()
         self._waiting: list[_Pull] = []
+        self._sharded: bool | None = None
+        self._moves: tuple[Vectors, list[Move]] | None = None
 
     def restart(self, search: Search) -> None:
         """Go on with a new search, from the first held-out batch."""
         self.search, self.seen, self.reached = search, 0, set()
+        self._sharded = self._moves = None
 
     def take(self, progress: float, weight_scale: float) -> None:
         """The search's turn, after a backward pass whose loss was scaled by ``weight_scale``."""
         self.weight_scale = weight_scale
         self.search.turn(progress, self)
-        reshard(self.model)  # what a look gathered would hide the parts' gradients from zero_grad
+        if self.sharded:  # what a look gathered would hide the parts' gradients from zero_grad
+            reshard(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes share the weights out: asked of the model again after each look."""
+        if self._sharded is None:
+            self._sharded = is_sharded(self.model)
+        return self._sharded
 
     def align(self, wanted: Alignment) -> None:
         """Draw the weights towards the wanted structure, by their gradients and directly."""
-        reshard(self.model)  # gradients belong to the parts
-        strength = wanted.strength * self.weight_scale
-        if strength and is_sharded(self.model):
-            for term in distances(self.model, self.structures, wanted.vectors):
-                (strength / len(self.structures) * term).backward()
-        elif strength:
-            distance = alignment(self.model, self.structures, wanted.vectors)
-            if distance.requires_grad:
-                self._pull(strength * distance)
+        strength = wanted.strength * self.weight_scale / len(self.structures)
+        if strength:
+            self._draw(wanted.vectors, strength)
         if wanted.factor < 1:
+            if self.sharded:
+                reshard(self.model)
             draw_near(self.model, self.structures, wanted.vectors, wanted.factor)
+
+    def _draw(self, vectors: Vectors, strength: float) -> None:
+        """Add the gradients of the distance from the structure, times ``strength``."""
+        if self._moves is None or self._moves[0] is not vectors:
+            self._moves = vectors, moves_to(self.model, self.structures, vectors)
+        if not self.sharded:
+            total = sum_of(distances(self.model, self._moves[1]))
+            if total.requires_grad:
+                self._pull(strength * total)
+            return
+        reshard(self.model)  # gradients belong to the parts
+        for term in distances(self.model, self._moves[1]):
+            (strength * term).backward()
 
     def _pull(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``, the same in all processes, to those of the weights.
@@ -152,7 +172,7 @@ class Turns:
         left alone. Of a sharded model, each process gathers the weights that are to be shared.
         Raises VlpruneError without held-out batches.
         """
-        batch = self._next_batch()
+        batch, self._sharded = self._next_batch(), None
         keep = {n: v.detach().clone().requires_grad_(learns) for n, v in vectors.keep.items()}
         share = {
             n: (source, values.detach().clone().requires_grad_(learns), units)

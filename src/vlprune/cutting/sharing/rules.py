@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from ...structures.structure import Slot, Structure
 from ...structures.units import named_weights, positions
 
 __all__ = [
+    "UnitRows",
     "check_shares",
     "settled",
     "shareable",
     "similarity",
     "slot_pairs",
-    "unit_weights",
+    "unit_rows",
     "with_followers",
 ]
 
@@ -111,20 +112,36 @@ def slot_pairs(
     return list(zip(_weights(target, shapes), _weights(source, shapes), strict=True))
 
 
-def unit_weights(
+@dataclass(frozen=True)
+class UnitRows:
+    """Where the weights of some units lie in one slot; worked out once, read at every step."""
+
+    slot: Slot
+    count: int
+    positions: Tensor
+
+    def read(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The weights as they are now, (units, numbers per unit)."""
+        slot, weight = self.slot, whole(parameters[self.slot.param])
+        part = weight.index_select(slot.axis, self.positions).movedim(slot.axis, 0)
+        part = part.reshape(slot.repeat, self.count, slot.inner, -1)
+        return part.transpose(0, 1).reshape(self.count, -1)
+
+
+def unit_rows(
     structure: Structure, units: Tensor, parameters: Mapping[str, Tensor]
-) -> list[Tensor]:
-    """The weights of some units, one matrix (units, numbers per unit) per slot, without biases."""
-    found = []
-    for slot in structure.slots:
-        if parameters[slot.param].dim() < 2:
-            continue
-        weight = whole(parameters[slot.param])
-        ordered = positions(slot, structure.size, units.cpu()).to(weight.device)
-        part = weight.index_select(slot.axis, ordered).movedim(slot.axis, 0)
-        part = part.reshape(slot.repeat, len(units), slot.inner, -1)
-        found.append(part.transpose(0, 1).reshape(len(units), -1))
-    return found
+) -> list[UnitRows]:
+    """Where the weights of some units lie, without biases: an entry per slot."""
+    chosen = units.cpu()
+    return [
+        UnitRows(
+            slot,
+            len(chosen),
+            positions(slot, structure.size, chosen).to(parameters[slot.param].device),
+        )
+        for slot in structure.slots
+        if parameters[slot.param].dim() > 1
+    ]
 
 
 @torch.no_grad()
@@ -137,7 +154,8 @@ def similarity(model: nn.Module, target: Structure, source: Structure) -> Tensor
     sides = []
     for structure in (target, source):
         every = torch.arange(structure.size)
-        whole = torch.cat(unit_weights(structure, every, weights), dim=1).float()
+        rows = unit_rows(structure, every, weights)
+        whole = torch.cat([one.read(weights) for one in rows], dim=1).float()
         sides.append(nn.functional.normalize(whole, dim=1))
     return (sides[0] @ sides[1].T).cpu()
 
