@@ -223,7 +223,8 @@ def measure(
     torch.set_num_threads(1)
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="vlprune-kills-") as scratch:
-        build("clip").model.save_pretrained(Path(scratch) / "warm")  # fills caches of transformers
+        model: Any = build("clip").model
+        model.save_pretrained(Path(scratch) / "warm")  # fills caches of transformers
         gc.freeze()  # nothing here is garbage: looking for it would take every run a second
         whole: dict[str, Ran] = {}
         for method in methods:

@@ -256,7 +256,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 TABLE = ("magnitude", "taylor", "obs", "obs+fold", "obs+fold+rotate")
 
 
-def budget_of(model: Any, unit: str, share: float) -> dict[str, float]:
+def budget_of(model: Any, unit: Any, share: float) -> dict[str, float]:
     """The budget that leaves ``share`` of the prunable weights."""
     structures = vlprune.discover(model, unit).structures
     prices = cost.param_prices(model, structures)
@@ -270,7 +270,7 @@ def sharpness(embeddings: Tensor) -> Tensor:
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
 
 
-def small_model(subject: Subject, name: str, unit: str, share: float, batches: Batches) -> Any:
+def small_model(subject: Subject, name: str, unit: Any, share: float, batches: Batches) -> Any:
     """A copy of the subject's model, cut by the method; nothing is trained."""
     model = copy.deepcopy(subject.model)
     given = batches if "fold" in name or name.startswith("obs") else None

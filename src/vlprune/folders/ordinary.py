@@ -60,7 +60,7 @@ def ordinary(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     _forget(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    every = discover_recorded(model, record.plan.attention, record.sizes)  # type: ignore[arg-type]
+    every = discover_recorded(model, record.plan.attention, record.sizes)
     structures = [s for s in every if s.name in record.sizes]
     for kind in ("attention", "experts", "ffn"):
         for (tower, size), members in _groups(structures, kind).items():

@@ -69,7 +69,7 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
     a head class), whose module names lack or gain the base model's prefix, or another prefix that
     transformers changes as it reads the weights.
     """
-    recorded = discover_recorded(model, record.plan.attention, record.plan.keep)  # type: ignore[arg-type]
+    recorded = discover_recorded(model, record.plan.attention, record.plan.keep)
     own = {structure.name: structure for structure in recorded}
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     cut, keep, unknown = [], {}, []
@@ -91,7 +91,7 @@ def _matched(model: Any, record: Record) -> tuple[list[Structure], Record]:
 
     @cache
     def apart() -> dict[str, Structure]:
-        described = discover_apart(model, record.plan.attention)  # type: ignore[arg-type]
+        described = discover_apart(model, record.plan.attention)
         return {structure.name: structure for structure in described}
 
     for name, units in record.plan.keep.items():

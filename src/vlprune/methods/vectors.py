@@ -17,7 +17,7 @@ from ..cutting.sharing.rules import UnitRows, slot_pairs, unit_rows
 from ..prices.prices import Prices
 from ..structures.plan import Plan
 from ..structures.shards import changing, whole
-from ..structures.structure import Structure
+from ..structures.structure import AttentionUnit, Structure
 from ..structures.units import positions
 
 __all__ = ["Move", "Vectors", "alignment", "distances", "draw_near", "moves_to", "sum_of"]
@@ -95,7 +95,12 @@ class Vectors:
             total = total + (price - borrowed) * own[name].double().sum()
         return total
 
-    def plan(self, structures: Sequence[Structure], attention: str, fingerprint: str) -> Plan:
+    def plan(
+        self,
+        structures: Sequence[Structure],
+        attention: AttentionUnit = "head_dim",
+        fingerprint: str = "",
+    ) -> Plan:
         """The plan with the same decisions; values above one half count as 1."""
         alive = self.alive()
         keep = {s.name: tuple(_units(alive[s.name])) for s in structures if s.name in alive}

@@ -18,7 +18,7 @@ from ..cutting.rewrite import rewrite
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import VlpruneError
 from ..structures.plan import Plan
-from ..structures.structure import Structure
+from ..structures.structure import AttentionUnit, Structure
 from ..structures.units import named_weights
 from .clock import PATIENCE, Stopwatch, seconds_of
 from .params import at_least_of
@@ -39,7 +39,7 @@ def latency_prices(
     model: nn.Module,
     structures: Sequence[Structure],
     inputs: Mapping[str, Any],
-    attention: str = "head_dim",
+    attention: AttentionUnit = "head_dim",
 ) -> Prices:
     """Seconds of one forward pass on ``inputs``, as a price list with one curve per structure.
 
@@ -70,7 +70,7 @@ class _Table:
     model: nn.Module
     structures: tuple[Structure, ...]
     inputs: Mapping[str, Any]
-    attention: str
+    attention: AttentionUnit
     rounds: int
     totals: list[float] = field(default_factory=list)
     spans: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -99,7 +99,10 @@ class _Table:
 
 
 def _measured(
-    model: nn.Module, structures: tuple[Structure, ...], inputs: Mapping[str, Any], attention: str
+    model: nn.Module,
+    structures: tuple[Structure, ...],
+    inputs: Mapping[str, Any],
+    attention: AttentionUnit,
 ) -> Prices:
     seconds_of(model, inputs)
     rounds = max(2, min(10, round(PATIENCE / (2 * seconds_of(model, inputs)))))

@@ -14,7 +14,7 @@ from ..cutting.gates import evaluating
 from ..cutting.rewrite import rewrite
 from ..device import moved_to, same_random_numbers
 from ..structures.plan import Plan
-from ..structures.structure import Structure
+from ..structures.structure import AttentionUnit, Structure
 from .clock import PATIENCE, seconds_of, take_turns
 
 __all__ = ["best_round_to"]
@@ -32,7 +32,7 @@ def best_round_to(
     model: nn.Module,
     structures: Sequence[Structure],
     inputs: Mapping[str, Any],
-    attention: str = "head_dim",
+    attention: AttentionUnit = "head_dim",
 ) -> int:
     """The smallest multiple of units that is as fast on the model's device as its size predicts.
 

@@ -38,7 +38,7 @@ class Plan:
 
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     share: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    attention: str = "head_dim"
+    attention: AttentionUnit = "head_dim"
     fingerprint: str = ""
     experts: str = "neuron"
 
@@ -189,7 +189,7 @@ def _text(body: Mapping[str, Any], key: str, default: str) -> str:
     return value
 
 
-def _one_of(body: Mapping[str, Any], key: str, units: Sequence[str]) -> str:
+def _one_of(body: Mapping[str, Any], key: str, units: Sequence[Any]) -> Any:
     """The unit under ``key``, the first one by default."""
     unit = _text(body, key, units[0])
     if unit not in units:

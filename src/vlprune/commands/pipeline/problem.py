@@ -103,7 +103,8 @@ def read(
 
 def _fast_multiple(problem: Problem) -> int:
     """The multiple of units that is fast here; measured once per run, by the first process."""
-    task, attention = problem.task, problem.recipe.attention
+    task = problem.task
+    attention: Any = problem.recipe.attention
     size = problem.recipe.latency_batch_size if problem.timed else 8
     key = hashed([problem.basis.model, attention, size, device_name(problem.device)])
     path = problem.work / "round-to.json"
@@ -113,7 +114,7 @@ def _fast_multiple(problem: Problem) -> int:
 
     def measured() -> int:
         model = place(task.dense_model(), problem.device)
-        structures = discover(model, attention).structures  # type: ignore[arg-type]
+        structures = discover(model, attention).structures
         multiple = best_round_to(model, structures, task.example_inputs(size), attention)
         remember(path, key, multiple)
         return multiple

@@ -220,11 +220,11 @@ class JspSearch(Search):
         return self.frozen if self.frozen is not None else self.fitted()
 
     def keep(self) -> dict[str, tuple[int, ...]]:
-        plan = self.chosen().plan(self.problem.structures, "", "")
+        plan = self.chosen().plan(self.problem.structures)
         return dict(plan.keep)
 
     def share(self) -> dict[str, tuple[Any, ...]]:
-        return dict(self.chosen().plan(self.problem.structures, "", "").share)
+        return dict(self.chosen().plan(self.problem.structures).share)
 
     def state(self) -> dict[str, Tensor]:
         state = {f"network/{n}": t.detach().clone() for n, t in self.network.state_dict().items()}
