@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -38,6 +39,15 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
     exec(code.replace("openai/clip-vit-base-patch32", str(tmp_path / "clip")), names)
     assert (tmp_path / "clip-half" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_blank_line_tears_a_table(page: Path) -> None:
+    """A row without a heading above it is shown as text."""
+    lines = page.read_text().splitlines()
+    for number, (above, line) in enumerate(itertools.pairwise(["", *lines]), 1):
+        if line.startswith("|") and not above.startswith("|"):
+            assert re.fullmatch(r"\|[-: |]+\|", lines[number]), f"{page}, line {number}"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def alone(python: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(python, 0, tmp_path_factory.mktemp("recipes") / "ddp")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_recipe_finds_what_it_finds_without_deepspeed(
     stage: int, python: Any, alone: Path, tmp_path: Path
 ) -> None:
