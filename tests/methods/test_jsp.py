@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,15 @@ from small_models import clip, inputs
 from vlprune import cost
 from vlprune.cutting.gates import gated
 from vlprune.cutting.sharing.mixed import mixed
+from vlprune.cutting.sharing.rules import shareable
 from vlprune.errors import BudgetError, RecipeError, UnsupportedError, VlpruneError
-from vlprune.methods import Look, Problem
+from vlprune.methods import Alignment, Look, Problem
 from vlprune.methods.schedule import removed_share
 from vlprune.methods.vectors import Vectors, alignment, draw_near, moves_to
 from vlprune.prices.prices import Prices
 from vlprune.structures.structure import Structure
+from vlprune.testing import build
+from vlprune.training.turns import Turns
 
 
 def structure(name: str, tower: str, size: int = 4, kind: str = "ffn") -> Structure:
@@ -404,6 +408,36 @@ def test_a_long_search_moves_its_weights_some_hundred_times(steps: int, most: in
     for at, factor in moves[:-1]:
         left *= factor
         assert left == pytest.approx(1 - removed_share((at - 0.5) / 0.5), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "swin", "mixtral", "gpt2"])
+def test_gradients_of_the_distance_are_those_of_autograd(name: str) -> None:
+    """Of weights that go, and of both sides where one takes another's; frozen ones get none."""
+    model = build(name).model.double()
+    structures = vlprune.discover(model).structures
+    keep = {s.name: (torch.arange(s.size) % 3 > 0).float() for s in structures}
+    share = {}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    for target, source in itertools.pairwise(structures):
+        if target.kind == source.kind and not shareable(target, source, shapes):
+            taken = (torch.arange(target.size) % 2).float()
+            share[target.name] = (source.name, taken, torch.arange(target.size))
+    wanted = Vectors(keep, share)
+    frozen = next(p for n, p in model.named_parameters() if n == structures[0].slots[0].param)
+    frozen.requires_grad_(False)
+    (0.25 * alignment(model, structures, wanted)).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert expected
+    model.zero_grad()
+    weight = next(p for n, p in model.named_parameters() if n in expected)
+    weight.grad = torch.ones_like(weight)  # of the loss
+    turns = Turns(model, structures, None, (), None)
+    turns.align(Alignment(wanted, 0.25))
+    weight.grad -= 1
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for n, gradient in expected.items():
+        torch.testing.assert_close(found[n], gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_where_the_weights_go_is_worked_out_once_for_each_structure(

@@ -291,19 +291,22 @@ JSP = (
     HEAD
     + """
 from small_models import clip
+from vlprune.methods import Alignment
+from vlprune.methods.vectors import Vectors, alignment
 from vlprune.structures.shards import changing
 from vlprune.training.turns import Turns
 
 # what is pulled joins the gradient of the next backward pass, once
 pulled, plain = (build("vit").model.train() for _ in range(2))
-turns = Turns(pulled, (), None, (), None)
+structures = vlprune.discover(pulled).structures
+wanted = Vectors({s.name: (torch.arange(s.size) % 2).float() for s in structures})
+turns = Turns(pulled, structures, None, (), None)
 engine = engine_of(pulled, 2)
 engine.optimizer.override_loss_scale(64.0)
 optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-length = lambda model: sum(p.square().sum() for p in model.parameters())
 for number, batch in enumerate(batches(3)):
     if number == 1:
-        turns._pull(0.5 * length(pulled))
+        turns.align(Alignment(wanted, 0.5))
     engine.backward(engine(**batch).loss)
     engine.step()
     whole_batch = {name: torch.cat([values, values]) for name, values in batch.items()}
@@ -311,7 +314,8 @@ for number, batch in enumerate(batches(3)):
         both = [torch.empty_like(values) for _ in range(world)]
         dist.all_gather(both, values.contiguous())
         whole_batch[name] = torch.cat(both)
-    loss = plain(**whole_batch).loss + (0.5 * length(plain) if number == 1 else 0)
+    loss = plain(**whole_batch).loss + (
+        0.5 * alignment(plain, structures, wanted) if number == 1 else 0)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -6,7 +6,7 @@ joint share and prune (ICLR 2023); the exact form is not from the paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from ..structures.shards import changing, whole
 from ..structures.structure import AttentionUnit, Structure
 from ..structures.units import positions
 
-__all__ = ["Move", "Vectors", "alignment", "distances", "draw_near", "moves_to", "sum_of"]
+__all__ = ["Move", "Vectors", "add_gradients", "alignment", "distances", "draw_near", "moves_to"]
 
 Shares = Mapping[str, tuple[str, Tensor, Tensor]]
 """{structure: (source, 1 per unit that takes the source's weights, the source's unit for each)}."""
@@ -126,15 +126,10 @@ def alignment(
     Differentiable in the weights, both of a unit and of its source.
     """
     moves = moves_to(model, structures, vectors)
-    return sum_of(distances(model, moves, epsilon)) / len(structures)
-
-
-def sum_of(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of scalars; 0 if there are none."""
     total: Tensor | None = None
-    for term in terms:
+    for term in distances(model, moves, epsilon):
         total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
+    return torch.zeros(()) if total is None else total / len(structures)
 
 
 @dataclass(frozen=True)
@@ -184,12 +179,42 @@ def distances(model: nn.Module, moves: Sequence[Move], epsilon: float = 1e-8) ->
     """
     parameters = dict(model.named_parameters())
     for move in moves:
-        ways = [rows.read(parameters) for rows in move.mine]
-        if move.theirs:
-            goals = [rows.read(parameters) for rows in move.theirs]
-            ways = [own - goal for own, goal in zip(ways, goals, strict=True)]
-        square = torch.stack([way.square().sum(1) for way in ways]).sum(0)
-        yield ((square + epsilon).sqrt() * move.factor.to(square)).sum()
+        _, length = _way(move, parameters, epsilon)
+        yield (length * move.factor.to(length)).sum()
+
+
+def _way(
+    move: Move, parameters: Mapping[str, Tensor], epsilon: float
+) -> tuple[list[Tensor], Tensor]:
+    """How far weights are to go: (units, numbers) for each slot, and in all, (units,)."""
+    ways = [rows.read(parameters) for rows in move.mine]
+    if move.theirs:
+        goals = [rows.read(parameters) for rows in move.theirs]
+        ways = [own - goal for own, goal in zip(ways, goals, strict=True)]
+    square = torch.stack([way.square().sum(1) for way in ways]).sum(0)
+    return ways, (square + epsilon).sqrt()
+
+
+@torch.no_grad()
+def add_gradients(
+    parameters: Mapping[str, Tensor],
+    moves: Sequence[Move],
+    strength: float,
+    into: Mapping[str, Tensor],
+    epsilon: float = 1e-8,
+) -> None:
+    """Add ``strength`` times the gradients of :func:`distances` to the tensors ``into``, by name.
+
+    A length grows by the direction it has, so none of autograd is needed, nor its gradients as
+    large as the weights: this is done at every step. Weights that are not in ``into`` get nothing.
+    """
+    for move in moves:
+        ways, length = _way(move, parameters, epsilon)
+        scale = strength * move.factor.to(length) / length
+        for sign, side in ((1, move.mine), (-1, move.theirs)):
+            for rows, way in zip(side, ways, strict=bool(side)):
+                if rows.slot.param in into:
+                    rows.add(sign * scale[:, None] * way, into[rows.slot.param])
 
 
 @torch.no_grad()

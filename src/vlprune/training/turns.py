@@ -22,7 +22,7 @@ from ..cutting.zero import is_split, loss_scale, optimizer_of
 from ..device import device_of, moved_to, same_random_numbers
 from ..errors import UnsupportedError, VlpruneError
 from ..methods import Alignment, Look, Method, Search
-from ..methods.vectors import Move, Vectors, distances, draw_near, moves_to, sum_of
+from ..methods.vectors import Move, Vectors, add_gradients, distances, draw_near, moves_to
 from ..processes import world
 from ..structures.structure import Structure
 from .ranks import averaged
@@ -134,30 +134,33 @@ class Turns:
         if self._moves is None or self._moves[0] is not vectors:
             self._moves = vectors, moves_to(self.model, self.structures, vectors)
         if not self.sharded:
-            total = sum_of(distances(self.model, self._moves[1]))
-            if total.requires_grad:
-                self._pull(strength * total)
+            self._pull(self._moves[1], strength)
             return
         reshard(self.model)  # gradients belong to the parts
         for term in distances(self.model, self._moves[1]):
             (strength * term).backward()
 
-    def _pull(self, loss: Tensor) -> None:
-        """Add the gradients of ``loss``, the same in all processes, to those of the weights.
+    def _pull(self, moves: Sequence[Move], strength: float) -> None:
+        """Add the gradients of the moves, the same in all processes, to those of the weights.
 
         DeepSpeed takes gradients away as the backward pass makes them, and accelerate lets it step
         right after. There they join those of the next backward pass, multiplied as its loss is.
         """
         self.let_go()
-        if optimizer_of(self.model) is None:
-            loss.backward()
-            return
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        for weight, pull in zip(
-            weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
-        ):
-            if pull is not None:
-                self._waiting.append(_Pull(weight, pull, partial(loss_scale, self.model)))
+        weights = dict(self.model.named_parameters())
+        touched = {rows.slot.param for move in moves for rows in (*move.mine, *move.theirs)}
+        learning = {name: weights[name] for name in sorted(touched) if weights[name].requires_grad}
+        waits = optimizer_of(self.model) is not None
+        into = {
+            name: torch.zeros_like(weight) if waits or weight.grad is None else weight.grad
+            for name, weight in learning.items()
+        }
+        add_gradients(weights, moves, strength, into)
+        for name, weight in learning.items():
+            if waits:
+                self._waiting.append(_Pull(weight, into[name], partial(loss_scale, self.model)))
+            else:
+                weight.grad = into[name]
 
     def let_go(self) -> None:
         """Drop gradients that wait for the next backward pass."""

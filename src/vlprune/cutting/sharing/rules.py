@@ -127,6 +127,14 @@ class UnitRows:
         part = part.reshape(slot.repeat, self.count, slot.inner, -1)
         return part.transpose(0, 1).reshape(self.count, -1)
 
+    def add(self, rows: Tensor, into: Tensor) -> None:
+        """Add ``rows``, as :meth:`read` gives them, to a tensor of the weight's shape, in place."""
+        slot = self.slot
+        across = [size for axis, size in enumerate(into.shape) if axis != slot.axis]
+        part = rows.reshape(self.count, slot.repeat, slot.inner, -1).transpose(0, 1)
+        part = part.reshape(-1, *across).movedim(0, slot.axis)
+        into.index_add_(slot.axis, self.positions, part.to(into.dtype))
+
 
 def unit_rows(
     structure: Structure, units: Tensor, parameters: Mapping[str, Tensor]
