@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .errors import VlpruneError
 
-__all__ = ["all_or_none", "first_value", "lost_contact", "summed", "world"]
+__all__ = ["add_up", "all_or_none", "first_value", "lost_contact", "summed", "world"]
 
 
 def world() -> tuple[int, int]:
@@ -31,13 +32,27 @@ def first_value(value: Any) -> Any:
     return shared[0]
 
 
+def add_up(tensor: Tensor) -> Tensor:
+    """The tensor, in place the sum over all processes; all of them must call this.
+
+    It may lie where their backend adds nothing up: NCCL does so on GPUs only.
+    """
+    if world()[0] == 1:
+        return tensor
+    there = tensor.to(meeting_place(tensor.device))
+    dist.all_reduce(there)
+    return tensor if there is tensor else tensor.copy_(there)
+
+
+def meeting_place(device: torch.device) -> torch.device:
+    """``device`` if the processes can send what lies there, else this process's accelerator."""
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
+    return device if device.type in kinds else torch.device(kinds[0])
+
+
 def summed(value: float, device: torch.device) -> float:
     """The sum of the ``value`` of every process; all of them must call this."""
-    if world()[0] == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total)
+    return float(add_up(torch.tensor(value, dtype=torch.float64, device=device)))
 
 
 def lost_contact(error: BaseException) -> str:

@@ -22,13 +22,14 @@ from ..cutting.difference import tensors_of
 from ..cutting.gates import evaluating
 from ..cutting.heads import head_outputs
 from ..errors import DataError, UnsupportedError
+from ..processes import add_up
 from ..structures.structure import Structure
 from ..structures.units import owner_of
 from .backward import set_aside
 from .batches import Batches
 from .blocks import callable_projections, hooked
 from .consumers import Rows, consumers_of, queries_of
-from .moments import check_finite, first_of_all, flat, summed
+from .moments import check_finite, first_of_all, flat
 from .store import IN_MEMORY
 
 __all__ = ["Influence", "influence_of", "main_outputs", "small_enough"]
@@ -234,11 +235,11 @@ def _mean(sums: Mapping[str, Tensor], shapes: Mapping[str, int], count: int) -> 
 
     ``shapes`` has the length of every tensor that any process may have summed.
     """
-    reached = summed(torch.tensor([float(name in sums) for name in shapes], dtype=torch.float64))
-    everywhere = float(summed(torch.tensor(float(count), dtype=torch.float64)))
+    reached = add_up(torch.tensor([float(name in sums) for name in shapes], dtype=torch.float64))
+    everywhere = float(add_up(torch.tensor(float(count), dtype=torch.float64)))
     device = next(iter(sums.values())).device if sums else torch.device("cpu")
     return {
-        name: summed(sums.get(name, torch.zeros(shapes[name], dtype=torch.float64, device=device)))
+        name: add_up(sums.get(name, torch.zeros(shapes[name], dtype=torch.float64, device=device)))
         / everywhere
         for name, some in zip(shapes, reached.tolist(), strict=True)
         if some

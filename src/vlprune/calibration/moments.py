@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..device import all_finite
 from ..errors import DataError
+from ..processes import add_up
 
-__all__ = ["Moments", "check_finite", "first_of_all", "flat", "of_all_processes", "summed"]
+__all__ = ["Moments", "check_finite", "first_of_all", "flat", "of_all_processes"]
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Moments:
             [self.yy, self.weight, self.count], dtype=torch.float64, device=self.x.device
         )
         for tensor in (self.x, self.xx, self.y, self.yx, numbers):
-            summed(tensor)
+            add_up(tensor)
         yy, weight, count = numbers.tolist()
         self.yy, self.weight, self.count = yy, weight, int(count)
         return self
@@ -110,13 +111,6 @@ class Moments:
         mean = self.x / self.weight
         second = self.xx / self.weight
         return second.addr_(mean, mean, alpha=-1) if centred else second
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """The tensor, in place the sum over all processes where there are several."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def check_finite(*activations: Tensor) -> None:

@@ -25,13 +25,14 @@ from ..cutting.paged import resident
 from ..cutting.proof import in_dtype
 from ..device import device_of
 from ..errors import VerificationError
+from ..processes import add_up
 from ..structures.structure import Structure
 from ..structures.units import owner_of
 from .batches import Batches
 from .blocks import hooked
 from .consumers import Rows, consumers_of, rows_of
 from .landing import Replay
-from .moments import check_finite, flat, of_all_processes, summed
+from .moments import check_finite, flat, of_all_processes
 from .passes import calls_of, input_hook, kinds_of_calls, ready
 from .store import Originals, Shelf, put
 from .streams import streams
@@ -140,7 +141,7 @@ def head_moments(
             advance(1)
     keys = sorted(set().union(*of_all_processes([(k, tuple(v.shape)) for k, v in found.items()])))
     zeros = partial(torch.zeros, dtype=torch.float64, device=device_of(model))
-    totals = {key: summed(found.get(key, zeros(shape))) for key, shape in keys}
+    totals = {key: add_up(found.get(key, zeros(shape))) for key, shape in keys}
     reached = [n for n in range(len(turns)) if (n, False) in totals]
     return {n: (totals[n, False], totals.get((n, True))) for n in reached}
 

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..errors import VlpruneError
-from ..processes import world
+from ..processes import add_up, world
 from ..structures.plan import Plan
 from ..structures.structure import Structure
 
@@ -45,8 +45,7 @@ def mean_gradients(
         for s in structures
     ]
     reached = torch.tensor([float(s.name in gradients) for s in structures], device=device)
-    together = torch.cat([*parts, reached])
-    dist.all_reduce(together)
+    together = add_up(torch.cat([*parts, reached]))
     *means, reached = together.split([*(s.size for s in structures), len(structures)])
     return {
         s.name: mean / world()[0]
@@ -60,9 +59,7 @@ def averaged(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if world()[0] == 1:
         return dict(values)
     names = sorted(values)
-    together = torch.cat([values[name] for name in names])
-    dist.all_reduce(together)
-    together /= world()[0]
+    together = add_up(torch.cat([values[name] for name in names])) / world()[0]
     parts = together.split([len(values[name]) for name in names])
     return dict(zip(names, parts, strict=True))
 
