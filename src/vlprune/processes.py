@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .errors import VlpruneError
 
-__all__ = ["add_up", "all_or_none", "first_value", "lost_contact", "summed", "world"]
+__all__ = [
+    "add_up",
+    "all_or_none",
+    "first_value",
+    "lost_contact",
+    "meeting_place",
+    "summed",
+    "world",
+]
 
 
 def world() -> tuple[int, int]:
